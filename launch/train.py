@@ -1,0 +1,91 @@
+"""Distil a teacher into its half-depth student under DeepSpeed.
+
+deepspeed launch/train.py --deepspeed_config ds_configs/cpu.json --teacher DIR --data_dir DIR --output_dir DIR
+"""
+
+import argparse
+from pathlib import Path
+
+from distilspeed.trainer.errors import CommandParser, run_command
+
+
+def layer_list(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        prog="launch/train.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--deepspeed_config", type=Path, required=True, help='DeepSpeed config; "auto" values are filled in')
+    add(
+        "--teacher",
+        required=True,
+        help="hub id or folder of a BERT masked language model; none: plain MLM training",
+    )
+    add("--data_dir", type=Path, required=True, help="corpus made by launch/prepare_data.py")
+    add("--output_dir", type=Path, required=True, help="gets student/, checkpoints/, metrics.jsonl, loss.png")
+    add("--student_config", help="with --teacher none: config file, folder or hub id of the model to train")
+    add("--student_layers", type=layer_list, help="teacher layers to start from, for example 0,2,4,7,9,11")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--max_steps", type=int, help="optimiser steps")
+    length.add_argument("--num_train_epochs", type=float, default=3.0, help="default 3")
+    add(
+        "--train_batch_size",
+        type=int,
+        help='rows per optimiser step over all GPUs, where the config says "auto"',
+    )
+    add("--per_device_train_batch_size", type=int, help='rows per micro-batch, where the config says "auto"')
+    add("--learning_rate", type=float, help='peak learning rate, where the config says "auto"; default 5e-4')
+    add("--temperature", type=float, default=2.0, help="of the soft targets; default 2")
+    add("--alpha_ce", type=float, default=5.0, help="weight of the soft-target loss; default 5")
+    add(
+        "--alpha_mlm", type=float, default=2.0, help="weight of the masked-language-modelling loss; default 2"
+    )
+    add("--alpha_cos", type=float, default=1.0, help="weight of the hidden-state cosine loss; default 1")
+    add(
+        "--restrict_ce_to_mask",
+        action="store_true",
+        help="soft targets on masked tokens only (another objective)",
+    )
+    add("--seed", type=int, default=0, help="of row order, masking and dropout; default 0")
+    add("--save_steps", type=int, default=500, help="steps between checkpoints; default 500")
+    add("--save_total_limit", type=int, default=2, help="checkpoints kept; default 2")
+    add("--logging_steps", type=int, default=10, help="steps between readings of the metrics; default 10")
+    add(
+        "--dataloader_num_workers",
+        type=int,
+        default=0,
+        help="processes per rank that mask and collate; default 0",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="continue the newest checkpoint in --output_dir, if there is one",
+    )
+    add("--plan", action="store_true", help="print batch equation, memory estimate and FLOPs, and exit")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it; LOCAL_RANK says the same
+    return parser
+
+
+def main() -> None:
+    options = vars(build_parser().parse_args())
+    for not_an_argument in ("debug", "local_rank"):
+        options.pop(not_an_argument)
+
+    # After the parsing, because importing torch and DeepSpeed takes seconds.
+    from distilspeed.trainer.config import TrainArguments
+    from distilspeed.trainer.loop import train
+    from distilspeed.trainer.run import prepare_run, print_plan
+
+    run = prepare_run(TrainArguments(**options))
+    if run.arguments.plan:
+        print_plan(run)
+    else:
+        train(run)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,275 @@
+"""What a training run is told: its arguments, and the DeepSpeed config with every "auto" resolved."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distilspeed.trainer.errors import UserError
+
+AUTO = "auto"
+
+# The optimiser and schedule of the original DistilBERT; they fill the "auto" values of the config.
+LEARNING_RATE = 5e-4
+ADAM_BETAS = (0.9, 0.98)
+ADAM_EPS = 1e-6
+WEIGHT_DECAY = 0.0
+WARMUP_FRACTION = 0.05
+GRADIENT_CLIPPING = 5.0
+MICRO_BATCH_SIZE = 8
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """The command line of ``launch/train.py``; the DeepSpeed config holds batch, optimiser, schedule and precision."""
+
+    deepspeed_config: Path
+    teacher: str
+    data_dir: Path
+    output_dir: Path
+    student_config: str | None = None
+    student_layers: tuple[int, ...] | None = None
+    max_steps: int | None = None
+    num_train_epochs: float = 3.0
+    train_batch_size: int | None = None
+    per_device_train_batch_size: int | None = None
+    learning_rate: float | None = None
+    temperature: float = 2.0
+    alpha_ce: float = 5.0
+    alpha_mlm: float = 2.0
+    alpha_cos: float = 1.0
+    restrict_ce_to_mask: bool = False
+    seed: int = 0
+    save_steps: int = 500
+    save_total_limit: int = 2
+    logging_steps: int = 10
+    dataloader_num_workers: int = 0
+    resume: bool = False
+    plan: bool = False
+
+    def __post_init__(self) -> None:
+        has_teacher = self.teacher != "none"
+        checks = [
+            (self.temperature > 0, "--temperature must be above 0"),
+            (
+                min(self.alpha_ce, self.alpha_mlm, self.alpha_cos) >= 0,
+                "the loss weights must not be negative",
+            ),
+            (
+                self.alpha_mlm > 0 or (has_teacher and self.alpha_ce + self.alpha_cos > 0),
+                "no loss is left to train on; give one of --alpha_ce, --alpha_mlm, --alpha_cos a value above 0",
+            ),
+            (self.max_steps is None or self.max_steps > 0, "--max_steps must be above 0"),
+            (self.num_train_epochs > 0, "--num_train_epochs must be above 0"),
+            (self.seed >= 0, "--seed must not be negative"),
+            (self.save_steps > 0, "--save_steps must be above 0"),
+            (self.save_total_limit > 0, "--save_total_limit must be above 0"),
+            (self.logging_steps > 0, "--logging_steps must be above 0"),
+            (self.dataloader_num_workers >= 0, "--dataloader_num_workers must not be negative"),
+            (self.learning_rate is None or self.learning_rate > 0, "--learning_rate must be above 0"),
+            (
+                self.train_batch_size is None or self.train_batch_size > 0,
+                "--train_batch_size must be above 0",
+            ),
+            (
+                self.per_device_train_batch_size is None or self.per_device_train_batch_size > 0,
+                "--per_device_train_batch_size must be above 0",
+            ),
+            (
+                has_teacher or self.student_config is not None,
+                "--teacher none trains from a config; name it with --student_config FILE_OR_DIR",
+            ),
+            (
+                not has_teacher or self.student_config is None,
+                "--student_config goes with --teacher none; a distilled student's config follows from its teacher",
+            ),
+            (
+                has_teacher or self.student_layers is None,
+                "--student_layers picks layers of a teacher; it has no meaning with --teacher none",
+            ),
+        ]
+        for holds, message in checks:
+            if not holds:
+                raise UserError(message)
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.teacher != "none"
+
+
+@dataclass(frozen=True)
+class BatchEquation:
+    """global batch = micro-batch per GPU x gradient accumulation steps x world size, in rows."""
+
+    train_batch_size: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    world_size: int
+
+    def __str__(self) -> str:
+        return (
+            f"global batch {self.train_batch_size} = micro-batch {self.micro_batch_size} x "
+            f"{self.gradient_accumulation_steps} accumulation steps x {self.world_size} ranks"
+        )
+
+
+def read_deepspeed_config(path: Path) -> dict[str, Any]:
+    """Read a DeepSpeed config file (JSON).
+
+    Raises:
+        UserError: the file is missing, is not JSON or holds no object.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"cannot read the DeepSpeed config {path}: {error.strerror}; see ds_configs/"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"the DeepSpeed config {path} is not valid JSON: {error}; see ds_configs/") from error
+    if not isinstance(config, dict):
+        raise UserError(f"the DeepSpeed config {path} must hold a JSON object; see ds_configs/")
+    return config
+
+
+def resolve_batch_equation(
+    config: Mapping[str, Any],
+    world_size: int,
+    train_batch_size: int | None = None,
+    per_device_train_batch_size: int | None = None,
+) -> BatchEquation:
+    """Solve the batch equation from whatever the config and the command line state, as DeepSpeed does.
+
+    A value may come from the config or from the command line (then the config says "auto" or nothing).
+
+    Raises:
+        UserError: the stated values contradict each other or do not divide; names the nearest that do.
+    """
+    total = _stated(config, "train_batch_size", train_batch_size, "--train_batch_size")
+    micro = _stated(
+        config, "train_micro_batch_size_per_gpu", per_device_train_batch_size, "--per_device_train_batch_size"
+    )
+    accumulation = _stated(config, "gradient_accumulation_steps", None, "")
+    if total is None:
+        micro = micro or MICRO_BATCH_SIZE
+        accumulation = accumulation or 1
+        return BatchEquation(micro * accumulation * world_size, micro, accumulation, world_size)
+    if micro is None:
+        unit = world_size * (accumulation or 1)
+        _require_divisible(total, unit, f"{accumulation or 1} accumulation steps x {world_size} ranks")
+        micro = total // unit
+    if accumulation is None:
+        _require_divisible(total, micro * world_size, f"micro-batch {micro} x {world_size} ranks")
+        accumulation = total // (micro * world_size)
+    if total != micro * accumulation * world_size:
+        raise UserError(
+            f"train_batch_size {total} is not micro-batch {micro} x {accumulation} accumulation steps x {world_size} "
+            f'ranks = {micro * accumulation * world_size}; set one of the three to "auto"'
+        )
+    return BatchEquation(total, micro, accumulation, world_size)
+
+
+def _stated(config: Mapping[str, Any], key: str, argument: int | None, flag: str) -> int | None:
+    value = config.get(key, AUTO)
+    if value == AUTO:
+        return argument
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(
+            f'"{key}" in the DeepSpeed config is {value!r}; it must be a whole number above 0 or "auto"'
+        )
+    if argument is not None and argument != value:
+        raise UserError(
+            f'{flag} {argument} contradicts "{key}": {value} in the DeepSpeed config; set that to "auto"'
+        )
+    return value
+
+
+def _require_divisible(total: int, unit: int, product: str) -> None:
+    if total % unit:
+        below, above = total // unit * unit, (total // unit + 1) * unit
+        nearest = f"{below} and {above}" if below else str(above)
+        raise UserError(
+            f"train_batch_size {total} cannot be divided into {product}; the nearest that can: {nearest}"
+        )
+
+
+def resolve_precision(config: Mapping[str, Any]) -> str:
+    """Return "fp16", "bf16" or "fp32", as the config's fp16 and bf16 sections say.
+
+    Raises:
+        UserError: both are enabled, or the config asks for amp, which DeepSpeed no longer has.
+    """
+    if "amp" in config:
+        raise UserError('"amp" in the DeepSpeed config is not supported; use "fp16" or "bf16"')
+    enabled = [name for name in ("fp16", "bf16") if _section(config, name).get("enabled", False) is True]
+    if len(enabled) == 2:
+        raise UserError('the DeepSpeed config enables both "fp16" and "bf16"; choose one')
+    return enabled[0] if enabled else "fp32"
+
+
+def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    section = config.get(name, {})
+    if not isinstance(section, dict):
+        raise UserError(f'"{name}" in the DeepSpeed config must be an object')
+    return section
+
+
+def resolve_deepspeed_config(
+    config: Mapping[str, Any], batch: BatchEquation, total_steps: int, learning_rate: float | None
+) -> dict[str, Any]:
+    """Fill every "auto" of a DeepSpeed config, as the Hugging Face integration does.
+
+    Args:
+        config: as read from the file; not changed.
+        batch: the solved batch equation.
+        total_steps: optimiser steps of the whole run, for the schedule.
+        learning_rate: the peak, where the config says "auto"; None means 5e-4.
+
+    Raises:
+        UserError: an "auto" that has no meaning here, or a learning rate that contradicts the config.
+    """
+    stated_lr = _section(_section(config, "optimizer"), "params").get("lr", AUTO)
+    if learning_rate is not None and stated_lr not in (AUTO, learning_rate):
+        raise UserError(
+            f'--learning_rate {learning_rate} contradicts "lr": {stated_lr} in the DeepSpeed config; '
+            'set that to "auto"'
+        )
+    peak = learning_rate if learning_rate is not None else LEARNING_RATE if stated_lr == AUTO else stated_lr
+    fill = {
+        "gradient_clipping": GRADIENT_CLIPPING,
+        "optimizer.params.lr": peak,
+        "optimizer.params.betas": list(ADAM_BETAS),
+        "optimizer.params.eps": ADAM_EPS,
+        "optimizer.params.weight_decay": WEIGHT_DECAY,
+        "scheduler.params.warmup_min_lr": 0.0,
+        "scheduler.params.warmup_max_lr": peak,
+        "scheduler.params.warmup_num_steps": max(1, round(WARMUP_FRACTION * total_steps)),
+        "scheduler.params.warmup_type": "linear",
+        "scheduler.params.total_num_steps": total_steps,
+    }
+    resolved = _filled(config, fill, "")
+    resolved["train_batch_size"] = batch.train_batch_size
+    resolved["train_micro_batch_size_per_gpu"] = batch.micro_batch_size
+    resolved["gradient_accumulation_steps"] = batch.gradient_accumulation_steps
+    return resolved
+
+
+_BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+def _filled(section: Mapping[str, Any], fill: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    resolved: dict[str, Any] = {}
+    for key, value in section.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            resolved[key] = _filled(value, fill, f"{name}.")
+        elif value == AUTO and name not in _BATCH_KEYS:
+            if name not in fill:
+                raise UserError(f'"auto" has no meaning for "{name}" in the DeepSpeed config; give a value')
+            resolved[key] = fill[name]
+        else:
+            resolved[key] = value
+    return resolved

@@ -1,0 +1,136 @@
+"""DeepSpeed: the processes, the student's engine, the teacher's place; what the device can do, checked first."""
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from packaging.version import Version
+from torch import nn
+from transformers import PreTrainedModel
+
+from distilspeed.trainer.batches import MicroBatch
+from distilspeed.trainer.distillation import ModelOutputs, forward_packed
+from distilspeed.trainer.errors import UserError
+
+# Older versions divide gradients by the accumulation steps once per output tensor of the module.
+OLDEST_DEEPSPEED = Version("0.19.8")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Below this compute capability torch emulates bfloat16, slowly.
+OLDEST_BF16_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class Process:
+    """One rank's place in the job."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+
+def this_process() -> Process:
+    """Read the launcher's environment; without one, this process is the whole job."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        os.environ.setdefault(name, value)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device(get_accelerator().device_name(local_rank))
+    return Process(int(os.environ["RANK"]), local_rank, int(os.environ["WORLD_SIZE"]), device)
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise a UserError if the device cannot train in ``precision``, or DeepSpeed is too old to train at all."""
+    if Version(deepspeed.__version__) < OLDEST_DEEPSPEED:
+        raise UserError(
+            f"DeepSpeed {deepspeed.__version__} scales gradients wrongly; install deepspeed>={OLDEST_DEEPSPEED}"
+        )
+    if precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise UserError(
+            f'this device ({device}) cannot train in fp16; enable "bf16" in the config, or neither'
+        )
+    too_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST_BF16_CAPABILITY
+    if precision == "bf16" and (too_old or not get_accelerator().is_bf16_supported()):
+        raise UserError(f'this device ({device}) has no bf16; enable "fp16" in the config')
+
+
+def join_job(process: Process) -> None:
+    """Connect to the other ranks (a no-op where that has been done)."""
+    if "MASTER_ADDR" not in os.environ:
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(_free_port())
+    if process.device.type == "cpu":
+        _share_cores(process)
+        _skip_compiling_shared_memory_collectives()
+    get_accelerator().set_device(process.local_rank)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _share_cores(process: Process) -> None:
+    if "OMP_NUM_THREADS" not in os.environ:
+        ranks_here = int(os.environ.get("LOCAL_SIZE", process.world_size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+
+
+def _skip_compiling_shared_memory_collectives() -> None:
+    # On CPUs DeepSpeed compiles this operator for minutes inside init_distributed; gloo serves without
+    # it. The table of operators is a private name, so a DeepSpeed without it is left alone.
+    operators = getattr(deepspeed.ops, "__compatible_ops__", None)
+    if isinstance(operators, dict) and "deepspeed_shm_comm" in operators:
+        operators["deepspeed_shm_comm"] = False
+
+
+def student_engine(module: nn.Module, deepspeed_config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+    """Wrap the student's module; parameters, gradients and optimiser states are laid out as the config says.
+
+    Raises:
+        UserError: DeepSpeed refuses the config.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    try:
+        engine, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=deepspeed_config)
+    except (deepspeed.DeepSpeedConfigError, ValueError, AssertionError, TypeError) as error:
+        raise UserError(f"DeepSpeed refuses the config: {error}; correct --deepspeed_config") from error
+    if engine.optimizer is None or not engine.optimizer_name():
+        raise UserError('the DeepSpeed config names no "optimizer"; give it one, for example "AdamW"')
+    return engine
+
+
+class Teacher:
+    """The frozen teacher on this rank's device; it has no gradients and no optimiser states."""
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
+        self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, batch: MicroBatch) -> ModelOutputs:
+        return forward_packed(self.model, batch)
+
+
+def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> float | torch.Tensor | None:
+    """Advance the engine one micro-step; at the accumulation boundary this updates the parameters.
+
+    Returns:
+        the norm of the global batch's gradient before clipping, where a step was taken.
+    """
+    norm = None
+    # In fp32 without ZeRO the optimizer is torch's own, and DeepSpeed keeps no norm.
+    plain = engine.zero_optimization_stage() == 0 and not (engine.fp16_enabled() or engine.bfloat16_enabled())
+    if plain and engine.is_gradient_accumulation_boundary():
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+    engine.step()
+    return norm if plain else engine.get_global_grad_norm()
+
+
+def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float:
+    """The fp16 loss scale in force; 1 in other precisions."""
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0

@@ -1,0 +1,102 @@
+"""Architectures the trainer distils: how a student's config and weights follow from its teacher's.
+
+One family today: BERT -> DistilBERT. DistilBERT is BERT without token-type embeddings and pooler.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import BertConfig, BertForMaskedLM, DistilBertConfig, PreTrainedConfig
+
+from distilspeed.trainer.errors import UserError
+
+# DistilBERT's layer norms have this epsilon in code, not in their config.
+DISTILBERT_LAYER_NORM_EPS = 1e-12
+
+# teacher name -> student name, within one Transformer layer
+_LAYER_PARTS = {
+    "attention.self.query": "attention.q_lin",
+    "attention.self.key": "attention.k_lin",
+    "attention.self.value": "attention.v_lin",
+    "attention.output.dense": "attention.out_lin",
+    "attention.output.LayerNorm": "sa_layer_norm",
+    "intermediate.dense": "ffn.lin1",
+    "output.dense": "ffn.lin2",
+    "output.LayerNorm": "output_layer_norm",
+}
+_OTHER_PARTS = {
+    "bert.embeddings.LayerNorm": "distilbert.embeddings.LayerNorm",
+    "cls.predictions.transform.dense": "vocab_transform",
+    "cls.predictions.transform.LayerNorm": "vocab_layer_norm",
+}
+
+
+def check_teacher_config(config: PreTrainedConfig) -> BertConfig:
+    """Return the config if its model can be distilled.
+
+    Raises:
+        UserError: the architecture is not BERT, or DistilBERT has no counterpart for one of its settings.
+    """
+    if not isinstance(config, BertConfig):
+        raise UserError(
+            f'the teacher is a "{config.model_type}" model; distilspeed distils "bert" models (BERT -> DistilBERT)'
+        )
+    without_counterpart = [
+        (config.is_decoder, "is_decoder"),
+        (config.layer_norm_eps != DISTILBERT_LAYER_NORM_EPS, f"layer_norm_eps {config.layer_norm_eps}"),
+        (
+            getattr(config, "position_embedding_type", "absolute") != "absolute",
+            "relative position embeddings",
+        ),
+    ]
+    for present, setting in without_counterpart:
+        if present:
+            raise UserError(f"the teacher has {setting}, which DistilBERT does not; choose another teacher")
+    return config
+
+
+def student_config(teacher: BertConfig, num_layers: int) -> DistilBertConfig:
+    """The DistilBERT config with the teacher's sizes and ``num_layers`` layers."""
+    return DistilBertConfig(
+        vocab_size=teacher.vocab_size,
+        max_position_embeddings=teacher.max_position_embeddings,
+        n_layers=num_layers,
+        n_heads=teacher.num_attention_heads,
+        dim=teacher.hidden_size,
+        hidden_dim=teacher.intermediate_size,
+        dropout=teacher.hidden_dropout_prob,
+        attention_dropout=teacher.attention_probs_dropout_prob,
+        activation=teacher.hidden_act,
+        initializer_range=teacher.initializer_range,
+        pad_token_id=teacher.pad_token_id,
+        tie_word_embeddings=teacher.tie_word_embeddings,
+    )
+
+
+def student_state_dict(teacher: BertForMaskedLM, layers: Sequence[int]) -> dict[str, torch.Tensor]:
+    """The student's weights: the teacher's embeddings, chosen layers and MLM head, under DistilBERT's names.
+
+    BERT adds row 0 of the token-type embeddings to every token of a single-segment input. That row
+    is folded into the position embeddings, so that the student's embedding output equals the teacher's.
+    """
+    source = teacher.state_dict()
+    embeddings = "bert.embeddings"
+    weights = {
+        "distilbert.embeddings.word_embeddings.weight": source[f"{embeddings}.word_embeddings.weight"],
+        "distilbert.embeddings.position_embeddings.weight": (
+            source[f"{embeddings}.position_embeddings.weight"]
+            + source[f"{embeddings}.token_type_embeddings.weight"][0]
+        ),
+        "vocab_projector.weight": source["cls.predictions.decoder.weight"],
+        "vocab_projector.bias": source["cls.predictions.decoder.bias"],
+    }
+    parts = dict(_OTHER_PARTS)
+    for to_layer, from_layer in enumerate(layers):
+        for teacher_name, student_name in _LAYER_PARTS.items():
+            parts[f"bert.encoder.layer.{from_layer}.{teacher_name}"] = (
+                f"distilbert.transformer.layer.{to_layer}.{student_name}"
+            )
+    for teacher_name, student_name in parts.items():
+        for kind in ("weight", "bias"):
+            weights[f"{student_name}.{kind}"] = source[f"{teacher_name}.{kind}"]
+    return weights

@@ -1,0 +1,44 @@
+"""Writing files so that a reader never sees half of one."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text``: written beside, synced to disk, renamed."""
+    beside = path.with_name(f".{path.name}.incomplete")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+@contextmanager
+def folder_written_whole(path: Path) -> Iterator[Path]:
+    """Give a new folder beside ``path``; on success it becomes ``path``, on failure it goes."""
+    beside = Path(tempfile.mkdtemp(prefix=f"{path.name}.incomplete-", dir=path.parent))
+    try:
+        yield beside
+        _sync(beside)
+        # mkdtemp makes folders that only their owner may read; an output folder follows the umask.
+        umask = os.umask(0)
+        os.umask(umask)
+        beside.chmod(0o777 & ~umask)
+        beside.rename(path)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def _sync(folder: Path) -> None:
+    for path in [folder, *folder.rglob("*")]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,89 @@
+"""Dynamic masking: which tokens of a row are hidden, as a pure function of (seed, epoch, row).
+
+Every draw comes from NumPy's Philox counter generator, keyed by (seed, epoch) and started at the
+row's own counter. It therefore does not depend on rank, world size, micro-batch, worker or restart.
+Raw 64-bit words are used, because NumPy guarantees their stream across versions.
+
+Tokens are drawn without replacement with probability proportional to count(token)^-0.7 (Sanh et al.
+2019, following Lample & Conneau 2019): the k smallest of E_i / w_i, with E_i standard exponential,
+are such a draw (Efraimidis & Spirakis 2006).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+MASKED_FRACTION = 0.15
+SMOOTHING = 0.7
+MASK_SHARE = 0.8
+KEEP_SHARE = 0.1
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class MaskingRule:
+    """What masking needs of a corpus.
+
+    Attributes:
+        sampling_weights: float64 [vocabulary], count(token)^-0.7; 0 for special tokens.
+        mask_token_id: the id of [MASK].
+    """
+
+    sampling_weights: NDArray[np.float64]
+    mask_token_id: int
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.sampling_weights)
+
+
+def masking_rule(token_counts: NDArray[np.int64], special_ids: list[int], mask_token_id: int) -> MaskingRule:
+    """Make the rule from the token counts (int64 [vocabulary]) of the training rows.
+
+    A token that the training rows do not hold counts as one seen once, as in the original.
+    """
+    weights = np.maximum(token_counts, 1).astype(np.float64) ** -SMOOTHING
+    weights[special_ids] = 0.0
+    return MaskingRule(weights, mask_token_id)
+
+
+def masked_token_count(
+    real_tokens: NDArray[np.integer], maskable_tokens: NDArray[np.integer]
+) -> NDArray[np.int64]:
+    """Tokens that masking hides in each row: 15 % of its real tokens, rounded up, as far as it has non-special ones.
+
+    A function of the row alone, so that every rank knows the whole global batch's count without asking.
+    """
+    return np.minimum(np.ceil(MASKED_FRACTION * real_tokens).astype(np.int64), maskable_tokens)
+
+
+def mask_row(
+    input_ids: NDArray[np.int64], real_tokens: int, rule: MaskingRule, seed: int, epoch: int, row: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Mask one row: of the chosen tokens 80 % become [MASK], 10 % stay, 10 % become a random token.
+
+    Args:
+        input_ids: int64 [row length]; from ``real_tokens`` on it is padding.
+
+    Returns:
+        the masked ids and the labels, int64 [row length] each; labels are -100 where nothing was chosen.
+    """
+    words = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, row]).random_raw(3 * real_tokens)
+    uniform = (words >> np.uint64(11)) * 2.0**-53
+    draw, action, replacement = uniform.reshape(3, real_tokens)
+
+    weights = rule.sampling_weights[input_ids[:real_tokens]]
+    maskable = weights > 0
+    arrival = np.full(real_tokens, np.inf)
+    arrival[maskable] = -np.log1p(-draw[maskable]) / weights[maskable]
+    count = int(masked_token_count(np.array(real_tokens), maskable.sum()))
+    chosen = np.argsort(arrival, kind="stable")[:count]
+
+    masked, labels = input_ids.copy(), np.full_like(input_ids, IGNORE_INDEX)
+    labels[chosen] = input_ids[chosen]
+    to_mask = chosen[action[chosen] < MASK_SHARE]
+    to_random = chosen[action[chosen] >= MASK_SHARE + KEEP_SHARE]
+    masked[to_mask] = rule.mask_token_id
+    masked[to_random] = (replacement[to_random] * rule.vocab_size).astype(np.int64)
+    return masked, labels

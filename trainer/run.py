@@ -1,0 +1,165 @@
+"""A training run before it starts: its arguments checked against each other, its models, its record."""
+
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+from transformers import BertForMaskedLM, PreTrainedModel
+
+from distilspeed.trainer.batches import total_steps
+from distilspeed.trainer.config import (
+    BatchEquation,
+    TrainArguments,
+    read_deepspeed_config,
+    resolve_batch_equation,
+    resolve_deepspeed_config,
+    resolve_precision,
+)
+from distilspeed.trainer.corpus import Corpus, open_corpus
+from distilspeed.trainer.engines import Process, check_precision, this_process
+from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.files import write_text
+from distilspeed.trainer.plan import describe, estimate_memory, flops_per_token, model_shape
+from distilspeed.trainer.student import (
+    check_positions,
+    check_teacher_fits_corpus,
+    load_teacher,
+    make_student,
+    model_from_config,
+    select_teacher_layers,
+)
+
+RECORDED_PACKAGES = ("distilspeed", "torch", "deepspeed", "transformers", "datasets")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run needs, checked, before any process is joined or file written."""
+
+    arguments: TrainArguments
+    process: Process
+    corpus: Corpus
+    batch: BatchEquation
+    precision: str
+    deepspeed_config: dict[str, Any]
+    total_steps: int
+    teacher: BertForMaskedLM | None
+    layers: tuple[int, ...]
+    student: PreTrainedModel
+
+
+def prepare_run(arguments: TrainArguments) -> Run:
+    """Check every argument against every other and load the models.
+
+    Raises:
+        UserError: for anything the caller can put right; nothing has been written then.
+    """
+    process = this_process()
+    config = read_deepspeed_config(arguments.deepspeed_config)
+    batch = resolve_batch_equation(
+        config, process.world_size, arguments.train_batch_size, arguments.per_device_train_batch_size
+    )
+    precision = resolve_precision(config)
+    check_precision(precision, process.device)
+    _check_output_dir(arguments)
+    corpus = open_corpus(arguments.data_dir)
+    steps = total_steps(
+        corpus.manifest.counts.train_rows,
+        batch.train_batch_size,
+        arguments.max_steps,
+        arguments.num_train_epochs,
+    )
+    deepspeed_config = resolve_deepspeed_config(config, batch, steps, arguments.learning_rate)
+
+    teacher, layers = None, ()
+    if arguments.student_config is None:
+        teacher = load_teacher(arguments.teacher)
+        check_teacher_fits_corpus(arguments.teacher, teacher, corpus)
+        layers = select_teacher_layers(teacher.config.num_hidden_layers, arguments.student_layers)
+        student: PreTrainedModel = make_student(teacher, layers)
+    else:
+        student = model_from_config(arguments.student_config, corpus.manifest.vocab_size, arguments.seed)
+        check_positions(student, corpus, arguments.student_config)
+    return Run(
+        arguments, process, corpus, batch, precision, deepspeed_config, steps, teacher, layers, student
+    )
+
+
+def _check_output_dir(arguments: TrainArguments) -> None:
+    folder = arguments.output_dir
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder} is a file; choose a folder")
+    if not arguments.resume and not arguments.plan and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(
+            f"{folder} holds files already; continue it with --resume or choose another --output_dir"
+        )
+
+
+def print_plan(run: Run) -> None:
+    """Print the batch equation, FLOPs per step and estimated memory per GPU; rank 0 only."""
+    if run.process.rank == 0:
+        student = model_shape(run.student.config)
+        teacher = model_shape(run.teacher.config) if run.teacher else None
+        seq_length = run.corpus.manifest.seq_length
+        stage = run.deepspeed_config.get("zero_optimization", {}).get("stage", 0)
+        memory = estimate_memory(student, teacher, run.batch, seq_length, run.precision, run.deepspeed_config)
+        flops = flops_per_token(student, teacher, seq_length)
+        rows = run.corpus.manifest.counts.train_rows
+        print(describe(run.batch, run.total_steps, rows, seq_length, flops, memory, run.precision, stage))
+
+
+def record_run(run: Run, resuming: bool) -> None:
+    """Write ``train_config.json``, or on resuming compare with the one there.
+
+    Raises:
+        UserError: the run was started with other data, teacher, seed, batch or objective.
+    """
+    path = run.arguments.output_dir / "train_config.json"
+    record = _identity(run)
+    if resuming and path.exists():
+        started = json.loads(path.read_text(encoding="utf-8"))["identity"]
+        for name, value in record.items():
+            if started.get(name) != value:
+                raise UserError(
+                    f"this run was started with {name} {started.get(name)}, not {value}; "
+                    "resume it with the same, or choose another --output_dir"
+                )
+    torch.distributed.barrier()
+    if run.process.rank == 0 and not resuming:
+        run.arguments.output_dir.mkdir(parents=True, exist_ok=True)
+        everything = {
+            "identity": record,
+            "arguments": {name: _plain(value) for name, value in asdict(run.arguments).items()},
+            "deepspeed_config": run.deepspeed_config,
+            "student_layers": run.layers,
+            "versions": {package: version(package) for package in RECORDED_PACKAGES},
+        }
+        write_text(path, json.dumps(everything, indent=2) + "\n")
+    torch.distributed.barrier()
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    """What must not change when a run is resumed."""
+    arguments = run.arguments
+    return {
+        "teacher": arguments.teacher,
+        "student_layers": list(run.layers),
+        "data": {record.path: record.sha256 for record in run.corpus.manifest.files},
+        "world_size": run.process.world_size,
+        "train_batch_size": run.batch.train_batch_size,
+        "micro_batch_size": run.batch.micro_batch_size,
+        "total_steps": run.total_steps,
+        "precision": run.precision,
+        "zero_stage": run.deepspeed_config.get("zero_optimization", {}).get("stage", 0),
+        "temperature": arguments.temperature,
+        "alphas": [arguments.alpha_ce, arguments.alpha_mlm, arguments.alpha_cos],
+        "restrict_ce_to_mask": arguments.restrict_ce_to_mask,
+        "seed": arguments.seed,
+    }
+
+
+def _plain(value: object) -> object:
+    return str(value) if isinstance(value, Path) else value
