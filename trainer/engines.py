@@ -101,6 +101,10 @@ def student_engine(module: nn.Module, deepspeed_config: dict[str, Any]) -> deeps
         raise UserError(f"DeepSpeed refuses the config: {error}; correct --deepspeed_config") from error
     if engine.optimizer is None or not engine.optimizer_name():
         raise UserError('the DeepSpeed config names no "optimizer"; give it one, for example "AdamW"')
+    if engine.zero_optimization_stage() == 0:
+        # In half precision without ZeRO, DeepSpeed fills the optimiser's states by a step with zero gradients,
+        # which Adam counts: its first updates would be 10 to 50 % too small.
+        engine.basic_optimizer.state.clear()
     return engine
 
 
