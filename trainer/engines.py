@@ -35,11 +35,11 @@ class Process:
 
 def this_process() -> Process:
     """Read the launcher's environment; without one, this process is the whole job."""
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-        os.environ.setdefault(name, value)
-    local_rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device(get_accelerator().device_name(local_rank))
-    return Process(int(os.environ["RANK"]), local_rank, int(os.environ["WORLD_SIZE"]), device)
+    rank, local_rank, world_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
+    return Process(rank, local_rank, world_size, torch.device(get_accelerator().device_name(local_rank)))
 
 
 def check_precision(precision: str, device: torch.device) -> None:
@@ -59,8 +59,15 @@ def check_precision(precision: str, device: torch.device) -> None:
 
 def join_job(process: Process) -> None:
     """Connect to the other ranks (a no-op where that has been done)."""
-    if "MASTER_ADDR" not in os.environ:
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(_free_port())
+    alone = {
+        "RANK": process.rank,
+        "LOCAL_RANK": process.local_rank,
+        "WORLD_SIZE": process.world_size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": _free_port(),
+    }
+    for name, value in alone.items():
+        os.environ.setdefault(name, str(value))
     if process.device.type == "cpu":
         _share_cores(process)
         _skip_compiling_shared_memory_collectives()

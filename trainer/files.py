@@ -16,6 +16,7 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
+    _sync_one(path.parent)
 
 
 @contextmanager
@@ -30,6 +31,7 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
         os.umask(umask)
         beside.chmod(0o777 & ~umask)
         beside.rename(path)
+        _sync_one(path.parent)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
@@ -37,8 +39,12 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
 
 def _sync(folder: Path) -> None:
     for path in [folder, *folder.rglob("*")]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,88 @@
+"""Fixtures for every test: text that each Python installation has, a tokenizer trained on it, a corpus."""
+
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from tokenizers import BertWordPieceTokenizer
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertTokenizer
+
+from distilspeed.trainer.preparation import CorpusArguments, prepare_corpus
+
+SMALL_VOCABULARY = 1000
+SMALL_SEQ_LENGTH = 64
+SMALL_TEXT_CHARACTERS = 120_000
+
+
+def language_reference_paragraphs() -> list[str]:
+    """The Python language reference as ``pydoc`` ships it, one paragraph a string, in a fixed order."""
+    paragraphs = (
+        " ".join(paragraph.split()) for name in sorted(topics) for paragraph in topics[name].split("\n\n")
+    )
+    return [paragraph for paragraph in paragraphs if paragraph]
+
+
+@pytest.fixture(scope="session")
+def reference_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file with one paragraph of the Python language reference a line."""
+    path = tmp_path_factory.mktemp("text") / "reference.txt"
+    path.write_text("\n".join(language_reference_paragraphs()) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fast BERT tokenizer of about 1000 WordPieces, as ``save_pretrained`` leaves it."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    trainer = BertWordPieceTokenizer(lowercase=True)
+    trainer.train_from_iterator(
+        language_reference_paragraphs(), vocab_size=SMALL_VOCABULARY, show_progress=False
+    )
+    vocabulary = folder / "vocab.txt"
+    pieces = sorted(trainer.get_vocab().items(), key=lambda piece_and_id: piece_and_id[1])
+    vocabulary.write_text("".join(f"{piece}\n" for piece, _ in pieces), encoding="utf-8")
+    BertTokenizer(vocab=str(vocabulary), do_lower_case=True, model_max_length=512).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_corpus_dir(tmp_path_factory: pytest.TempPathFactory, small_tokenizer_dir: Path) -> Path:
+    """A prepared corpus: rows of 64 tokens, several hundred in train, a tenth of that in held_out."""
+    folder = tmp_path_factory.mktemp("corpus")
+    text = folder / "reference.txt"
+    text.write_text("\n".join(language_reference_paragraphs())[:SMALL_TEXT_CHARACTERS], encoding="utf-8")
+    corpus = folder / "corpus"
+    prepare_corpus(
+        CorpusArguments(
+            text=(text,),
+            tokenizer=str(small_tokenizer_dir),
+            seq_length=SMALL_SEQ_LENGTH,
+            output_dir=corpus,
+            held_out_fraction=0.1,
+            num_proc=1,
+        )
+    )
+    return corpus
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher_dir(tmp_path_factory: pytest.TempPathFactory, small_tokenizer_dir: Path) -> Path:
+    """A random BERT of 4 layers that goes with the small corpus, with its tokenizer; dropout 0."""
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(small_tokenizer_dir)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.2,  # large, so that its predictions differ from uniform
+    )
+    BertForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

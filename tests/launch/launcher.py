@@ -1,0 +1,58 @@
+"""Starting the project's commands as a person does: the real ``deepspeed`` launcher, real processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+DEEPSPEED = Path(sys.executable).with_name("deepspeed")
+CPU_CONFIG = ROOT / "ds_configs" / "cpu.json"
+SECONDS = 300
+
+
+def deepspeed(*arguments: object, ranks: int) -> subprocess.CompletedProcess[str]:
+    """Run ``deepspeed --num_gpus RANKS ARGUMENTS`` on the CPU and wait for it."""
+    command = [DEEPSPEED, "--num_gpus", ranks, "--master_port", _free_port(), *arguments]
+    return _run(command)
+
+
+def python(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run this Python with the arguments and wait for it."""
+    return _run([sys.executable, *arguments])
+
+
+def error_lines(result: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+
+
+def write_config(path: Path, changes: Mapping[str, Any], remove: tuple[str, ...] = ()) -> Path:
+    """``ds_configs/cpu.json`` with top-level keys replaced or removed."""
+    config = {**json.loads(CPU_CONFIG.read_text()), **changes}
+    for key in remove:
+        config.pop(key)
+    path.write_text(json.dumps(config))
+    return path
+
+
+def _run(command: list[object]) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        env=environment,
+        cwd=ROOT,
+        check=False,
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

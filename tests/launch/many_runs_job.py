@@ -1,0 +1,23 @@
+"""A job for the launcher: train once for each set of arguments in a JSON file, one after the other.
+
+Starting Python and joining the ranks costs more than two steps of a small model; the training is the real one.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from distilspeed.trainer.config import TrainArguments
+from distilspeed.trainer.loop import train
+from distilspeed.trainer.run import prepare_run
+
+PATHS = ("deepspeed_config", "data_dir", "output_dir")
+
+
+def arguments_of(run: dict[str, Any]) -> TrainArguments:
+    return TrainArguments(**{name: Path(value) if name in PATHS else value for name, value in run.items()})
+
+
+for run in json.loads(Path(sys.argv[-1]).read_text()):
+    train(prepare_run(arguments_of(run)))

@@ -1,0 +1,143 @@
+"""The command launch/prepare_data.py, as a person runs it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from distilspeed.trainer.corpus import open_corpus
+from distilspeed.trainer.errors import UserError
+
+COMMAND = Path(__file__).resolve().parents[2] / "launch" / "prepare_data.py"
+PATIENCE = 60.0  # seconds until a test gives up waiting
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(COMMAND), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        start_new_session=True,
+    )
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    process = start(*arguments)
+    output, errors = process.communicate(timeout=PATIENCE)
+    return process.returncode, output, errors
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+@pytest.fixture
+def long_text(reference_text: Path, tmp_path: Path) -> Path:
+    """A text that takes many seconds to prepare."""
+    path = tmp_path / "long.txt"
+    path.write_bytes(reference_text.read_bytes() * 100)
+    return path
+
+
+def start_and_wait_for_rows(text: Path, tokenizer: Path, output_dir: Path) -> subprocess.Popen[str]:
+    process = start(
+        "--text",
+        text,
+        "--tokenizer",
+        tokenizer,
+        "--seq_length",
+        64,
+        "--output_dir",
+        output_dir,
+        "--num_proc",
+        2,
+    )
+    wait_until(
+        lambda: any(path.stat().st_size > 1 << 16 for path in output_dir.parent.glob("*/train/data.arrow"))
+    )
+    return process
+
+
+def test_text_becomes_a_corpus_and_a_summary(
+    reference_text: Path, small_tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    status, output, errors = run(
+        "--text", reference_text, "--tokenizer", small_tokenizer_dir, "--output_dir", tmp_path / "corpus"
+    )
+    assert (status, errors) == (0, "")
+    manifest = open_corpus(tmp_path / "corpus", verify_checksums=True).manifest
+    assert manifest.seq_length == 512
+    for number in (manifest.counts.documents, manifest.counts.train_rows, manifest.counts.held_out_tokens):
+        assert f"{number:,}" in output
+    assert f"{manifest.padding_fraction:.2%}" in output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--text", "nowhere.txt"], "error: the text file nowhere.txt does not exist; check --text\n"),
+        (["--seq_length", "long"], "error: argument --seq_length: invalid int value: 'long'; see "),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(
+    small_tokenizer_dir: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    output_dir = tmp_path / "out" / "corpus"
+    status, output, errors = run("--tokenizer", small_tokenizer_dir, "--output_dir", output_dir, *options)
+    assert (status, output) == (2, "")
+    assert errors.startswith(message)
+    assert errors.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_it_leaves_nothing(
+    long_text: Path, small_tokenizer_dir: Path, tmp_path: Path, stop: signal.Signals
+) -> None:
+    process = start_and_wait_for_rows(long_text, small_tokenizer_dir, tmp_path / "out" / "corpus")
+    workers = children_of(process.pid)
+    os.killpg(process.pid, stop)  # as Ctrl-C and a batch system do: the workers hear it too
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 128 + stop
+    assert "Traceback" not in errors
+    assert not (tmp_path / "out").exists()
+    wait_until(lambda: not any(map(is_running, workers)))
+
+
+def test_killing_it_leaves_no_corpus_and_no_process(
+    long_text: Path, small_tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    output_dir = tmp_path / "out" / "corpus"
+    process = start_and_wait_for_rows(long_text, small_tokenizer_dir, output_dir)
+    workers = children_of(process.pid)
+    assert len(workers) >= 2
+    process.kill()
+    process.communicate(timeout=PATIENCE)
+    wait_until(lambda: not any(map(is_running, workers)))
+    [left] = output_dir.parent.iterdir()
+    assert left.name.startswith("corpus.incomplete-")
+    for folder in (output_dir, left):
+        with pytest.raises(UserError, match="is not a prepared corpus"):
+            open_corpus(folder)

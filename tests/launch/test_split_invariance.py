@@ -1,0 +1,139 @@
+"""One global batch gives the same parameters after a step, however it is split, and those of plain PyTorch.
+
+Plain SGD, because its update is proportional to the gradient: Adam's would hide a gradient that is
+scaled wrongly. Dropout is 0: its draws depend on the split.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from launcher import deepspeed, write_config
+from safetensors.torch import load_file
+from torch.nn import functional
+
+from distilspeed.trainer.batches import MicroBatches
+from distilspeed.trainer.config import BatchEquation
+from distilspeed.trainer.corpus import open_corpus
+from distilspeed.trainer.distillation import forward_packed
+from distilspeed.trainer.student import load_teacher, make_student
+
+BATCH, STEPS, LEARNING_RATE, LAYERS = 12, 2, 0.05, (0, 3)
+SGD = {
+    "optimizer": {"type": "SGD", "params": {"lr": LEARNING_RATE}},
+    "zero_allow_untested_optimizer": True,
+    "gradient_clipping": 0.0,
+}
+# Ranks, ZeRO stage, micro-batch, precision.
+CASES = [
+    (1, 0, 12, "fp32"),
+    (1, 0, 3, "fp32"),
+    (1, 1, 4, "fp32"),
+    (1, 2, 6, "fp32"),
+    (1, 2, 1, "fp32"),
+    (1, 3, 4, "fp32"),
+    (1, 1, 4, "bf16"),
+    (2, 0, 6, "fp32"),
+    (2, 0, 2, "fp32"),
+    (2, 1, 6, "fp32"),
+    (2, 1, 3, "fp32"),
+    (2, 2, 2, "fp32"),
+    (2, 3, 6, "fp32"),
+    (2, 3, 2, "fp32"),
+    (2, 1, 3, "bf16"),
+    (2, 2, 3, "bf16"),
+    (2, 3, 3, "bf16"),
+]
+# Of the update's norm. bf16 keeps 8 bits of each weight and gradient.
+TOLERANCE = {"fp32": 1e-5, "bf16": 0.02}
+
+
+@pytest.fixture(scope="module")
+def start(tiny_teacher_dir: Path) -> dict[str, torch.Tensor]:
+    return _weights(make_student(load_teacher(str(tiny_teacher_dir)), LAYERS))
+
+
+@pytest.fixture(scope="module")
+def expected_update(
+    tiny_teacher_dir: Path, small_corpus_dir: Path, start: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """What two steps of a plain PyTorch loop over whole global batches change; no code of the trainer's step."""
+    teacher = load_teacher(str(tiny_teacher_dir))
+    student = make_student(teacher, LAYERS)
+    optimizer = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
+    batches = MicroBatches(open_corpus(small_corpus_dir), BatchEquation(BATCH, BATCH, 1, 1), rank=0, seed=0)
+    for batch in batches.loader(0, STEPS, num_workers=0):
+        real, masked = batch.document_ids >= 0, batch.labels >= 0
+        ours, theirs = forward_packed(student, batch), forward_packed(teacher, batch)
+        log_q = functional.log_softmax(ours.logits[real] / 2, dim=-1)
+        p = functional.softmax(theirs.logits[real] / 2, dim=-1)
+        soft = 4 * functional.kl_div(log_q, p, reduction="batchmean")
+        hard = functional.cross_entropy(ours.logits[masked], batch.labels[masked])
+        cosine = functional.cosine_similarity(ours.hidden_states[real], theirs.hidden_states[real], dim=-1)
+        optimizer.zero_grad()
+        (5 * soft + 2 * hard + (1 - cosine).mean()).backward()
+        optimizer.step()
+    return _update(_weights(student), start)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, small_corpus_dir: Path) -> Path:
+    """All runs, each rank count in one job of the launcher; a folder per run."""
+    folder = tmp_path_factory.mktemp("split")
+    for ranks in (1, 2):
+        arguments = []
+        for _, stage, micro, precision in filter(lambda case: case[0] == ranks, CASES):
+            output = folder / _name(ranks, stage, micro, precision)
+            config = write_config(
+                output.with_suffix(".json"),
+                {**SGD, "zero_optimization": {"stage": stage}, "bf16": {"enabled": precision == "bf16"}},
+                remove=("scheduler",),
+            )
+            arguments.append(
+                {
+                    "deepspeed_config": str(config),
+                    "teacher": str(tiny_teacher_dir),
+                    "data_dir": str(small_corpus_dir),
+                    "output_dir": str(output),
+                    "student_layers": LAYERS,
+                    "max_steps": STEPS,
+                    "train_batch_size": BATCH,
+                    "per_device_train_batch_size": micro,
+                }
+            )
+        job = folder / f"{ranks}.json"
+        job.write_text(json.dumps(arguments))
+        result = deepspeed(Path(__file__).with_name("many_runs_job.py"), job, ranks=ranks)
+        assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize(("ranks", "stage", "micro", "precision"), CASES)
+def test_same_step_however_the_batch_is_split(
+    trained: Path,
+    expected_update: torch.Tensor,
+    start: dict[str, torch.Tensor],
+    ranks: int,
+    stage: int,
+    micro: int,
+    precision: str,
+) -> None:
+    student = load_file(trained / _name(ranks, stage, micro, precision) / "student" / "model.safetensors")
+    if precision == "bf16":  # training in bf16 starts from the rounded weights
+        start = {name: weight.bfloat16().float() for name, weight in start.items()}
+    update = _update(student, start)
+    error = (update - expected_update).norm() / expected_update.norm()
+    assert error < TOLERANCE[precision]
+
+
+def _name(ranks: int, stage: int, micro: int, precision: str) -> str:
+    return f"ranks{ranks}_zero{stage}_micro{micro}_{precision}"
+
+
+def _weights(student: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in student.named_parameters()}
+
+
+def _update(after: dict[str, torch.Tensor], before: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([(after[name] - before[name]).flatten() for name in before])

@@ -1,0 +1,256 @@
+"""Training through the real launcher: what it writes, that it resumes, and how it refuses."""
+
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launcher import CPU_CONFIG, ROOT, deepspeed, error_lines, python, write_config
+from safetensors.torch import load_file
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM
+
+from distilspeed.trainer.metrics import read_metrics
+
+TRAIN = ROOT / "launch" / "train.py"
+STEPS, SAVE_STEPS, BATCH = 12, 4, 16
+MEASURED = ("time", "tokens_per_s", "mfu")
+
+
+def command(teacher: Path, corpus: Path, output: Path, config: Path = CPU_CONFIG) -> list[object]:
+    options = {
+        "--deepspeed_config": config,
+        "--teacher": teacher,
+        "--data_dir": corpus,
+        "--output_dir": output,
+        "--max_steps": STEPS,
+        "--train_batch_size": BATCH,
+        "--per_device_train_batch_size": 4,
+        "--save_steps": SAVE_STEPS,
+        "--save_total_limit": 2,
+        "--logging_steps": 3,
+    }
+    return [TRAIN, *(part for pair in options.items() for part in pair)]
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, small_corpus_dir: Path
+) -> Path:
+    """A run of 12 steps on 2 ranks, with dropout in the student and DeepSpeed's CSV monitor."""
+    folder = tmp_path_factory.mktemp("finished")
+    teacher = folder / "teacher"
+    shutil.copytree(tiny_teacher_dir, teacher)
+    with_dropout = json.loads((teacher / "config.json").read_text()) | {"hidden_dropout_prob": 0.1}
+    (teacher / "config.json").write_text(json.dumps(with_dropout))
+    monitor = {"enabled": True, "output_path": str(folder), "job_name": "csv"}
+    config = write_config(folder / "config.json", {"csv_monitor": monitor})
+    result = deepspeed(*command(teacher, small_corpus_dir, folder / "run", config), ranks=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+def test_the_student_loads_with_plain_transformers(finished: Path) -> None:
+    program = (
+        "import sys; from transformers import pipeline\n"
+        f"fill = pipeline('fill-mask', model={str(finished / 'run' / 'student')!r})\n"
+        "print(len(fill('the value of the [MASK] is')))\n"
+        "assert not any(name.startswith('distilspeed') for name in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", program], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "5"
+
+
+def test_the_student_folder_is_complete(finished: Path) -> None:
+    student = finished / "run" / "student"
+    names = {path.name for path in student.iterdir()}
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "README.md",
+    } <= names
+    model = AutoModelForMaskedLM.from_pretrained(student)
+    assert model.config.n_layers == 2
+    assert model.vocab_projector.weight is model.distilbert.embeddings.word_embeddings.weight
+    assert {weight.dtype for weight in load_file(student / "model.safetensors").values()} == {torch.float32}
+    card = (student / "README.md").read_text()
+    for said in ("| Teacher | teacher |", "temperature 2", "reference.txt", "Held-out rows", "AdamW"):
+        assert said in card
+    assert str(finished) not in card
+
+
+def test_metrics_have_a_line_per_step_and_the_loss_falls(finished: Path) -> None:
+    metrics = read_metrics(finished / "run" / "metrics.jsonl")
+    assert [line.step for line in metrics] == list(range(1, STEPS + 1))
+    assert metrics[-1].loss < metrics[0].loss
+    for line in metrics:
+        weighted = 5 * line.loss_ce + 2 * line.loss_mlm + line.loss_cos
+        assert line.loss == pytest.approx(weighted, rel=1e-5)
+        assert line.grad_norm is not None
+        assert line.tokens_per_s > 0
+        assert 0 < line.mfu < 1.5
+    assert 0.95 * STEPS * BATCH * 64 < metrics[-1].tokens <= STEPS * BATCH * 64
+    assert (finished / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_deepspeeds_monitors_get_the_metrics(finished: Path) -> None:
+    rows = (finished / "csv" / "Train_loss_ce.csv").read_text().splitlines()
+    assert len(rows) == 1 + STEPS
+
+
+def test_the_last_checkpoints_are_kept(finished: Path) -> None:
+    kept = sorted(path.name for path in (finished / "run" / "checkpoints").glob("step_*"))
+    assert kept == ["step_000000008", "step_000000012"]
+
+
+def test_a_resumed_run_ends_as_the_uninterrupted_one(finished: Path, small_corpus_dir: Path) -> None:
+    interrupted = finished / "interrupted"
+    shutil.copytree(finished / "run", interrupted)
+    shutil.rmtree(interrupted / "student")
+    shutil.rmtree(interrupted / "checkpoints" / "step_000000012")
+    (interrupted / "checkpoints" / "latest").write_text("step_000000008")
+    with (interrupted / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "epo')  # what a killed run was writing
+
+    arguments = command(finished / "teacher", small_corpus_dir, interrupted, finished / "config.json")
+    result = deepspeed(*arguments, "--resume", ranks=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+    straight, resumed = (
+        load_file(run / "student" / "model.safetensors") for run in (finished / "run", interrupted)
+    )
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    curves = [
+        [{key: value for key, value in json.loads(line).items() if key not in MEASURED} for line in text]
+        for text in (
+            (run / "metrics.jsonl").read_text().splitlines() for run in (finished / "run", interrupted)
+        )
+    ]
+    assert curves[0] == curves[1]
+
+
+def test_a_resume_with_another_seed_is_refused_and_changes_nothing(
+    finished: Path, small_corpus_dir: Path
+) -> None:
+    run = finished / "run"
+    shutil.move(run / "student", finished / "student_aside")
+    try:
+        before = snapshot(run)
+        arguments = command(finished / "teacher", small_corpus_dir, run, finished / "config.json")
+        result = deepspeed(*arguments, "--resume", "--seed", 1, ranks=2)
+        assert result.returncode == 2
+        assert len(error_lines(result)) == 1
+        assert "seed 0, not 1" in error_lines(result)[0]
+        assert snapshot(run) == before
+    finally:
+        shutil.move(finished / "student_aside", run / "student")
+
+
+def test_a_finished_run_is_left_alone(finished: Path, small_corpus_dir: Path) -> None:
+    before = snapshot(finished / "run")
+    arguments = command(finished / "teacher", small_corpus_dir, finished / "run", finished / "config.json")
+    result = python(*arguments, "--resume")
+    assert result.returncode == 0
+    assert "complete" in result.stdout
+    assert snapshot(finished / "run") == before
+
+
+def test_masked_language_modelling_without_a_teacher(
+    tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
+) -> None:
+    config = tiny_teacher_dir / "config.json"
+    arguments = [*command(Path("none"), small_corpus_dir, tmp_path / "run"), "--student_config", config]
+    result = deepspeed(*arguments, ranks=1)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert isinstance(AutoModelForMaskedLM.from_pretrained(tmp_path / "run" / "student"), BertForMaskedLM)
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1].loss_ce == 0
+
+
+def test_the_plan_is_printed_and_nothing_is_written(
+    tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
+) -> None:
+    result = python(*command(tiny_teacher_dir, small_corpus_dir, tmp_path / "run"), "--plan")
+    assert result.returncode == 0, result.stderr
+    assert "global batch 16 = micro-batch 4 x 4 accumulation steps x 1 ranks" in result.stdout
+    assert "GiB per GPU" in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def refusals(tmp_path: Path, teacher: Path, corpus: Path) -> dict[str, tuple[list[object], str]]:
+    """Wrong command lines and what the error must name."""
+    output = tmp_path / "run"
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    (occupied / "notes.txt").write_text("mine")
+    other = tmp_path / "other_tokenizer"
+    shutil.copytree(teacher, other)
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokenizer.add_tokens(["distilspeed"])
+    tokenizer.save_pretrained(other)
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    both = write_config(tmp_path / "both.json", {"fp16": {"enabled": True}, "bf16": {"enabled": True}})
+    good = command(teacher, corpus, output)
+    return {
+        "missing argument": ([TRAIN, "--teacher", teacher], "required"),
+        "unknown argument": ([*good, "--learning_rat", "1", "--nonsense"], "unrecognized"),
+        "missing config": (command(teacher, corpus, output, tmp_path / "absent.json"), "absent.json"),
+        "config is not JSON": (command(teacher, corpus, output, broken), "not valid JSON"),
+        "two precisions": (command(teacher, corpus, output, both), "choose one"),
+        "no corpus": (command(teacher, tmp_path / "absent", output), "not a prepared corpus"),
+        "no teacher": (command(tmp_path / "absent", corpus, output), "cannot load"),
+        "other tokenizer": (command(other, corpus, output), "another tokenizer"),
+        "occupied output": (command(teacher, corpus, occupied), "--resume"),
+        "indivisible batch": ([*good, "--train_batch_size", 18], "16 and 20"),
+        "layer out of range": ([*good, "--student_layers", "0,9"], "0 to 3"),
+        "layers are no numbers": ([*good, "--student_layers", "a,b"], "student_layers"),
+        "temperature": ([*good, "--temperature", 0], "temperature"),
+    }
+
+
+def test_bad_input_is_one_line_with_status_2_and_writes_nothing(
+    tiny_teacher_dir: Path,
+    small_corpus_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cases = refusals(tmp_path, tiny_teacher_dir, small_corpus_dir)
+    before = snapshot(tmp_path)
+    for name, (arguments, named) in cases.items():
+        # The command in this process: importing DeepSpeed anew for each case would take a minute and a half.
+        monkeypatch.setattr(sys, "argv", [str(part) for part in arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(TRAIN), run_name="__main__")
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert ended.value.code == 2, name
+        assert len(lines) == 1, (name, lines)
+        assert named in lines[0], name
+        assert snapshot(tmp_path) == before, name
+
+
+def test_bad_input_on_two_ranks_is_said_by_rank_0_alone(
+    tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
+) -> None:
+    arguments = [*command(tiny_teacher_dir, small_corpus_dir, tmp_path / "run"), "--train_batch_size", 18]
+    result = deepspeed(*arguments, ranks=2)
+    assert result.returncode == 2
+    assert len(error_lines(result)) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file below a folder with its size and modification time."""
+    return {
+        str(path): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

@@ -1,0 +1,226 @@
+"""A corpus on disk: text to packed rows of token ids, memory-mapped, with a manifest that vouches for them.
+
+train/, held_out/   `datasets.Dataset` folders (Arrow). A row: input_ids [seq_length] uint16 or int32,
+                    whole pieces ``[CLS] … [SEP]`` one after the other, then padding;
+                    document_lengths, int32, the tokens of each piece; real_tokens, their sum;
+                    maskable_tokens, how many are not special (the unknown token is special)
+token_counts.npy    int64 [vocabulary], how often each token occurs in train, padding not counted
+tokenizer/          the tokenizer, as ``save_pretrained`` leaves it
+manifest.json       :class:`Manifest`
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+import datasets
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from distilspeed.trainer.errors import UserError
+
+FORMAT_VERSION = 1
+SPECIAL_TOKENS = ("pad", "cls", "sep", "mask", "unk")
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """One source as the manifest names it: no folders of the machine; ``bytes`` is None for the hub."""
+
+    name: str
+    bytes: int | None
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of the corpus: its path inside it, its size, and its SHA-256 in hexadecimal."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class CorpusCounts:
+    """How much was read and what became of it; tokens include ``[CLS]`` and ``[SEP]``, never padding."""
+
+    documents: int = 0
+    pieces: int = 0
+    dropped_short: int = 0
+    dropped_unknown: int = 0
+    train_rows: int = 0
+    train_tokens: int = 0
+    held_out_rows: int = 0
+    held_out_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a corpus says of itself; ``vocab_size`` is the tokenizer's length, added tokens included."""
+
+    format_version: int
+    tokenizer_hash: str
+    vocab_size: int
+    seq_length: int
+    pad_id: int
+    cls_id: int
+    sep_id: int
+    mask_id: int
+    unk_id: int
+    special_ids: tuple[int, ...]
+    counts: CorpusCounts
+    padding_fraction: float
+    sources: tuple[SourceRecord, ...]
+    versions: dict[str, str]
+    files: tuple[FileRecord, ...]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """``ValueError``, ``KeyError`` or ``TypeError`` for anything that ``to_json`` did not write."""
+        fields = json.loads(text)
+        return cls(
+            **fields
+            | {
+                "special_ids": tuple(fields["special_ids"]),
+                "counts": CorpusCounts(**fields["counts"]),
+                "sources": tuple(SourceRecord(**source) for source in fields["sources"]),
+                "files": tuple(FileRecord(**file) for file in fields["files"]),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """An opened corpus; ``token_counts``: [vocab_size] int64 over ``train``."""
+
+    path: Path
+    manifest: Manifest
+    train: datasets.Dataset
+    held_out: datasets.Dataset
+    token_counts: np.ndarray
+
+    def load_tokenizer(self) -> PreTrainedTokenizerFast:
+        return load_tokenizer(str(self.path / "tokenizer"))
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """``input_ids``: [rows, seq_length] int64, padding behind. ``document_lengths``: one int64 array a row."""
+
+    input_ids: np.ndarray
+    document_lengths: list[np.ndarray]
+
+
+def open_corpus(data_dir: Path, verify_checksums: bool = False) -> Corpus:
+    """Open a prepared corpus, memory-mapped.
+
+    Every file's presence and size is checked, and with ``verify_checksums`` its content. ``UserError`` for
+    a folder that is no corpus, one of another format, and one with a missing or damaged file.
+    """
+    manifest = _read_manifest(data_dir)
+    for record in manifest.files:
+        _check_file(data_dir, record, verify_checksums)
+    try:
+        return Corpus(
+            path=data_dir,
+            manifest=manifest,
+            train=_load_split(data_dir / "train"),
+            held_out=_load_split(data_dir / "held_out"),
+            token_counts=np.load(data_dir / "token_counts.npy"),
+        )
+    except (OSError, ValueError) as error:  # pyarrow's errors are among them
+        raise UserError(_damaged(data_dir, first_line(error))) from error
+
+
+def read_rows(dataset: datasets.Dataset, indices: Sequence[int] | np.ndarray) -> RowBatch:
+    """Fetch rows (at least one) of a split by index, in the order asked for; ``IndexError`` out of range."""
+    table = dataset.with_format("arrow")[[int(index) for index in indices]]
+    input_ids = table.column("input_ids").combine_chunks()
+    lengths = table.column("document_lengths").combine_chunks()
+    ends = np.cumsum(lengths.value_lengths().to_numpy())
+    return RowBatch(
+        input_ids=input_ids.flatten().to_numpy().reshape(len(input_ids), -1).astype(np.int64),
+        document_lengths=np.split(lengths.flatten().to_numpy().astype(np.int64), ends[:-1]),
+    )
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """A fast tokenizer from a folder or the hub, with every token that masking needs; else ``UserError``."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # the hub's, the file system's, and bare ones out of the tokenizers library
+        raise UserError(
+            f"the tokenizer {name} cannot be loaded: {first_line(error)}; "
+            "check the folder, or the name and the connection to the hub"
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"{name} has no fast tokenizer; convert it (tokenizer.json) or choose another")
+    missing = [kind for kind in SPECIAL_TOKENS if getattr(tokenizer, f"{kind}_token_id") is None]
+    if missing:
+        raise UserError(
+            f"the tokenizer {name} has no {', '.join(missing)} token; add it or choose another tokenizer"
+        )
+    if max(tokenizer.get_vocab().values()) >= len(tokenizer):
+        raise UserError(f"the ids of the tokenizer {name} have gaps; choose another tokenizer")
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 of what a tokenizer does to text, in hexadecimal.
+
+    Truncation and padding are left out: they are switches of a call, and a tokenizer that was used with
+    them is still the same one.
+    """
+    pipeline = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    return hashlib.sha256(json.dumps(pipeline, sort_keys=True).encode()).hexdigest()
+
+
+def _read_manifest(data_dir: Path) -> Manifest:
+    try:
+        text = (data_dir / "manifest.json").read_text(encoding="utf-8")
+        found = json.loads(text).get("format_version")
+        if found == FORMAT_VERSION:
+            return Manifest.from_json(text)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(
+            f"{data_dir} is not a prepared corpus (it has no manifest.json); "
+            "make one with launch/prepare_data.py"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(_damaged(data_dir, f"manifest.json cannot be read: {first_line(error)}")) from error
+    raise UserError(
+        f"{data_dir} has corpus format {found} and this version reads {FORMAT_VERSION}; "
+        "prepare it again with launch/prepare_data.py"
+    )
+
+
+def _check_file(data_dir: Path, record: FileRecord, verify_checksum: bool) -> None:
+    path = data_dir / record.path
+    if not path.is_file():
+        raise UserError(_damaged(data_dir, f"{record.path} is missing"))
+    size = path.stat().st_size
+    if size != record.bytes:
+        raise UserError(_damaged(data_dir, f"{record.path} has {size} bytes instead of {record.bytes}"))
+    if verify_checksum:
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
+                raise UserError(_damaged(data_dir, f"the content of {record.path} has changed"))
+
+
+def _load_split(folder: Path) -> datasets.Dataset:
+    return datasets.Dataset.load_from_disk(str(folder), keep_in_memory=False)
+
+
+def _damaged(data_dir: Path, what: str) -> str:
+    return f"the corpus {data_dir} is damaged: {what}; prepare it again with launch/prepare_data.py"
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, short enough for one of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
