@@ -1,0 +1,67 @@
+"""Checks that every loss makes of its arguments, and what a mean is divided by."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from distilspeed.kernels.backend import accumulation_dtype
+
+INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_pair(kind: str, student: Tensor, teacher: Tensor) -> None:
+    """``kind`` is "logits" or "hidden"; the teacher's must match the student's and be frozen."""
+    if student.dim() == 0:
+        raise ValueError(f"student_{kind} must have at least one dimension")
+    if student.dtype not in INPUT_DTYPES:
+        raise ValueError(f"student_{kind} must be a floating-point tensor, not {student.dtype}")
+    if teacher.shape != student.shape:
+        raise ValueError(
+            f"teacher_{kind} must have the shape of student_{kind}, {list(student.shape)}, "
+            f"not {list(teacher.shape)}"
+        )
+    if teacher.dtype != student.dtype:
+        raise ValueError(
+            f"teacher_{kind} must have the dtype of student_{kind}, {student.dtype}, not {teacher.dtype}"
+        )
+    if teacher.device != student.device:
+        raise ValueError(
+            f"teacher_{kind} must be on the device of student_{kind}, {student.device}, not {teacher.device}"
+        )
+    if teacher.requires_grad:
+        raise ValueError(f"teacher_{kind} must not require grad; run the teacher under torch.no_grad()")
+
+
+def check_row_tensor(name: str, tensor: Tensor | None, dtype: torch.dtype, student: Tensor) -> None:
+    """One value per row of ``student`` [..., features], on its device; None is fine."""
+    if tensor is None:
+        return
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype}, not {tensor.dtype}")
+    if tensor.shape != student.shape[:-1]:
+        raise ValueError(f"{name} must have the shape {list(student.shape[:-1])}, not {list(tensor.shape)}")
+    if tensor.device != student.device:
+        raise ValueError(f"{name} must be on {student.device}, not {tensor.device}")
+
+
+def resolve_normalizer(
+    name: str, normalizer: float | Tensor | None, student: Tensor, selected: Tensor | None
+) -> Tensor:
+    """What a sum over rows is divided by, as a 0-dim tensor on the device of ``student`` [..., features].
+
+    Without a normalizer the number of selected rows, at least 1; with nothing selected explicitly, of all.
+    """
+    dtype = accumulation_dtype(student)
+    if normalizer is None:
+        normalizer = max(1, student.shape[:-1].numel()) if selected is None else selected.sum().clamp(min=1)
+    if isinstance(normalizer, Tensor):
+        if normalizer.dim() != 0 or normalizer.device != student.device:
+            raise ValueError(
+                f"{name} must be a number or a 0-dim tensor on {student.device}, "
+                f"not of shape {list(normalizer.shape)} on {normalizer.device}"
+            )
+        return normalizer.detach().to(dtype)
+    if not 0 < normalizer < math.inf:
+        raise ValueError(f"{name} must be positive and finite, not {normalizer}")
+    return torch.full((), normalizer, dtype=dtype, device=student.device)

@@ -1,0 +1,249 @@
+"""Distillation loss on raw logits: softened teacher targets and hard labels in one pass (public).
+
+For row i with student logits z_i, teacher logits u_i, label y_i and temperature T,
+
+    p_i = softmax(u_i / T)        q_i = softmax(z_i / T)
+
+    kl      = T^2 / soft_normalizer * sum over soft rows      of  sum_v p_iv (log p_iv - log q_iv)
+    soft_ce = T^2 / soft_normalizer * sum over soft rows      of  sum_v -p_iv log q_iv
+    hard_ce =   1 / hard_normalizer * sum over labelled rows  of  -log softmax(z_i)[y_i]
+
+and for g_x the gradient that arrives at loss x (loss scale and loss weight included)
+
+    d/dz_iv = (g_kl + g_soft_ce) T / soft_normalizer (q_iv - p_iv)                [i is a soft row]
+            + g_hard_ce / hard_normalizer (softmax(z_i)_v - [v = y_i])            [i is labelled]
+
+computed in float32 and rounded to the logits' dtype once, at the end: a gradient row of 30522 entries
+averaged over a batch lies below the smallest float16, and only the loss scale lifts it above.
+
+Source: Hinton, Vinyals and Dean 2015, arXiv 1503.02531, section 2 (and the factor T^2); as used in
+Sanh et al. 2019, arXiv 1910.01108, section 3. T^2 * KL is the reported L_ce; its gradient is soft_ce's.
+"""
+
+import math
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from distilspeed.kernels import distillation_loss_chunked
+from distilspeed.kernels.backend import TRITON_INSTALLED, use_triton
+from distilspeed.kernels.checks import check_pair, check_row_tensor, resolve_normalizer
+from distilspeed.kernels.distillation_loss_rows import LossRows, RowStatistics
+
+if TRITON_INSTALLED:
+    from distilspeed.kernels import distillation_loss_triton
+
+
+class DistillationLosses(NamedTuple):
+    """Three scalars, float32 (float64 for float64 logits), each usable in a weighted sum."""
+
+    kl: Tensor
+    soft_ce: Tensor
+    hard_ce: Tensor
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 2.0,
+    soft_mask: Tensor | None = None,
+    soft_normalizer: float | Tensor | None = None,
+    hard_normalizer: float | Tensor | None = None,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    inplace_backward: bool = False,
+) -> DistillationLosses:
+    """Distillation losses of a student against a frozen teacher; formulas at the top of this file.
+
+    Args:
+        student_logits: [..., width], float16, bfloat16, float32 or float64, before any softmax or
+            temperature. Any strides; where they cannot be seen as rows without a copy, one is made.
+        teacher_logits: the same shape, dtype and device; must not require grad.
+        labels: [...] int64, ``ignore_index`` in rows without one. None: hard_ce is 0.
+        temperature: T > 0. It applies to the soft terms only.
+        soft_mask: [...] bool, the rows that count in the soft terms. None: all.
+        soft_normalizer: what the soft sum is divided by: a number, or a 0-dim tensor on the same device
+            (so that the mean over a global batch needs no synchronisation). None: the number of soft
+            rows of this call, at least 1. A tensor is not checked: 0 gives inf or NaN.
+        hard_normalizer: likewise for labelled rows.
+        ignore_index: the label that marks a row without one.
+        vocab_size: the number of real columns where the logits are padded to a greater width. Padding
+            is never in a softmax and gets a gradient of exactly 0. None: the whole width.
+        inplace_backward: write the gradient over the storage of ``student_logits`` instead of allocating
+            it. Safe when ``student_logits`` is the output of an operation that did not save it for its
+            own backward (a linear layer does not) and nobody reads it after ``backward``; an operation
+            that did save it raises autograd's version error.
+
+    Rows that are neither soft nor labelled are not read, and get a gradient of exactly 0. A logit of -inf is
+    a class of probability 0: it adds nothing where the teacher's is 0, and makes the loss +inf where the
+    teacher's is not. A row without a finite logit is undefined.
+
+    A label outside [0, vocab_size) other than ``ignore_index`` raises on the CPU. On a GPU nothing
+    waits for the labels to be checked: hard_ce becomes NaN, and no memory is read out of bounds.
+
+    Nothing here synchronises host and GPU. The result is the same bit for bit from run to run.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, the teacher requires grad, the temperature is not
+            a positive number, labels (on the CPU) are out of range, or the logits cannot be written over.
+        RuntimeError: in a second backward through the same graph after ``inplace_backward``.
+    """
+    check_pair("logits", student_logits, teacher_logits)
+    check_row_tensor("labels", labels, torch.int64, student_logits)
+    check_row_tensor("soft_mask", soft_mask, torch.bool, student_logits)
+    vocab_size = student_logits.shape[-1] if vocab_size is None else vocab_size
+    check_settings(student_logits, vocab_size, temperature)
+    if labels is not None and labels.device.type == "cpu":
+        check_label_range(labels, ignore_index, vocab_size)
+    student_rows, teacher_rows = as_rows(student_logits), as_rows(teacher_logits)
+    if inplace_backward:
+        check_writable(student_logits, student_rows)
+    label_rows = None if labels is None else labels.reshape(-1).contiguous()
+    mask_rows = None if soft_mask is None else soft_mask.reshape(-1).contiguous()
+    labelled = None if label_rows is None else label_rows != ignore_index
+    kl, soft_ce, hard_ce = DistillationLossFunction.apply(
+        student_rows,
+        teacher_rows,
+        label_rows,
+        mask_rows,
+        resolve_normalizer("soft_normalizer", soft_normalizer, student_rows, mask_rows),
+        resolve_normalizer("hard_normalizer", hard_normalizer, student_rows, labelled),
+        float(temperature),
+        ignore_index,
+        vocab_size,
+        inplace_backward,
+    )
+    return DistillationLosses(kl, soft_ce, hard_ce)
+
+
+class DistillationLoss(nn.Module):
+    """alpha_ce * kl + alpha_mlm * hard_ce as one scalar; see :func:`distillation_loss`.
+
+    The defaults are those of Sanh et al. 2019 without the cosine term, which acts on hidden states.
+    """
+
+    def __init__(self, temperature: float = 2.0, alpha_ce: float = 5.0, alpha_mlm: float = 2.0) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.alpha_ce = alpha_ce
+        self.alpha_mlm = alpha_mlm
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor | None = None,
+        *,
+        soft_mask: Tensor | None = None,
+        vocab_size: int | None = None,
+    ) -> Tensor:
+        losses = distillation_loss(
+            student_logits,
+            teacher_logits,
+            labels,
+            temperature=self.temperature,
+            soft_mask=soft_mask,
+            vocab_size=vocab_size,
+        )
+        return self.alpha_ce * losses.kl + self.alpha_mlm * losses.hard_ce
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, alpha_ce={self.alpha_ce}, alpha_mlm={self.alpha_mlm}"
+
+
+class DistillationLossFunction(torch.autograd.Function):
+    """Normalizers, T^2 and autograd's bookkeeping around the implementation that fits the device."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_logits: Tensor,  # [rows, width]
+        teacher_logits: Tensor,  # [rows, width]
+        labels: Tensor | None,  # [rows]
+        soft_mask: Tensor | None,  # [rows]
+        soft_normalizer: Tensor,  # 0-dim
+        hard_normalizer: Tensor,  # 0-dim
+        temperature: float,
+        ignore_index: int,
+        vocab_size: int,
+        inplace_backward: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows = LossRows(
+            student_logits, teacher_logits, labels, soft_mask, temperature, ignore_index, vocab_size
+        )
+        losses, statistics = implementation_for(student_logits).forward(rows)
+        ctx.save_for_backward(
+            student_logits, teacher_logits, labels, soft_mask, soft_normalizer, hard_normalizer, *statistics
+        )
+        ctx.settings = (temperature, ignore_index, vocab_size)
+        ctx.inplace_backward = inplace_backward
+        ctx.logits_overwritten = False
+        soft_factor = temperature**2 / soft_normalizer
+        return (
+            losses.kl.sum() * soft_factor,
+            losses.soft_ce.sum() * soft_factor,
+            losses.hard_ce.sum() / hard_normalizer,
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_kl: Tensor, grad_soft_ce: Tensor, grad_hard_ce: Tensor) -> tuple[Any, ...]:
+        if ctx.logits_overwritten:
+            raise RuntimeError(
+                "distillation_loss: inplace_backward has written the gradient over the student's logits; "
+                "a second backward through them needs inplace_backward=False"
+            )
+        student_logits, teacher_logits, labels, soft_mask, soft_normalizer, hard_normalizer, *statistics = (
+            ctx.saved_tensors
+        )
+        rows = LossRows(student_logits, teacher_logits, labels, soft_mask, *ctx.settings)
+        coefficients = torch.stack(
+            (
+                (grad_kl + grad_soft_ce) * rows.temperature / soft_normalizer,
+                grad_hard_ce / hard_normalizer,
+            )
+        )
+        gradient = student_logits if ctx.inplace_backward else torch.empty_like(student_logits)
+        implementation_for(student_logits).backward(rows, RowStatistics(*statistics), coefficients, gradient)
+        if ctx.inplace_backward:
+            ctx.logits_overwritten = True
+            # A kernel's writes are invisible to autograd; without this, an operation that saved the
+            # logits would go on with gradients in their place.
+            torch.autograd.graph.increment_version(student_logits)
+            gradient = gradient.detach()
+        return gradient, *(None,) * 9
+
+
+def implementation_for(logits: Tensor) -> ModuleType:
+    return distillation_loss_triton if use_triton(logits) else distillation_loss_chunked
+
+
+def as_rows(logits: Tensor) -> Tensor:
+    rows = logits.reshape(-1, logits.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def check_settings(student_logits: Tensor, vocab_size: int, temperature: float) -> None:
+    if not 1 <= vocab_size <= student_logits.shape[-1]:
+        raise ValueError(f"vocab_size must be from 1 to {student_logits.shape[-1]}, not {vocab_size}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, not {temperature}")
+
+
+def check_label_range(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
+    outside = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
+    if outside.any():
+        label = labels[outside][0].item()
+        raise ValueError(f"labels must be from 0 to {vocab_size - 1} or {ignore_index}, not {label}")
+
+
+def check_writable(student_logits: Tensor, rows: Tensor) -> None:
+    if student_logits.is_leaf and student_logits.requires_grad:
+        raise ValueError("inplace_backward cannot write over student_logits: they are a leaf of the graph")
+    if rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]:
+        raise ValueError("inplace_backward cannot write over student_logits: their rows share memory")

@@ -1,0 +1,24 @@
+import pytest
+import torch
+
+from distilspeed.kernels import distillation_loss_chunked
+from distilspeed.kernels.backend import TRITON_INSTALLED
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the logits live, and so which implementation runs; see ``distilspeed.kernels.backend``."""
+    return request.param
+
+
+@pytest.fixture
+def several_tiles_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small enough tiles and blocks that a test's few logits take several of each."""
+    monkeypatch.setattr(distillation_loss_chunked, "BLOCK_BYTES", 700)
+    if TRITON_INSTALLED:
+        from distilspeed.kernels import distillation_loss_triton
+
+        small = distillation_loss_triton.LaunchConfig(tile=16, num_warps=1)
+        monkeypatch.setattr(distillation_loss_triton, "launch_config", lambda vocab_size: small)
