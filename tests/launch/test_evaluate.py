@@ -1,0 +1,76 @@
+"""The command itself: its files, its table, its exit status, its one line of error."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distilspeed.trainer.student import load_teacher, make_student
+
+COMMAND = Path(__file__).parents[2] / "launch" / "evaluate.py"
+
+
+def run_evaluate(*options: object) -> subprocess.CompletedProcess[str]:
+    # Nothing may reach for the hub; and two threads on tiny models cost more than they save.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(COMMAND), *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+
+@pytest.fixture(scope="module")
+def student_dir(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "student"
+    make_student(load_teacher(str(tiny_teacher_dir)), (0, 3)).save_pretrained(folder)
+    return folder
+
+
+def test_the_command_writes_a_report_and_prints_its_table(
+    tiny_teacher_dir: Path, student_dir: Path, small_corpus_dir: Path, tmp_path: Path
+) -> None:
+    task = tmp_path / "words"
+    task.mkdir()
+    records = [{"text_a": "the list", "text_b": f"number {i}", "label": i % 2} for i in range(16)]
+    for name in ("train", "dev"):
+        (task / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    output = tmp_path / "evaluation"
+    models = ("--teacher", tiny_teacher_dir, "--student", student_dir, "--baseline", student_dir)
+    small = ("--max_rows", 8, "--task", task, "--task_epochs", 1, "--task_seeds", 2, "--device", "cpu")
+    done = run_evaluate(*models, "--data_dir", small_corpus_dir, "--output_dir", output, *small)
+
+    assert done.returncode == 0, done.stderr
+    report = json.loads((output / "report.json").read_text())
+    assert [model["role"] for model in report["models"]] == ["teacher", "student", "baseline"]
+    assert [score["task"] for score in report["models"][1]["tasks"]] == ["words"]
+    assert len(report["models"][1]["tasks"][0]["accuracies"]) == 2
+    assert done.stdout.strip() in (output / "report.md").read_text()
+    assert len(done.stdout.strip().splitlines()) == 5
+    assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation", "words"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--teacher", "nowhere"), "cannot load the teacher nowhere"),
+        (("--max_rows", "many"), "argument --max_rows: invalid int value"),
+    ],
+)
+def test_a_wrong_option_is_one_line_and_status_2(
+    options: tuple[str, ...],
+    message: str,
+    tiny_teacher_dir: Path,
+    student_dir: Path,
+    small_corpus_dir: Path,
+    tmp_path: Path,
+) -> None:
+    models = ("--teacher", tiny_teacher_dir, "--student", student_dir)
+    output = tmp_path / "runs" / "evaluation"
+    done = run_evaluate(*models, "--data_dir", small_corpus_dir, "--output_dir", output, *options)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,201 @@
+"""Promises of the comparison: what cannot be compared is refused first, and the same inputs go to all."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+
+from distilspeed.trainer import comparison
+from distilspeed.trainer.comparison import EvaluateArguments, choose_device, evaluate
+from distilspeed.trainer.corpus import open_corpus
+from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.evaluation import masked_token_quality
+from distilspeed.trainer.student import load_teacher, make_student
+
+TINY: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 32,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, small_corpus_dir: Path) -> Path:
+    """A folder with ``teacher`` and ``student``, random but for their knowledge of which tokens are frequent."""
+    folder = tmp_path_factory.mktemp("models")
+    shutil.copytree(tiny_teacher_dir, folder / "teacher")
+    teacher = load_teacher(str(tiny_teacher_dir))
+    counts = torch.from_numpy(open_corpus(small_corpus_dir).token_counts)
+    teacher.cls.predictions.bias.copy_(3 * (counts + 1).log())
+    teacher.save_pretrained(folder / "teacher")
+    make_student(teacher, (0, 3)).save_pretrained(folder / "student")
+    return folder
+
+
+@pytest.fixture
+def arguments(
+    models: Path,
+    small_corpus_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> EvaluateArguments:
+    monkeypatch.setattr("distilspeed.trainer.evaluation.SECONDS_PER_MODEL", 0.05)
+    return EvaluateArguments(
+        teacher=str(models / "teacher"),
+        student=str(models / "student"),
+        data_dir=small_corpus_dir,
+        output_dir=tmp_path / "out" / "evaluation",
+        max_rows=12,
+        task_epochs=1,
+        task_seeds=2,
+        device="cpu",
+        seed=5,
+    )
+
+
+def tiny_task(folder: Path, label: str = "label") -> Path:
+    folder.mkdir()
+    records = [{"text": f"the list {number}", label: number % 2} for number in range(12)]
+    for name in ("train", "dev"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def test_student_and_baseline_are_measured_against_the_teacher(
+    arguments: EvaluateArguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[str, int]] = []
+
+    def recorded_fine_tune(
+        name: str, task: Any, tokenizer: Any, settings: Any, seed: int, device: Any
+    ) -> float:
+        given.append((Path(name).name, seed))
+        return {arguments.teacher: 0.8, arguments.student: 0.6}[name] + 0.1 * (seed - 5)
+
+    monkeypatch.setattr(comparison, "fine_tune", recorded_fine_tune)
+    whole = replace(arguments, baseline=arguments.student, task=(tiny_task(tmp_path / "words"),))
+    report = evaluate(whole)
+
+    teacher, student, baseline = report.models
+    assert [model.role for model in report.models] == ["teacher", "student", "baseline"]
+    model = AutoModelForMaskedLM.from_pretrained(arguments.student)
+    assert student.quality == masked_token_quality(model, open_corpus(arguments.data_dir), 12, seed=5)
+    assert student.parameters == model.num_parameters()
+    assert teacher.quality.accuracy > 0
+    assert student.mlm_retention_percent == pytest.approx(
+        100 * student.quality.accuracy / teacher.quality.accuracy
+    )
+    assert student.tasks[0].retention_percent == pytest.approx(100 * 0.65 / 0.85)
+    assert teacher.teacher_agreement == 1.0 > student.teacher_agreement
+    assert (teacher.mlm_retention_percent, teacher.latencies[0].speed_up) == (100.0, 1.0)
+    assert (baseline.quality, baseline.teacher_agreement) == (student.quality, student.teacher_agreement)
+    assert [seed for _, seed in given] == [5, 6] * 3
+    assert sorted(path.name for path in arguments.output_dir.iterdir()) == [
+        "report.json",
+        "report.md",
+        "report.png",
+    ]
+    assert str(tmp_path) not in (arguments.output_dir / "report.json").read_text()
+    assert [path.name for path in arguments.output_dir.parent.iterdir()] == ["evaluation"]
+
+
+def refusals(folder: Path, arguments: EvaluateArguments) -> dict[str, EvaluateArguments]:
+    """What is wrong (part of the message), and the arguments with which it is."""
+
+    def saved(name: str, model: Any) -> str:
+        model.save_pretrained(folder / name)
+        return str(folder / name)
+
+    vocab_size = BertConfig.from_pretrained(arguments.teacher).vocab_size
+    other_tokenizer = folder / "other_tokenizer"
+    shutil.copytree(arguments.teacher, other_tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(other_tokenizer)
+    tokenizer.add_tokens("another")
+    tokenizer.save_pretrained(other_tokenizer)
+    headless = BertForMaskedLM(BertConfig(vocab_size=vocab_size, **TINY)).bert
+    no_weights = folder / "no_weights"
+    shutil.copytree(arguments.student, no_weights)
+    (no_weights / "model.safetensors").write_bytes(b"nothing")
+    full = folder / "full"
+    full.mkdir()
+    (full / "notes.txt").touch()
+    short = BertConfig(vocab_size=vocab_size, max_position_embeddings=32, **TINY)
+    roberta = RobertaConfig(vocab_size=vocab_size, initializer_range=0.2, **TINY)
+    return {
+        "cannot load the teacher": replace(arguments, teacher=str(folder / "nowhere")),
+        "cannot load the student": replace(arguments, student=str(no_weights)),
+        "lacks weights": replace(arguments, baseline=saved("headless", headless)),
+        "a vocabulary of 500 tokens": replace(
+            arguments, student=saved("small", BertForMaskedLM(BertConfig(vocab_size=500, **TINY)))
+        ),
+        "another tokenizer": replace(arguments, student=str(other_tokenizer)),
+        "only 32 positions": replace(arguments, student=saved("short", BertForMaskedLM(short))),
+        '"roberta" model, which reads': replace(
+            arguments, teacher=saved("roberta", RobertaForMaskedLM(roberta))
+        ),
+        "is not a prepared corpus": replace(arguments, data_dir=folder),
+        "train.jsonl": replace(arguments, task=(folder,)),
+        'needs "text"': replace(arguments, task=(tiny_task(folder / "no_label", label="class"),)),
+        "exists already": replace(arguments, output_dir=full),
+        "cannot be made": replace(arguments, output_dir=full / "notes.txt" / "evaluation"),
+    }
+
+
+def test_what_cannot_be_compared_is_refused_before_anything_is_measured(
+    arguments: EvaluateArguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: object) -> None:
+        raise AssertionError("a measurement began")
+
+    monkeypatch.setattr(comparison, "_measure", measured)
+    for message, refused in refusals(tmp_path, arguments).items():
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(UserError, match=message):
+            evaluate(refused)
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_numbers_that_make_no_sense_are_refused(arguments: EvaluateArguments, tmp_path: Path) -> None:
+    for name in ("max_rows", "task_epochs", "task_seeds", "task_batch_size"):
+        with pytest.raises(UserError, match=f"--{name} must be at least 1"):
+            replace(arguments, **{name: 0})
+    for rate in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="--task_learning_rate"):
+            replace(arguments, task_learning_rate=rate)
+    with pytest.raises(UserError, match="--seed"):
+        replace(arguments, seed=-1)
+    with pytest.raises(UserError, match="same name"):
+        replace(arguments, task=(tmp_path / "a" / "rte", tmp_path / "b" / "rte"))
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == torch.device("cpu")
+    with pytest.raises(UserError, match="sees no GPU"):
+        choose_device("cuda")
+
+
+def test_a_failure_half_way_leaves_nothing(
+    arguments: EvaluateArguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("distilspeed.trainer.evaluation_report.draw_report", full_disk)
+    with pytest.raises(UserError, match="No space left"):
+        evaluate(arguments)
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+    assert not arguments.output_dir.exists()

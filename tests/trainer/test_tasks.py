@@ -1,0 +1,148 @@
+"""Promises of the tasks: what is read is checked, and fine-tuning learns what can be learned."""
+
+import inspect
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, BertForSequenceClassification
+
+from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.student import load_teacher, make_student
+from distilspeed.trainer.tasks import Example, FineTuning, encode, fine_tune, read_task
+
+CPU = torch.device("cpu")
+SINGLE = {"text": "the list is empty", "label": 0}
+OTHER = {"text": "a function returns", "label": 1}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """On a busy machine, threads that wait for each other make training of so small a model 20 times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def write_task(folder: Path, train: Sequence[object], dev: Sequence[object]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, records in (("train", train), ("dev", dev)):
+        lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+        (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return folder
+
+
+def separable_task(folder: Path, train: int = 192, dev: int = 64) -> Path:
+    """One word decides the class."""
+    words = ("list", "class")
+    records = [{"text": f"the {words[i % 2]} number {i // 2}", "label": i % 2} for i in range(train + dev)]
+    return write_task(folder, records[:train], records[train:])
+
+
+def test_sentences_and_pairs_are_read_with_their_classes(tmp_path: Path) -> None:
+    pairs = [
+        {"text_a": "a\u2028b", "text_b": "c", "label": "yes", "src": "x"},
+        {"text_a": "d", "text_b": "e", "label": "no"},
+    ]
+    task = read_task(write_task(tmp_path / "pairs", pairs, pairs[:1]))
+    assert (task.name, task.labels) == ("pairs", ("no", "yes"))
+    assert task.train == (Example("a\u2028b", "c", 1), Example("d", "e", 0))
+    single = read_task(write_task(tmp_path / "single", [SINGLE, OTHER], [SINGLE, SINGLE, OTHER]))
+    assert single.dev[2] == Example("a function returns", None, 1)
+    assert single.majority_accuracy == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("train", "dev", "message"),
+    [
+        ([SINGLE, SINGLE], [SINGLE], "the label 0"),
+        ([SINGLE, OTHER], [{"text": "x", "label": 7}], "train.jsonl lacks"),
+        ([SINGLE, OTHER], [], "dev.jsonl is empty"),
+        ([SINGLE, "{"], [SINGLE], "train.jsonl, line 2 is not JSON"),
+        ([SINGLE, [1]], [SINGLE], "line 2 is not an object"),
+        ([SINGLE, {"text": "x"}], [SINGLE], 'line 2 needs "text"'),
+        ([SINGLE, {"text": 3, "label": 1}], [SINGLE], 'line 2 needs "text"'),
+        ([SINGLE, {"text_a": "x", "label": 1}], [SINGLE], 'line 2 needs "text"'),
+        ([SINGLE, {"text": "x", "label": 0.5}], [SINGLE], 'line 2 needs "text"'),
+        ([SINGLE, {"text_a": "x", "text_b": "y", "label": 1}], [SINGLE], "mixes"),
+    ],
+)
+def test_a_task_that_cannot_be_used_is_named(
+    tmp_path: Path, train: list[object], dev: list[object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        read_task(write_task(tmp_path / "task", train, dev))
+
+
+def test_missing_files_and_other_encodings_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read .*train\.jsonl"):
+        read_task(tmp_path)
+    task = write_task(tmp_path / "task", [SINGLE, OTHER], [SINGLE])
+    (task / "dev.jsonl").write_bytes(b'{"text": "caf\xe9", "label": 0}\n')
+    with pytest.raises(UserError, match=r"dev\.jsonl is not UTF-8"):
+        read_task(task)
+
+
+def test_a_model_gets_only_the_inputs_it_takes(small_tokenizer_dir: Path, tiny_teacher_dir: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(small_tokenizer_dir)
+    teacher = load_teacher(str(tiny_teacher_dir))
+    examples = (Example("the list", "a class " * 50, 1),)
+    (of_bert,) = encode(examples, tokenizer, teacher, max_length=16)
+    (of_distilbert,) = encode(examples, tokenizer, make_student(teacher, (0, 3)), max_length=16)
+    assert of_bert.keys() - of_distilbert.keys() == {"token_type_ids"}
+    assert of_distilbert.keys() == {"input_ids", "attention_mask", "label"}
+    assert len(of_bert["input_ids"]) == 16
+    assert set(of_bert["token_type_ids"]) == {0, 1}
+
+
+@pytest.mark.parametrize("architecture", ["bert", "distilbert"])
+def test_a_separable_task_is_learned(
+    tmp_path: Path, tiny_teacher_dir: Path, small_tokenizer_dir: Path, architecture: str
+) -> None:
+    model_dir = tiny_teacher_dir
+    if architecture == "distilbert":
+        model_dir = tmp_path / "student"
+        make_student(load_teacher(str(tiny_teacher_dir)), (0, 3)).save_pretrained(model_dir)
+    task = read_task(separable_task(tmp_path / "task"))
+    settings = FineTuning(epochs=6, learning_rate=2e-3, batch_size=16, max_length=32)
+    tokenizer = AutoTokenizer.from_pretrained(small_tokenizer_dir)
+    assert fine_tune(str(model_dir), task, tokenizer, settings, seed=0, device=CPU) > 0.95
+
+
+def test_the_schedule_warms_up_and_ends_at_zero_and_the_seed_decides_everything(
+    tmp_path: Path, tiny_teacher_dir: Path, small_tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[list[float]] = []
+    orders: list[list[int]] = []
+    step, forward = torch.optim.AdamW.step, BertForSequenceClassification.forward
+
+    def recorded_step(self: torch.optim.AdamW, *args: object, **kwargs: object) -> object:
+        rates[-1].append(self.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    def recorded_forward(
+        self: BertForSequenceClassification, input_ids: torch.Tensor, **inputs: object
+    ) -> object:
+        if self.training:
+            orders[-1] += input_ids.sum(dim=1).tolist()
+        return forward(self, input_ids=input_ids, **inputs)
+
+    recorded_forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded_step)
+    monkeypatch.setattr(BertForSequenceClassification, "forward", recorded_forward)
+    task = read_task(separable_task(tmp_path / "task", train=80, dev=8))
+    settings = FineTuning(epochs=4, learning_rate=1e-3, batch_size=16, max_length=32)
+    tokenizer = AutoTokenizer.from_pretrained(small_tokenizer_dir)
+    for seed in (0, 0, 1):
+        rates.append([])
+        orders.append([])
+        fine_tune(str(tiny_teacher_dir), task, tokenizer, settings, seed, CPU)
+    # 20 steps: 2 of warm-up, then 18 down.
+    expected = [0.0, 0.5e-3, *(1e-3 * (18 - i) / 18 for i in range(18))]
+    assert rates[0] == pytest.approx(expected)
+    assert orders[0] == orders[1] != orders[2]
+    assert orders[0][:80] != orders[0][80:160]
+    assert sorted(orders[0][:80]) == sorted(orders[0][80:160])

@@ -1,0 +1,300 @@
+"""Teacher against student, and against a baseline: what launch/evaluate.py does.
+
+Everything is in float32, and on the same inputs for every model: the same masks, the same examples, and
+forward passes timed in turns.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+
+from distilspeed.trainer.batches import MicroBatch, document_layout
+from distilspeed.trainer.corpus import Corpus, open_corpus, read_rows, tokenizer_hash
+from distilspeed.trainer.distillation import forward_packed
+from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.evaluation import (
+    ROWS_PER_BATCH,
+    count_parameters,
+    measure_latency,
+    predict_masked_tokens,
+    weights_bytes,
+)
+from distilspeed.trainer.evaluation_report import (
+    Conditions,
+    Latency,
+    Machine,
+    ModelReport,
+    Report,
+    TaskConditions,
+    TaskScore,
+    percent_of,
+    write_report,
+)
+from distilspeed.trainer.files import folder_written_whole
+from distilspeed.trainer.student import check_positions
+from distilspeed.trainer.tasks import FineTuning, Task, fine_tune, read_task
+
+logger = logging.getLogger(__name__)
+
+TASK_MAX_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """The command line of ``launch/evaluate.py``. Models are folders or hub ids with safetensors weights."""
+
+    teacher: str
+    student: str
+    data_dir: Path
+    output_dir: Path
+    baseline: str | None = None
+    task: tuple[Path, ...] = ()
+    max_rows: int = 1000
+    task_epochs: int = 3
+    task_seeds: int = 3
+    task_learning_rate: float = 5e-5
+    task_batch_size: int = 32
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_rows", "task_epochs", "task_seeds", "task_batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1")
+        checks = [
+            (0 < self.task_learning_rate < 1, "--task_learning_rate must be between 0 and 1"),
+            (0 <= self.seed < 1 << 32, "--seed must be from 0 to 2^32 - 1"),
+            (self.device in ("auto", "cpu", "cuda"), "--device must be auto, cpu or cuda"),
+            (
+                len({task.resolve().name for task in self.task}) == len(self.task),
+                "two --task folders have the same name; the report could not tell them apart, rename one",
+            ),
+        ]
+        for holds, message in checks:
+            if not holds:
+                raise UserError(message)
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Names of the models by role, the teacher first."""
+        names = {"teacher": self.teacher, "student": self.student, "baseline": self.baseline}
+        return {role: name for role, name in names.items() if name is not None}
+
+
+# --- loading, and refusing what cannot be compared ------------------------------------------------------
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is the GPU where there is one. ``UserError`` for a GPU that is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, and PyTorch sees no GPU; use --device cpu")
+    return torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
+
+
+def load_contender(role: str, name: str, corpus: Corpus, needs_classifier: bool) -> PreTrainedModel:
+    """Load a masked language model that can be measured on the corpus: float32, evaluation mode, on the CPU.
+
+    A folder without a tokenizer is judged by the size of its vocabulary alone.
+
+    Raises:
+        UserError: it cannot be loaded or lacks weights; it has another tokenizer, fewer tokens or fewer
+            positions than the corpus; it mixes the documents of a packed row; or transformers has no
+            classifier of its architecture and tasks need one.
+    """
+    has_tokenizer = not Path(name).is_dir() or (Path(name) / "tokenizer.json").exists()
+    if (
+        has_tokenizer
+        and tokenizer_hash(_from_pretrained(AutoTokenizer, role, name)) != corpus.manifest.tokenizer_hash
+    ):
+        raise UserError(
+            f"the {role} {name} has another tokenizer than the corpus; models are compared on a corpus made "
+            "with their own (launch/prepare_data.py --tokenizer)"
+        )
+    model, loading = _from_pretrained(
+        AutoModelForMaskedLM,
+        role,
+        name,
+        dtype=torch.float32,
+        use_safetensors=True,
+        attn_implementation="sdpa",
+        output_loading_info=True,
+    )
+    if loading["missing_keys"]:
+        missing = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise UserError(f"the {role} {name} lacks weights ({missing}, …); give a whole masked language model")
+    if model.config.vocab_size < corpus.manifest.vocab_size:
+        raise UserError(
+            f"the {role} {name} has a vocabulary of {model.config.vocab_size} tokens, the corpus's tokenizer one "
+            f"of {corpus.manifest.vocab_size}; choose a model that goes with the corpus"
+        )
+    check_positions(model, corpus, name)
+    architecture = model.config.model_type
+    if not _keeps_documents_apart(model.eval()):
+        raise UserError(
+            f'the {role} {name} is a "{architecture}" model, which reads a document of a packed row otherwise '
+            "than the document alone (its positions do not start at 0); it cannot be measured"
+        )
+    if needs_classifier and type(model.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UserError(
+            f'transformers has no classifier for the "{architecture}" model {name}; leave --task out'
+        )
+    return model
+
+
+@torch.inference_mode()
+def _keeps_documents_apart(model: PreTrainedModel) -> bool:
+    length = 8
+    ids = torch.arange(2 * length)[None]
+    document_ids, position_ids = map(
+        torch.from_numpy, document_layout([np.array([length, length])], 2 * length)
+    )
+    nothing = torch.zeros(())
+    row = MicroBatch(ids, ids, document_ids, position_ids, torch.zeros(1), nothing, nothing)
+    packed = forward_packed(model, row).logits[:, length:]
+    alone = model(input_ids=ids[:, length:]).logits
+    return bool((packed - alone).abs().max() <= 1e-3 * alone.abs().max())
+
+
+def _from_pretrained(auto_class: Any, role: str, name: str, **options: Any) -> Any:
+    try:
+        return auto_class.from_pretrained(name, **options)
+    except Exception as error:  # the hub's, the file system's, safetensors' and transformers' own
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"cannot load the {role} {name}: {first_line}; give a folder or hub id with safetensors weights"
+        ) from error
+
+
+def _check_output_dir(output_dir: Path) -> None:
+    if output_dir.is_file() or (output_dir.is_dir() and any(output_dir.iterdir())):
+        raise UserError(f"{output_dir} exists already; choose another --output_dir or remove it")
+    nearest = next(folder for folder in output_dir.absolute().parents if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"{output_dir} cannot be made in {nearest}; choose another --output_dir")
+
+
+# --- the comparison -------------------------------------------------------------------------------------
+
+
+def evaluate(arguments: EvaluateArguments) -> Report:
+    """Compare the models and write report.json, report.md and report.png to the output folder.
+
+    Raises:
+        UserError: anything the caller can put right, before anything is measured where it is known by then.
+        NumericalError: a model's loss on the held-out rows is not finite.
+    """
+    device = choose_device(arguments.device)
+    _check_output_dir(arguments.output_dir)
+    tasks = [read_task(folder) for folder in arguments.task]
+    corpus = open_corpus(arguments.data_dir)
+    models = [
+        load_contender(role, name, corpus, needs_classifier=bool(tasks))
+        for role, name in arguments.models.items()
+    ]
+    settings = FineTuning(
+        epochs=arguments.task_epochs,
+        learning_rate=arguments.task_learning_rate,
+        batch_size=arguments.task_batch_size,
+        max_length=min([TASK_MAX_LENGTH, *(model.config.max_position_embeddings for model in models)]),
+    )
+    report = Report(
+        models=tuple(_measure(arguments, corpus, models, tasks, settings, device)),
+        conditions=Conditions(
+            corpus=arguments.data_dir.resolve().name,
+            held_out_rows=min(arguments.max_rows, len(corpus.held_out)),
+            seq_length=corpus.manifest.seq_length,
+            seed=arguments.seed,
+            tasks=tuple(TaskConditions.of(task) for task in tasks),
+            task_seeds=arguments.task_seeds,
+            fine_tuning=settings,
+        ),
+        machine=Machine.here(device),
+    )
+    try:
+        arguments.output_dir.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with folder_written_whole(arguments.output_dir) as folder:
+            write_report(report, folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {arguments.output_dir}: {error}; check free space and permissions"
+        ) from error
+    return report
+
+
+def _measure(
+    arguments: EvaluateArguments,
+    corpus: Corpus,
+    models: Sequence[PreTrainedModel],
+    tasks: Sequence[Task],
+    settings: FineTuning,
+    device: torch.device,
+) -> Iterator[ModelReport]:
+    """One report a model, in the order of ``arguments.models``."""
+    latencies = _measure_latencies(models, corpus, device)
+    predictions = []
+    for role, model in zip(arguments.models, models, strict=True):
+        logger.info("held-out rows: %s", role)
+        predictions.append(
+            predict_masked_tokens(model, corpus, arguments.max_rows, ROWS_PER_BATCH, arguments.seed)
+        )
+    qualities = [prediction.quality() for prediction in predictions]
+    scores = [_fine_tune_all(arguments, task, corpus, settings, device) for task in tasks]
+    for index, (role, name) in enumerate(arguments.models.items()):
+        parameters = count_parameters(models[index])
+        yield ModelReport(
+            role=role,
+            name=_shown(name),
+            parameters=parameters,
+            parameters_percent=100 * parameters / count_parameters(models[0]),
+            weights_bytes=weights_bytes(name),
+            quality=qualities[index],
+            mlm_retention_percent=percent_of(qualities[index].accuracy, qualities[0].accuracy),
+            teacher_agreement=predictions[index].agreement(predictions[0]),
+            latencies=tuple(of_device[index] for of_device in latencies),
+            tasks=tuple(of_task[index] for of_task in scores),
+        )
+
+
+def _measure_latencies(
+    models: Sequence[PreTrainedModel], corpus: Corpus, device: torch.device
+) -> list[list[Latency]]:
+    """For the CPU, and for the GPU if it is used: the latency of each model. Leaves the models on ``device``."""
+    input_ids = torch.from_numpy(read_rows(corpus.held_out, [0]).input_ids)
+    latencies = []
+    for place in dict.fromkeys([torch.device("cpu"), device]):
+        logger.info("latency: %s", place.type)
+        times = measure_latency(models, input_ids, place)
+        name = "CPU" if place.type == "cpu" else "GPU"
+        latencies.append([Latency.of(name, of_model, times[0]) for of_model in times])
+    return latencies
+
+
+def _fine_tune_all(
+    arguments: EvaluateArguments, task: Task, corpus: Corpus, settings: FineTuning, device: torch.device
+) -> list[TaskScore]:
+    """The task's score of each model, every model with the same seeds."""
+    tokenizer = corpus.load_tokenizer()
+    accuracies: list[list[float]] = []
+    for role, name in arguments.models.items():
+        accuracies.append([])
+        for seed in range(arguments.seed, arguments.seed + arguments.task_seeds):
+            logger.info("%s: fine-tuning the %s, seed %d", task.name, role, seed)
+            accuracies[-1].append(fine_tune(name, task, tokenizer, settings, seed, device))
+    return [TaskScore.of(task.name, of_model, accuracies[0]) for of_model in accuracies]
+
+
+def _shown(name: str) -> str:
+    """A model's name in the report: as given, without the machine's folders."""
+    return Path(name).name if Path(name).is_absolute() else name

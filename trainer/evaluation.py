@@ -1,0 +1,164 @@
+"""What is measured of a masked language model: quality on held-out rows, size, latency."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedModel
+
+from distilspeed.trainer.batches import MicroBatch, corpus_masking_rule, document_layout
+from distilspeed.trainer.corpus import Corpus, read_rows
+from distilspeed.trainer.distillation import forward_packed
+from distilspeed.trainer.errors import NumericalError
+from distilspeed.trainer.evaluation_report import MaskedTokenQuality
+from distilspeed.trainer.masking import IGNORE_INDEX, mask_row
+
+ROWS_PER_BATCH = 8
+# Added to the seed: a key that no training run's masks are drawn with. Above 2^63 - 1 NumPy would round it.
+EVALUATION_STREAM = 1 << 62
+WARM_UP_PASSES = 3
+SECONDS_PER_MODEL = 3.0
+REPETITIONS = (10, 200)  # at least, at most
+
+
+# --- masked tokens of held-out rows ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MaskedTokenPredictions:
+    """What a model says of each masked token, in the rows' order, on the CPU."""
+
+    losses: torch.Tensor  # float32 [masked tokens], -log softmax(logits)[label]
+    predicted: torch.Tensor  # int64 [masked tokens], the token with the highest logit
+    labels: torch.Tensor  # int64 [masked tokens]
+
+    def quality(self) -> MaskedTokenQuality:
+        """Means over all masked tokens, not means of batches' means."""
+        loss = self.losses.double().mean().item()
+        if not np.isfinite(loss):
+            raise NumericalError(f"the model's loss on the held-out rows is {loss}: its weights are damaged")
+        accuracy = (self.predicted == self.labels).double().mean().item()
+        return MaskedTokenQuality(loss, accuracy, len(self.labels))
+
+    def agreement(self, other: "MaskedTokenPredictions") -> float:
+        """Share of the masked tokens for which both predict the same token."""
+        return (self.predicted == other.predicted).double().mean().item()
+
+
+def masked_token_quality(
+    model: PreTrainedModel, corpus: Corpus, max_rows: int, batch_size: int = ROWS_PER_BATCH, seed: int = 0
+) -> MaskedTokenQuality:
+    """Loss and accuracy of a masked language model on the corpus's first ``max_rows`` held-out rows.
+
+    15 % of a row's tokens are masked, each non-special one with the same probability, as for BERT (Devlin
+    et al. 2019); training's preference for rare tokens would give numbers that compare with nobody's. The
+    masks depend on the corpus and the seed alone, so every model sees the same ones, and they come from
+    another random stream than training's. The model stays where it is, in the mode it was in.
+
+    Raises:
+        NumericalError: the loss is not finite.
+    """
+    return predict_masked_tokens(model, corpus, max_rows, batch_size, seed).quality()
+
+
+@torch.inference_mode()
+def predict_masked_tokens(
+    model: PreTrainedModel, corpus: Corpus, max_rows: int, batch_size: int, seed: int
+) -> MaskedTokenPredictions:
+    """Loss and prediction for every masked token of the first ``max_rows`` held-out rows."""
+    was_training = model.training
+    model.eval()
+    parts = []
+    for batch in held_out_batches(corpus, max_rows, batch_size, seed):
+        masked = batch.labels != IGNORE_INDEX
+        logits = forward_packed(model, batch.to(model.device)).logits[masked.to(model.device)].float()
+        labels = batch.labels[masked]
+        losses = nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="none")
+        parts.append((losses.cpu(), logits.argmax(dim=-1).cpu(), labels))
+    model.train(was_training)
+    return MaskedTokenPredictions(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def held_out_batches(corpus: Corpus, max_rows: int, batch_size: int, seed: int) -> Iterator[MicroBatch]:
+    """The first held-out rows, masked; the last batch may be smaller."""
+    of_training = corpus_masking_rule(corpus)
+    rule = replace(of_training, sampling_weights=(of_training.sampling_weights > 0).astype(np.float64))
+    rows = np.arange(min(max_rows, len(corpus.held_out)))
+    for first in range(0, len(rows), batch_size):
+        of_batch = rows[first : first + batch_size]
+        stored = read_rows(corpus.held_out, of_batch)
+        masked = [
+            mask_row(ids, int(lengths.sum()), rule, EVALUATION_STREAM + seed, epoch=0, row=int(row))
+            for ids, lengths, row in zip(stored.input_ids, stored.document_lengths, of_batch, strict=True)
+        ]
+        labels = np.stack([labels for _, labels in masked])
+        document_ids, position_ids = document_layout(stored.document_lengths, corpus.manifest.seq_length)
+        yield MicroBatch(
+            input_ids=torch.from_numpy(np.stack([ids for ids, _ in masked])),
+            labels=torch.from_numpy(labels),
+            document_ids=torch.from_numpy(document_ids),
+            position_ids=torch.from_numpy(position_ids),
+            row_ids=torch.from_numpy(of_batch),
+            real_tokens=torch.tensor(np.concatenate(stored.document_lengths).sum(), dtype=torch.float32),
+            masked_tokens=torch.tensor((labels != IGNORE_INDEX).sum(), dtype=torch.float32),
+        )
+
+
+# --- size and latency -----------------------------------------------------------------------------------
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a model, each shared one once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def weights_bytes(name: str) -> int:
+    """Bytes on disk of the safetensors weights of a model folder, or of a hub id that has been loaded."""
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(name, allow_patterns="model*.safetensors", local_files_only=True))
+    return sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
+
+
+@torch.inference_mode()
+def measure_latency(
+    models: Sequence[PreTrainedModel], input_ids: torch.Tensor, device: torch.device
+) -> list[NDArray[np.float64]]:
+    """Milliseconds of the encoders' forward passes on one sequence, float64 [repetitions] for each model.
+
+    The models take turns, so that a machine that slows down slows all alike. Each has about 3 seconds.
+    The models are left on ``device`` in evaluation mode.
+
+    Args:
+        input_ids: int64 [1, length], without padding.
+    """
+    encoders = [nn.Module.to(model, device).eval().base_model for model in models]
+    inputs = {"input_ids": input_ids.to(device), "attention_mask": torch.ones_like(input_ids).to(device)}
+    for encoder in encoders * WARM_UP_PASSES:
+        _forward_milliseconds(encoder, inputs, device)
+    times: list[list[float]] = []
+    at_least, at_most = REPETITIONS
+    deadline = time.perf_counter() + SECONDS_PER_MODEL * len(models)
+    while len(times) < at_least or (len(times) < at_most and time.perf_counter() < deadline):
+        times.append([_forward_milliseconds(encoder, inputs, device) for encoder in encoders])
+    return list(np.array(times).T)
+
+
+def _forward_milliseconds(encoder: nn.Module, inputs: dict[str, torch.Tensor], device: torch.device) -> float:
+    if device.type == "cpu":
+        start_time = time.perf_counter()
+        encoder(**inputs)
+        return 1000 * (time.perf_counter() - start_time)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    start.record()
+    encoder(**inputs)
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end)
