@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from distilspeed.trainer.config import BatchEquation
 from distilspeed.trainer.corpus import Corpus, read_rows
-from distilspeed.trainer.masking import MaskingRule, mask_row, masked_token_count, masking_rule
+from distilspeed.trainer.masking import MaskingRule, mask_row, masked_token_count, masking_rule, philox
 
-# Separates the row order's random stream from the masking's, which starts at counter 0.
-ROW_ORDER_STREAM = 1
+# Random streams beside masking's, which is 0.
+ROW_ORDER_STREAM, DROPOUT_STREAM = 1, 2
 PADDING_DOCUMENT = -1
 
 
@@ -107,9 +107,7 @@ class MicroBatches(Dataset[MicroBatch]):
         return int(self.real_tokens[rows].sum())
 
     def _permute(self, epoch: int) -> NDArray[np.int64]:
-        generator = np.random.Generator(
-            np.random.Philox(key=[self.seed, epoch], counter=[0, 0, ROW_ORDER_STREAM, 0])
-        )
+        generator = np.random.Generator(philox(self.seed, epoch, stream=(ROW_ORDER_STREAM, 0)))
         return generator.permutation(len(self.rows))
 
     def __getitem__(self, index: int) -> MicroBatch:

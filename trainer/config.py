@@ -64,7 +64,7 @@ class TrainArguments:
             ),
             (self.max_steps is None or self.max_steps > 0, "--max_steps must be above 0"),
             (self.num_train_epochs > 0, "--num_train_epochs must be above 0"),
-            (self.seed >= 0, "--seed must not be negative"),
+            (0 <= self.seed < 1 << 32, "--seed must be from 0 to 2^32 - 1"),
             (self.save_steps > 0, "--save_steps must be above 0"),
             (self.save_total_limit > 0, "--save_total_limit must be above 0"),
             (self.logging_steps > 0, "--logging_steps must be above 0"),

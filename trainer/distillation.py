@@ -14,6 +14,7 @@ The losses must stay inside the module that DeepSpeed wraps, and it must return 
 DeepSpeed 0.18.3 to 0.18.9 divides gradients by the accumulation steps once per output tensor.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,7 +25,8 @@ from transformers import PreTrainedModel
 from distilspeed.kernels.cosine_loss import cosine_loss
 from distilspeed.kernels.distillation_loss import distillation_loss
 from distilspeed.trainer.batches import PADDING_DOCUMENT, MicroBatch
-from distilspeed.trainer.masking import IGNORE_INDEX
+from distilspeed.trainer.families import mlm_head
+from distilspeed.trainer.masking import IGNORE_INDEX, MASKED_FRACTION
 
 
 @dataclass(frozen=True)
@@ -57,20 +59,23 @@ class LossParts(NamedTuple):
     loss_cos: torch.Tensor
 
 
-def forward_packed(model: PreTrainedModel, batch: MicroBatch) -> ModelOutputs:
-    """Run a masked language model on packed rows so that no token sees another document.
+def encode_packed(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
+    """Last hidden states [rows, length, hidden size] of packed rows, no token having seen another document.
 
     A packed row gives the hidden states that its documents would give alone. Padding attends to
     padding: a row of the attention mask with nothing in it would give NaN.
     """
     same_document = batch.document_ids[:, :, None] == batch.document_ids[:, None, :]
-    outputs = model(
-        input_ids=batch.input_ids,
-        attention_mask=same_document[:, None],
-        position_ids=batch.position_ids,
-        output_hidden_states=True,
-    )
-    return ModelOutputs(outputs.logits, outputs.hidden_states[-1])
+    encoder = model.base_model
+    return encoder(
+        input_ids=batch.input_ids, attention_mask=same_document[:, None], position_ids=batch.position_ids
+    ).last_hidden_state
+
+
+def forward_packed(model: PreTrainedModel, batch: MicroBatch) -> ModelOutputs:
+    """Run a masked language model on packed rows; see :func:`encode_packed`."""
+    hidden_states = encode_packed(model, batch)
+    return ModelOutputs(mlm_head(model, hidden_states), hidden_states)
 
 
 class Distillation(nn.Module):
@@ -95,19 +100,18 @@ class Distillation(nn.Module):
 
     def forward(self, batch: MicroBatch, targets: ModelOutputs | None) -> torch.Tensor:
         """Loss of one micro-batch; ``targets`` are the teacher's outputs on it, None without a teacher."""
-        outputs = forward_packed(self.student, batch)
-        parts = self.losses(outputs, batch, targets)
+        if targets is None:
+            parts = self.mlm_loss(batch)
+        else:
+            parts = self.distillation_losses(forward_packed(self.student, batch), batch, targets)
         self.last_parts = LossParts(*(part.detach() for part in parts))
         return parts.loss * self.gradient_shares
 
-    def losses(self, outputs: ModelOutputs, batch: MicroBatch, targets: ModelOutputs | None) -> LossParts:
+    def distillation_losses(
+        self, outputs: ModelOutputs, batch: MicroBatch, targets: ModelOutputs
+    ) -> LossParts:
         weights = self.objective
         masked, real = batch.labels != IGNORE_INDEX, batch.document_ids != PADDING_DOCUMENT
-        zero = batch.real_tokens.new_zeros(())
-        if targets is None:
-            mlm = masked_language_modelling_loss(outputs.logits, batch)
-            return LossParts(weights.alpha_mlm * mlm, zero, mlm, zero)
-
         restricted = weights.restrict_ce_to_mask
         fused = distillation_loss(
             outputs.logits,
@@ -124,11 +128,23 @@ class Distillation(nn.Module):
         loss = weights.alpha_ce * fused.kl + weights.alpha_mlm * fused.hard_ce + weights.alpha_cos * cos
         return LossParts(loss, fused.kl, fused.hard_ce, cos)
 
+    def mlm_loss(self, batch: MicroBatch) -> LossParts:
+        hidden_states, labels = masked_tokens(encode_packed(self.student, batch), batch.labels)
+        logits = mlm_head(self.student, hidden_states).float()
+        total = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+        mlm, zero = total / batch.masked_tokens, total.new_zeros(())
+        return LossParts(self.objective.alpha_mlm * mlm, zero, mlm, zero)
 
-def masked_language_modelling_loss(logits: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-    """Cross-entropy of the masked tokens over the global batch's masked tokens, float32 []."""
-    labels = batch.labels.flatten()
-    total = nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), labels, ignore_index=IGNORE_INDEX, reduction="sum"
-    )
-    return total / batch.masked_tokens
+
+def masked_tokens(hidden_states: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states and labels of the masked tokens, and a few others (label -100) up to a constant number.
+
+    The number depends on the shape alone, so that nothing waits for the device to count.
+
+    Returns:
+        [tokens, hidden size] and int64 [tokens], with tokens = rows x 15 % of the length, rounded up.
+    """
+    rows, length = labels.shape
+    most = rows * math.ceil(MASKED_FRACTION * length)
+    chosen = (labels.flatten() != IGNORE_INDEX).int().topk(most).indices
+    return hidden_states.flatten(0, 1)[chosen], labels.flatten()[chosen]

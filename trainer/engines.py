@@ -72,7 +72,13 @@ def join_job(process: Process) -> None:
         _share_cores(process)
         _skip_compiling_shared_memory_collectives()
     get_accelerator().set_device(process.local_rank)
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    try:
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        raise UserError(
+            f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
+            f"{str(error).splitlines()[0]}; choose another port (deepspeed --master_port)"
+        ) from error
 
 
 def _free_port() -> int:
@@ -119,7 +125,7 @@ class Teacher:
     """The frozen teacher on this rank's device; it has no gradients and no optimiser states."""
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
-        self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self.model = nn.Module.to(model, device=device, dtype=dtype).eval().requires_grad_(False)
 
     @torch.no_grad()
     def __call__(self, batch: MicroBatch) -> ModelOutputs:

@@ -6,7 +6,14 @@ One family today: BERT -> DistilBERT. DistilBERT is BERT without token-type embe
 from collections.abc import Sequence
 
 import torch
-from transformers import BertConfig, BertForMaskedLM, DistilBertConfig, PreTrainedConfig
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from distilspeed.trainer.errors import UserError
 
@@ -100,3 +107,17 @@ def student_state_dict(teacher: BertForMaskedLM, layers: Sequence[int]) -> dict[
         for kind in ("weight", "bias"):
             weights[f"{student_name}.{kind}"] = source[f"{teacher_name}.{kind}"]
     return weights
+
+
+def mlm_head(model: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Apply a model's masked-language-modelling head: [..., hidden size] to logits [..., vocabulary].
+
+    Raises:
+        UserError: the architecture is neither BERT nor DistilBERT.
+    """
+    if isinstance(model, BertForMaskedLM):
+        return model.cls(hidden_states)
+    if isinstance(model, DistilBertForMaskedLM):
+        transformed = model.activation(model.vocab_transform(hidden_states))
+        return model.vocab_projector(model.vocab_layer_norm(transformed))
+    raise UserError(f'"{model.config.model_type}" models cannot be trained; choose "bert" or "distilbert"')

@@ -1,17 +1,18 @@
 """The training loop, and the student that comes out of it."""
 
 import deepspeed
-import numpy as np
 import torch
 import torch.distributed
+from torch import nn
 from tqdm import tqdm
 
-from distilspeed.trainer.batches import MicroBatches
+from distilspeed.trainer.batches import DROPOUT_STREAM, MicroBatches
 from distilspeed.trainer.checkpoint import Checkpoints, Progress
 from distilspeed.trainer.distillation import Distillation, Objective
 from distilspeed.trainer.engines import DTYPES, Teacher, join_job, optimizer_step, student_engine
 from distilspeed.trainer.evaluation import masked_token_quality
 from distilspeed.trainer.export import TrainingRecord, export_student, gather_weights, whole_student
+from distilspeed.trainer.masking import philox
 from distilspeed.trainer.metrics import Metrics, plot_losses, read_metrics
 from distilspeed.trainer.plan import flops_per_token, measure_matmul_flops, model_shape
 from distilspeed.trainer.run import Run, record_run
@@ -70,7 +71,7 @@ def train(run: Run) -> None:
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
     """Seed dropout as a function of (seed, step, rank): a resumed run draws what an uninterrupted one draws."""
-    torch.manual_seed(int(np.random.Philox(key=[seed, step], counter=[0, 0, 0, rank]).random_raw()))
+    torch.manual_seed(int(philox(seed, step, stream=(DROPOUT_STREAM, rank)).random_raw()))
 
 
 def _epoch(run: Run, progress: Progress) -> float:
@@ -114,7 +115,9 @@ def _finish(run: Run, engine: deepspeed.DeepSpeedEngine) -> None:
             layers=run.layers,
             world_size=run.process.world_size,
             last_step=metrics[-1],
-            held_out=masked_token_quality(student.to(run.process.device), run.corpus, HELD_OUT_ROWS_FOR_CARD),
+            held_out=masked_token_quality(
+                nn.Module.to(student, run.process.device), run.corpus, HELD_OUT_ROWS_FOR_CARD
+            ),
         )
         export_student(student, record, run.arguments.output_dir / "student")
         print(f"student written to {run.arguments.output_dir}/student")

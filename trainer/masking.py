@@ -58,6 +58,16 @@ def masked_token_count(
     return np.minimum(np.ceil(MASKED_FRACTION * real_tokens).astype(np.int64), maskable_tokens)
 
 
+def philox(seed: int, epoch: int, stream: tuple[int, int]) -> np.random.Philox:
+    """The project's counter-based generator: keyed by (seed, epoch), started at ``stream``'s own counter.
+
+    Streams do not overlap: each has 2^128 draws. All numbers are from 0 to 2^64 - 1.
+    """
+    # NumPy turns lists of large numbers into floats; arrays of uint64 stay exact.
+    key, counter = np.array([seed, epoch], np.uint64), np.array([0, 0, *stream], np.uint64)
+    return np.random.Philox(key=key, counter=counter)
+
+
 def mask_row(
     input_ids: NDArray[np.int64], real_tokens: int, rule: MaskingRule, seed: int, epoch: int, row: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -69,7 +79,7 @@ def mask_row(
     Returns:
         the masked ids and the labels, int64 [row length] each; labels are -100 where nothing was chosen.
     """
-    words = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, row]).random_raw(3 * real_tokens)
+    words = philox(seed, epoch, stream=(0, row)).random_raw(3 * real_tokens)
     uniform = (words >> np.uint64(11)) * 2.0**-53
     draw, action, replacement = uniform.reshape(3, real_tokens)
 

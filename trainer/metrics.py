@@ -70,7 +70,7 @@ class Metrics:
         engine: deepspeed.DeepSpeedEngine,
         progress_bar: "tqdm[int]",
         logging_steps: int,
-        flops_per_token: int,
+        flops_per_token: float,
         peak_flops: float,
         first_step: int,
         first_tokens: int,

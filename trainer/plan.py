@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from distilspeed.trainer.config import BatchEquation
+from distilspeed.trainer.masking import MASKED_FRACTION
 
 FLOPS_PER_MULTIPLY_ADD = 2
 # Backward computes two matrix products for each one of forward.
@@ -45,10 +46,13 @@ class ModelShape:
     def _layer_weights(self) -> int:
         return 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
 
-    def forward_flops_per_token(self, seq_length: int) -> int:
-        """Matrix products only: projections, attention over the whole row, feed-forward, MLM head."""
+    def forward_flops_per_token(self, seq_length: int, head_share: float = 1.0) -> float:
+        """Matrix products only: projections, attention over the whole row, feed-forward, MLM head.
+
+        ``head_share``: of the tokens, those that the MLM head is computed for.
+        """
         attention = 2 * seq_length * self.hidden_size
-        head = self.hidden_size**2 + self.hidden_size * self.vocab_size
+        head = head_share * (self.hidden_size**2 + self.hidden_size * self.vocab_size)
         return FLOPS_PER_MULTIPLY_ADD * (self.layers * (self._layer_weights + attention) + head)
 
 
@@ -63,10 +67,15 @@ def model_shape(config: PreTrainedConfig) -> ModelShape:
     )
 
 
-def flops_per_token(student: ModelShape, teacher: ModelShape | None, seq_length: int) -> int:
-    """FLOPs of one training step per token of a row: student forward and backward, teacher forward."""
-    student_flops = TRAINING_OVER_FORWARD * student.forward_flops_per_token(seq_length)
-    return student_flops + (teacher.forward_flops_per_token(seq_length) if teacher else 0)
+def flops_per_token(student: ModelShape, teacher: ModelShape | None, seq_length: int) -> float:
+    """FLOPs of one training step per token of a row: student forward and backward, teacher forward.
+
+    Without a teacher only the masked tokens pass through the MLM head.
+    """
+    if teacher is None:
+        return TRAINING_OVER_FORWARD * student.forward_flops_per_token(seq_length, MASKED_FRACTION)
+    forward = student.forward_flops_per_token(seq_length)
+    return TRAINING_OVER_FORWARD * forward + teacher.forward_flops_per_token(seq_length)
 
 
 @dataclass(frozen=True)
@@ -111,7 +120,12 @@ def estimate_memory(
         optimizer_states=0 if offloaded else student.parameters * states // shard(1),
         teacher=teacher.parameters * width if teacher else 0,
         activations=tokens * student.hidden_size * student.layers * ACTIVATIONS_PER_LAYER * width,
-        logits=tokens * student.vocab_size * width * (LOGITS_TENSORS if teacher else LOGITS_TENSORS - 1),
+        logits=round(
+            tokens
+            * student.vocab_size
+            * width
+            * (LOGITS_TENSORS if teacher else MASKED_FRACTION * LOGITS_TENSORS)
+        ),
     )
 
 
@@ -120,7 +134,7 @@ def describe(
     steps: int,
     num_rows: int,
     seq_length: int,
-    flops: int,
+    flops: float,
     memory: MemoryPlan,
     precision: str,
     stage: int,

@@ -74,7 +74,8 @@ def prepare_run(arguments: TrainArguments) -> Run:
     )
     deepspeed_config = resolve_deepspeed_config(config, batch, steps, arguments.learning_rate)
 
-    teacher, layers = None, ()
+    teacher: BertForMaskedLM | None = None
+    layers: tuple[int, ...] = ()
     if arguments.student_config is None:
         teacher = load_teacher(arguments.teacher)
         check_teacher_fits_corpus(arguments.teacher, teacher, corpus)

@@ -1,0 +1,81 @@
+"""Text, tokenizer and teacher config for launch/quickstart.sh, from what every installation of the project has.
+
+The text is English prose from the Python language reference (``pydoc_data``) and from the docstrings of the
+installed packages: one paragraph a line, each once. The tokenizer is a WordPiece trained on it.
+"""
+
+import inspect
+import json
+import re
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from distilspeed.trainer.errors import CommandParser, run_command
+
+VOCABULARY = 4096
+ROW_LENGTH = 128
+SHORTEST_PARAGRAPH = 60  # characters
+CODE_SHARE = 0.05  # of a paragraph's characters, at most, that sentences do not have
+DOCSTRING = re.compile(r'"""(.*?)"""', re.DOTALL)
+CODE_CHARACTER = re.compile(r"[^A-Za-z ,.;:'\"()\-]")
+MARKUP = re.compile(r"[`*]+|:[a-z:]+:(?=`)")
+# A small BERT: 4 layers of 256, the shape of BERT-mini (Turc et al. 2019).
+TEACHER = {
+    "model_type": "bert",
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 1024,
+    "max_position_embeddings": ROW_LENGTH,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
+def docstrings(folder: Path) -> Iterator[str]:
+    """The triple-quoted strings of all Python files below a folder."""
+    for path in sorted(folder.rglob("*.py")):
+        for match in DOCSTRING.finditer(path.read_text(encoding="utf-8", errors="ignore")):
+            yield inspect.cleandoc(match[1])
+
+
+def prose_paragraphs(text: str) -> Iterator[str]:
+    """The paragraphs that are English prose, a line each: no code, tables or argument lists."""
+    for paragraph in re.split(r"\n\s*\n", text):
+        if "    " in paragraph.strip() or ">>>" in paragraph:
+            continue
+        line = " ".join(MARKUP.sub("", paragraph).split())
+        long_enough, is_sentence = len(line) >= SHORTEST_PARAGRAPH, line[-1:] in tuple(".:!?")
+        if long_enough and is_sentence and len(CODE_CHARACTER.findall(line)) <= CODE_SHARE * len(line):
+            yield line
+
+
+def main() -> None:
+    parser = CommandParser(prog="launch/quickstart_data.py", description=__doc__)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    folder: Path = parser.parse_args().output_dir
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = [*topics.values(), *docstrings(Path(sysconfig.get_path("purelib")))]
+    # Each paragraph once: a paragraph in both training and held-out rows would be no test.
+    paragraphs = list(dict.fromkeys(line for text in texts for line in prose_paragraphs(text)))
+    (folder / "text.txt").write_text("\n".join(paragraphs) + "\n", encoding="utf-8")
+
+    wordpiece = BertWordPieceTokenizer(lowercase=True)
+    wordpiece.train_from_iterator(paragraphs, vocab_size=VOCABULARY, show_progress=False)
+    wordpiece.save_model(str(folder))
+    tokenizer = BertTokenizer(vocab=str(folder / "vocab.txt"), model_max_length=ROW_LENGTH)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    config = TEACHER | {"vocab_size": len(tokenizer)}
+    (folder / "teacher_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    megabytes = sum(map(len, paragraphs)) / 1e6
+    print(f"{folder}: {len(paragraphs):,} paragraphs of English prose, {megabytes:.1f} MB")
+
+
+if __name__ == "__main__":
+    run_command(main)
