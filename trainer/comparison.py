@@ -9,20 +9,13 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from transformers import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoModelForMaskedLM,
-    AutoTokenizer,
     PreTrainedModel,
 )
 
-from distilspeed.trainer.batches import MicroBatch, document_layout
-from distilspeed.trainer.corpus import Corpus, open_corpus, read_rows, tokenizer_hash
-from distilspeed.trainer.distillation import forward_packed
+from distilspeed.trainer.corpus import Corpus, open_corpus, read_rows
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.evaluation import (
     ROWS_PER_BATCH,
@@ -43,7 +36,7 @@ from distilspeed.trainer.evaluation_report import (
     write_report,
 )
 from distilspeed.trainer.files import folder_written_whole
-from distilspeed.trainer.student import check_positions
+from distilspeed.trainer.student import check_fits_corpus, load_masked_language_model
 from distilspeed.trainer.tasks import FineTuning, Task, fine_tune, read_task
 
 logger = logging.getLogger(__name__)
@@ -103,80 +96,6 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
 
 
-def load_contender(role: str, name: str, corpus: Corpus, needs_classifier: bool) -> PreTrainedModel:
-    """Load a masked language model that can be measured on the corpus: float32, evaluation mode, on the CPU.
-
-    A folder without a tokenizer is judged by the size of its vocabulary alone.
-
-    Raises:
-        UserError: it cannot be loaded or lacks weights; it has another tokenizer, fewer tokens or fewer
-            positions than the corpus; it mixes the documents of a packed row; or transformers has no
-            classifier of its architecture and tasks need one.
-    """
-    has_tokenizer = not Path(name).is_dir() or (Path(name) / "tokenizer.json").exists()
-    if (
-        has_tokenizer
-        and tokenizer_hash(_from_pretrained(AutoTokenizer, role, name)) != corpus.manifest.tokenizer_hash
-    ):
-        raise UserError(
-            f"the {role} {name} has another tokenizer than the corpus; models are compared on a corpus made "
-            "with their own (launch/prepare_data.py --tokenizer)"
-        )
-    model, loading = _from_pretrained(
-        AutoModelForMaskedLM,
-        role,
-        name,
-        dtype=torch.float32,
-        use_safetensors=True,
-        attn_implementation="sdpa",
-        output_loading_info=True,
-    )
-    if loading["missing_keys"]:
-        missing = ", ".join(sorted(loading["missing_keys"])[:3])
-        raise UserError(f"the {role} {name} lacks weights ({missing}, …); give a whole masked language model")
-    if model.config.vocab_size < corpus.manifest.vocab_size:
-        raise UserError(
-            f"the {role} {name} has a vocabulary of {model.config.vocab_size} tokens, the corpus's tokenizer one "
-            f"of {corpus.manifest.vocab_size}; choose a model that goes with the corpus"
-        )
-    check_positions(model, corpus, name)
-    architecture = model.config.model_type
-    if not _keeps_documents_apart(model.eval()):
-        raise UserError(
-            f'the {role} {name} is a "{architecture}" model, which reads a document of a packed row otherwise '
-            "than the document alone (its positions do not start at 0); it cannot be measured"
-        )
-    if needs_classifier and type(model.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise UserError(
-            f'transformers has no classifier for the "{architecture}" model {name}; leave --task out'
-        )
-    return model
-
-
-@torch.inference_mode()
-def _keeps_documents_apart(model: PreTrainedModel) -> bool:
-    length = 8
-    ids = torch.arange(2 * length)[None]
-    document_ids, position_ids = map(
-        torch.from_numpy, document_layout([np.array([length, length])], 2 * length)
-    )
-    nothing = torch.zeros(())
-    row = MicroBatch(ids, ids, document_ids, position_ids, torch.zeros(1), nothing, nothing)
-    packed = forward_packed(model, row).logits[:, length:]
-    alone = model(input_ids=ids[:, length:]).logits
-    return bool((packed - alone).abs().max() <= 1e-3 * alone.abs().max())
-
-
-def _from_pretrained(auto_class: Any, role: str, name: str, **options: Any) -> Any:
-    try:
-        return auto_class.from_pretrained(name, **options)
-    except Exception as error:  # the hub's, the file system's, safetensors' and transformers' own
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"cannot load the {role} {name}: {first_line}; give a folder or hub id with safetensors weights"
-        ) from error
-
-
 def _check_output_dir(output_dir: Path) -> None:
     if output_dir.is_file() or (output_dir.is_dir() and any(output_dir.iterdir())):
         raise UserError(f"{output_dir} exists already; choose another --output_dir or remove it")
@@ -199,10 +118,9 @@ def evaluate(arguments: EvaluateArguments) -> Report:
     _check_output_dir(arguments.output_dir)
     tasks = [read_task(folder) for folder in arguments.task]
     corpus = open_corpus(arguments.data_dir)
-    models = [
-        load_contender(role, name, corpus, needs_classifier=bool(tasks))
-        for role, name in arguments.models.items()
-    ]
+    models = [load_masked_language_model(role, name) for role, name in arguments.models.items()]
+    for (role, name), model in zip(arguments.models.items(), models, strict=True):
+        check_fits_corpus(role, name, model, corpus)
     settings = FineTuning(
         epochs=arguments.task_epochs,
         learning_rate=arguments.task_learning_rate,

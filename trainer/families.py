@@ -109,15 +109,19 @@ def student_state_dict(teacher: BertForMaskedLM, layers: Sequence[int]) -> dict[
     return weights
 
 
-def mlm_head(model: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Apply a model's masked-language-modelling head: [..., hidden size] to logits [..., vocabulary].
+def check_architecture(model: PreTrainedModel, name: str) -> None:
+    """Raise a UserError unless the model is a masked language model that packed rows can be run through."""
+    if not isinstance(model, BertForMaskedLM | DistilBertForMaskedLM):
+        raise UserError(
+            f'{name} is a "{model.config.model_type}" model; choose a "bert" or "distilbert" masked language model'
+        )
 
-    Raises:
-        UserError: the architecture is neither BERT nor DistilBERT.
-    """
+
+def mlm_head(model: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Apply the MLM head of BERT or DistilBERT: [..., hidden size] to logits [..., vocabulary]."""
     if isinstance(model, BertForMaskedLM):
         return model.cls(hidden_states)
     if isinstance(model, DistilBertForMaskedLM):
         transformed = model.activation(model.vocab_transform(hidden_states))
         return model.vocab_projector(model.vocab_layer_norm(transformed))
-    raise UserError(f'"{model.config.model_type}" models cannot be trained; choose "bert" or "distilbert"')
+    raise TypeError(f"{type(model).__name__} has passed no check_architecture")

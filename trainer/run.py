@@ -24,8 +24,7 @@ from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.files import write_text
 from distilspeed.trainer.plan import describe, estimate_memory, flops_per_token, model_shape
 from distilspeed.trainer.student import (
-    check_positions,
-    check_teacher_fits_corpus,
+    check_fits_corpus,
     load_teacher,
     make_student,
     model_from_config,
@@ -78,12 +77,12 @@ def prepare_run(arguments: TrainArguments) -> Run:
     layers: tuple[int, ...] = ()
     if arguments.student_config is None:
         teacher = load_teacher(arguments.teacher)
-        check_teacher_fits_corpus(arguments.teacher, teacher, corpus)
+        check_fits_corpus("teacher", arguments.teacher, teacher, corpus)
         layers = select_teacher_layers(teacher.config.num_hidden_layers, arguments.student_layers)
         student: PreTrainedModel = make_student(teacher, layers)
     else:
-        student = model_from_config(arguments.student_config, corpus.manifest.vocab_size, arguments.seed)
-        check_positions(student, corpus, arguments.student_config)
+        student = model_from_config(arguments.student_config, arguments.seed)
+        check_fits_corpus("student's config", arguments.student_config, student, corpus)
     return Run(
         arguments, process, corpus, batch, precision, deepspeed_config, steps, teacher, layers, student
     )

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -16,7 +17,12 @@ from transformers import (
 
 from distilspeed.trainer.corpus import Corpus, tokenizer_hash
 from distilspeed.trainer.errors import UserError
-from distilspeed.trainer.families import check_teacher_config, student_config, student_state_dict
+from distilspeed.trainer.families import (
+    check_architecture,
+    check_teacher_config,
+    student_config,
+    student_state_dict,
+)
 
 # DistilBERT-base takes these of BERT-base's 12 layers (Sanh et al. 2019, original code).
 DISTILBERT_LAYERS_OF_12 = (0, 2, 4, 7, 9, 11)
@@ -47,30 +53,44 @@ def _listed(layers: Sequence[int]) -> str:
     return ",".join(map(str, layers)) or "(none)"
 
 
-def load_teacher(name: str) -> BertForMaskedLM:
-    """Load a frozen teacher: float32, in evaluation mode, no parameter requires a gradient.
+def load_masked_language_model(role: str, name: str) -> PreTrainedModel:
+    """Load a BERT or DistilBERT with its MLM head: float32, evaluation mode, on the CPU.
 
     Args:
+        role: what the error calls it, for example "teacher".
         name: a hub id or a local folder in Hugging Face's format, with safetensors weights.
 
     Raises:
-        UserError: it cannot be loaded, lacks an MLM head or is of an architecture that is not distilled.
+        UserError: it cannot be loaded, lacks weights, or is of another architecture.
     """
-    check_teacher_config(_load(AutoConfig, name))
-    teacher, report = _load(
+    model, loading = _load(
         AutoModelForMaskedLM,
+        role,
         name,
         dtype=torch.float32,
         use_safetensors=True,
         attn_implementation="sdpa",
         output_loading_info=True,
     )
-    if report["missing_keys"]:
+    if loading["missing_keys"]:
+        missing = ", ".join(sorted(loading["missing_keys"])[:3])
         raise UserError(
-            f"the teacher {name} lacks weights ({', '.join(sorted(report['missing_keys'])[:3])}, …); "
-            "it must be a masked language model with its head"
+            f"the {role} {name} lacks weights ({missing}, …); give a masked language model with its head"
         )
-    return teacher.eval().requires_grad_(False)
+    check_architecture(model, f"the {role} {name}")
+    return model.eval()
+
+
+def load_teacher(name: str) -> BertForMaskedLM:
+    """Load a frozen teacher: as :func:`load_masked_language_model`, and no parameter requires a gradient.
+
+    Raises:
+        UserError: also for an architecture or a setting that cannot be distilled.
+    """
+    check_teacher_config(_load(AutoConfig, "teacher", name))
+    teacher = load_masked_language_model("teacher", name)
+    assert isinstance(teacher, BertForMaskedLM)  # as its config is BERT's
+    return teacher.requires_grad_(False)
 
 
 def make_student(teacher: BertForMaskedLM, layers: Sequence[int]) -> DistilBertForMaskedLM:
@@ -81,55 +101,53 @@ def make_student(teacher: BertForMaskedLM, layers: Sequence[int]) -> DistilBertF
     return student
 
 
-def model_from_config(name: str, vocab_size: int, seed: int) -> PreTrainedModel:
-    """A masked language model with random weights, float32, from a config file, folder or hub id."""
-    config = _load(AutoConfig, name)
-    if config.vocab_size < vocab_size:
-        raise UserError(
-            f"--student_config {name} has a vocabulary of {config.vocab_size}, "
-            f"the corpus's tokenizer one of {vocab_size}; set its vocab_size"
-        )
+def model_from_config(name: str, seed: int) -> PreTrainedModel:
+    """A masked language model with random weights, float32, from a config file, folder or hub id.
+
+    Raises:
+        UserError: there is no such config, or it is of another architecture than BERT or DistilBERT.
+    """
+    config = _load(AutoConfig, "student's config", name)
     torch.manual_seed(seed)
     try:
-        return AutoModelForMaskedLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        model = AutoModelForMaskedLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     except ValueError as error:
         raise UserError(f"--student_config {name} is no masked language model: {error}") from error
+    check_architecture(model, f"--student_config {name}")
+    return model
 
 
-def check_teacher_fits_corpus(name: str, teacher: BertForMaskedLM, corpus: Corpus) -> None:
-    """Raise a UserError unless the teacher was trained with the tokenizer that made the corpus.
+def check_fits_corpus(role: str, name: str, model: PreTrainedModel, corpus: Corpus) -> None:
+    """Raise a UserError unless the model has the corpus's tokenizer, its vocabulary and positions for its rows.
 
-    A local teacher folder without a tokenizer is judged by the size of its vocabulary alone.
+    A local folder without a tokenizer is judged by the size of its vocabulary alone.
     """
-    manifest = corpus.manifest
-    if not Path(name).is_dir() or (Path(name) / "tokenizer.json").exists():
-        found = tokenizer_hash(_load(AutoTokenizer, name))
-        if found != manifest.tokenizer_hash:
+    manifest, config = corpus.manifest, model.config
+    if not Path(name).exists() or (Path(name) / "tokenizer.json").exists():
+        tokenizer = _load(AutoTokenizer, f"tokenizer of the {role}", name)
+        if tokenizer_hash(tokenizer) != manifest.tokenizer_hash:
             raise UserError(
-                f"the corpus was made with another tokenizer than the teacher's; "
-                f"run launch/prepare_data.py with --tokenizer {name}"
+                f"the corpus was made with another tokenizer than that of the {role} {name}; "
+                f"prepare it with --tokenizer {name}"
             )
-    if teacher.config.vocab_size < manifest.vocab_size:
+    if config.vocab_size < manifest.vocab_size:
         raise UserError(
-            f"the corpus's tokenizer has {manifest.vocab_size} tokens, the teacher's embeddings "
-            f"{teacher.config.vocab_size}; choose the teacher that goes with the tokenizer"
+            f"the {role} {name} has a vocabulary of {config.vocab_size} tokens, the corpus's tokenizer one of "
+            f"{manifest.vocab_size}; choose the model that goes with the tokenizer"
         )
-    check_positions(teacher, corpus, name)
-
-
-def check_positions(model: PreTrainedModel, corpus: Corpus, name: str) -> None:
-    """Raise a UserError if the corpus's rows are longer than the model has positions."""
-    positions = model.config.max_position_embeddings
-    if corpus.manifest.seq_length > positions:
+    if config.max_position_embeddings < manifest.seq_length:
         raise UserError(
-            f"the corpus has rows of {corpus.manifest.seq_length} tokens, {name} only {positions} positions; "
-            f"prepare it with --seq_length {positions} or less"
+            f"the corpus has rows of {manifest.seq_length} tokens, the {role} {name} only "
+            f"{config.max_position_embeddings} positions; prepare it with --seq_length "
+            f"{config.max_position_embeddings} or less"
         )
 
 
-def _load(auto_class, name: str, **options):  # type: ignore[no-untyped-def]
+def _load(auto_class: Any, role: str, name: str, **options: Any) -> Any:
     try:
         return auto_class.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot load {name}: {first_line}") from error
+    except Exception as error:  # the hub's, the file system's, safetensors' and transformers' own
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"cannot load the {role} {name}: {first_line}; give a folder or hub id with safetensors weights"
+        ) from error

@@ -143,9 +143,7 @@ def refusals(folder: Path, arguments: EvaluateArguments) -> dict[str, EvaluateAr
         ),
         "another tokenizer": replace(arguments, student=str(other_tokenizer)),
         "only 32 positions": replace(arguments, student=saved("short", BertForMaskedLM(short))),
-        '"roberta" model, which reads': replace(
-            arguments, teacher=saved("roberta", RobertaForMaskedLM(roberta))
-        ),
+        'is a "roberta" model': replace(arguments, teacher=saved("roberta", RobertaForMaskedLM(roberta))),
         "is not a prepared corpus": replace(arguments, data_dir=folder),
         "train.jsonl": replace(arguments, task=(folder,)),
         'needs "text"': replace(arguments, task=(tiny_task(folder / "no_label", label="class"),)),
