@@ -10,22 +10,16 @@ import argparse
 import logging
 from pathlib import Path
 
-from distilspeed.trainer.errors import CommandParser, run_command
+from distilspeed.trainer.errors import CommandParser, quiet_libraries, run_command
 
 
 def main() -> None:
     options = _parse_arguments()
     # After the parsing, because importing torch and transformers takes seconds.
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging as transformers_logging
-
     from distilspeed.trainer.comparison import EvaluateArguments, evaluate
 
     arguments = EvaluateArguments(**options)
-    # What they would say on stderr is in the error or in the report.
-    hub_logging.set_verbosity_error()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_libraries()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("distilspeed").setLevel(logging.INFO)
     print(evaluate(arguments).table())

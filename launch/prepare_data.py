@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from distilspeed.trainer.errors import CommandParser, run_command
+from distilspeed.trainer.errors import CommandParser, quiet_libraries, run_command
 
 
 def main() -> None:
@@ -23,6 +23,7 @@ def main() -> None:
     from distilspeed.trainer.corpus import Corpus
     from distilspeed.trainer.preparation import CorpusArguments, prepare_corpus
 
+    quiet_libraries()
     corpus: Corpus = prepare_corpus(CorpusArguments(**arguments))
     counts, padding = corpus.manifest.counts, corpus.manifest.padding_fraction
     print(

@@ -14,7 +14,7 @@ from pydoc_data.topics import topics
 
 from distilspeed.trainer.errors import CommandParser, run_command
 
-VOCABULARY = 4096
+VOCABULARY = 2048
 ROW_LENGTH = 128
 SHORTEST_PARAGRAPH = 60  # characters
 CODE_SHARE = 0.05  # of a paragraph's characters, at most, that sentences do not have

@@ -6,7 +6,7 @@ deepspeed launch/train.py --deepspeed_config ds_configs/cpu.json --teacher DIR -
 import argparse
 from pathlib import Path
 
-from distilspeed.trainer.errors import CommandParser, run_command
+from distilspeed.trainer.errors import CommandParser, quiet_libraries, run_command
 
 
 def layer_list(text: str) -> tuple[int, ...]:
@@ -80,6 +80,7 @@ def main() -> None:
     from distilspeed.trainer.loop import train
     from distilspeed.trainer.run import prepare_run, print_plan
 
+    quiet_libraries()
     run = prepare_run(TrainArguments(**options))
     if run.arguments.plan:
         print_plan(run)

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -58,3 +59,17 @@ def _show(error: Exception) -> None:
     else:
         time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
         print(f"error: {line} (rank {rank})", file=sys.stderr, flush=True)
+
+
+def quiet_libraries() -> None:
+    """Let transformers and the hub say only what is an error: the rest is in this project's lines, or in its way."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging as transformers_logging
+
+    hub_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    # DeepSpeed's calls of names that torch renames; nobody who runs this can change them.
+    warnings.filterwarnings(
+        "ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning
+    )

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from distilspeed.trainer.evaluation_report import MaskedTokenQuality
 from distilspeed.trainer.masking import IGNORE_INDEX, mask_row
 
 ROWS_PER_BATCH = 8
-# Added to the seed: a key that no training run's masks are drawn with. Above 2^63 - 1 NumPy would round it.
+# Added to the seed: a key that no training run's masks are drawn with, whose seeds are below 2^32.
 EVALUATION_STREAM = 1 << 62
 WARM_UP_PASSES = 3
 SECONDS_PER_MODEL = 3.0
@@ -56,10 +56,9 @@ def masked_token_quality(
 ) -> MaskedTokenQuality:
     """Loss and accuracy of a masked language model on the corpus's first ``max_rows`` held-out rows.
 
-    15 % of a row's tokens are masked, each non-special one with the same probability, as for BERT (Devlin
-    et al. 2019); training's preference for rare tokens would give numbers that compare with nobody's. The
-    masks depend on the corpus and the seed alone, so every model sees the same ones, and they come from
-    another random stream than training's. The model stays where it is, in the mode it was in.
+    Tokens are masked as in training (rare ones preferred), so that the loss compares with training's
+    ``loss_mlm``. The masks depend on the corpus and the seed alone, so every model sees the same ones, and
+    they come from another random stream than training's. The model stays where it is, in the mode it was in.
 
     Raises:
         NumericalError: the loss is not finite.
@@ -87,8 +86,7 @@ def predict_masked_tokens(
 
 def held_out_batches(corpus: Corpus, max_rows: int, batch_size: int, seed: int) -> Iterator[MicroBatch]:
     """The first held-out rows, masked; the last batch may be smaller."""
-    of_training = corpus_masking_rule(corpus)
-    rule = replace(of_training, sampling_weights=(of_training.sampling_weights > 0).astype(np.float64))
+    rule = corpus_masking_rule(corpus)
     rows = np.arange(min(max_rows, len(corpus.held_out)))
     for first in range(0, len(rows), batch_size):
         of_batch = rows[first : first + batch_size]

@@ -178,8 +178,8 @@ class Report:
         conditions, machine, teacher = self.conditions, self.machine, self.models[0]
         lines = [
             f"Held-out rows: {conditions.held_out_rows} of the corpus {conditions.corpus}, "
-            f"{conditions.seq_length} tokens each; {teacher.quality.masked_tokens:,} masked tokens, 15 % drawn evenly, "
-            f"the same for every model (seed {conditions.seed}). Loss in nats per masked token.",
+            f"{conditions.seq_length} tokens each; {teacher.quality.masked_tokens:,} masked tokens, drawn as in "
+            f"training, the same for every model (seed {conditions.seed}). Loss in nats per masked token.",
             "Retention: accuracy in % of the teacher's. Parameters: each shared one once, the MLM head included. "
             "Weights: their files, in the precision they are stored in.",
             f"Latency: forward pass of the encoder without a head, batch 1, {conditions.seq_length} tokens, "

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from launcher import deepspeed, write_config
 from safetensors.torch import load_file
 from torch.nn import functional
@@ -17,6 +18,7 @@ from distilspeed.trainer.batches import MicroBatches
 from distilspeed.trainer.config import BatchEquation
 from distilspeed.trainer.corpus import open_corpus
 from distilspeed.trainer.distillation import forward_packed
+from distilspeed.trainer.engines import DTYPES
 from distilspeed.trainer.student import load_teacher, make_student
 
 BATCH, STEPS, LEARNING_RATE, LAYERS = 12, 2, 0.05, (0, 3)
@@ -44,9 +46,12 @@ CASES = [
     (2, 1, 3, "bf16"),
     (2, 2, 3, "bf16"),
     (2, 3, 3, "bf16"),
+    (1, 1, 4, "fp16"),
+    (2, 2, 3, "fp16"),
 ]
-# Of the update's norm. bf16 keeps 8 bits of each weight and gradient.
-TOLERANCE = {"fp32": 1e-5, "bf16": 0.02}
+HAS_FP16 = get_accelerator().is_fp16_supported()
+# Of the update's norm. bf16 keeps 8 bits of each weight and gradient, fp16 11.
+TOLERANCE = {"fp32": 1e-5, "bf16": 0.02, "fp16": 0.005}
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +89,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, sm
     for ranks in (1, 2):
         arguments = []
         for _, stage, micro, precision in filter(lambda case: case[0] == ranks, CASES):
+            if precision == "fp16" and not HAS_FP16:
+                continue
             output = folder / _name(ranks, stage, micro, precision)
             config = write_config(
                 output.with_suffix(".json"),
-                {**SGD, "zero_optimization": {"stage": stage}, "bf16": {"enabled": precision == "bf16"}},
+                {
+                    **SGD,
+                    "zero_optimization": {"stage": stage},
+                    "bf16": {"enabled": precision == "bf16"},
+                    "fp16": {"enabled": precision == "fp16", "initial_scale_power": 8},
+                },
                 remove=("scheduler",),
             )
             arguments.append(
@@ -119,9 +131,11 @@ def test_same_step_however_the_batch_is_split(
     micro: int,
     precision: str,
 ) -> None:
+    if precision == "fp16" and not HAS_FP16:
+        pytest.skip("this CPU has no fp16 arithmetic")
     student = load_file(trained / _name(ranks, stage, micro, precision) / "student" / "model.safetensors")
-    if precision == "bf16":  # training in bf16 starts from the rounded weights
-        start = {name: weight.bfloat16().float() for name, weight in start.items()}
+    if precision != "fp32":  # training in half precision starts from the rounded weights
+        start = {name: weight.to(DTYPES[precision]).float() for name, weight in start.items()}
     update = _update(student, start)
     error = (update - expected_update).norm() / expected_update.norm()
     assert error < TOLERANCE[precision]
