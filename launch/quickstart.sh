@@ -52,7 +52,7 @@ train() { deepspeed --log_level error --master_port "$port" launch/train.py --de
 
 if [ -z "$teacher" ]; then
   config=${config:-ds_configs/cpu.json} length=128
-  recipe=(--max_steps 250 --train_batch_size 32 --learning_rate 1e-3)
+  recipe=(--max_steps 200 --train_batch_size 32 --learning_rate 1e-3)
   step "text and tokenizer from the installed packages"
   [ -e "$out/data/teacher_config.json" ] || python launch/quickstart_data.py --output_dir "$out/data"
   tokenizer=$out/data/tokenizer text=(--text "$out/data/text.txt")
@@ -69,7 +69,7 @@ step "corpus"
 if [ -z "$teacher" ]; then
   step "a small BERT teacher, pre-trained by masked language modelling"
   train --teacher none --student_config "$out/data/teacher_config.json" --output_dir "$out/teacher" \
-    --max_steps 1250 --train_batch_size 32 --learning_rate 2e-3 --save_steps 250
+    --max_steps 1000 --train_batch_size 32 --learning_rate 2e-3 --save_steps 250
   teacher=$out/teacher/student
 fi
 

@@ -130,7 +130,8 @@ class MicroBatches(Dataset[MicroBatch]):
             position_ids=torch.from_numpy(position_ids),
             row_ids=torch.from_numpy(rows[mine]),
             real_tokens=torch.tensor(self.real_tokens[rows].sum(), dtype=torch.float32),
-            masked_tokens=torch.tensor(self.masked_tokens[rows].sum(), dtype=torch.float32),
+            # At least 1: rows of nothing but special tokens have no masked ones, and a loss of 0, not 0 / 0.
+            masked_tokens=torch.tensor(max(1, self.masked_tokens[rows].sum()), dtype=torch.float32),
         )
 
     def loader(self, first_step: int, last_step: int, num_workers: int) -> DataLoader[MicroBatch]:

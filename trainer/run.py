@@ -129,7 +129,6 @@ def record_run(run: Run, resuming: bool) -> None:
                 )
     torch.distributed.barrier()
     if run.process.rank == 0 and not resuming:
-        run.arguments.output_dir.mkdir(parents=True, exist_ok=True)
         everything = {
             "identity": record,
             "arguments": {name: _plain(value) for name, value in asdict(run.arguments).items()},
@@ -137,7 +136,13 @@ def record_run(run: Run, resuming: bool) -> None:
             "student_layers": run.layers,
             "versions": {package: version(package) for package in RECORDED_PACKAGES},
         }
-        write_text(path, json.dumps(everything, indent=2) + "\n")
+        try:
+            run.arguments.output_dir.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(everything, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"cannot write {run.arguments.output_dir}: {error.strerror}; check --output_dir and its permissions"
+            ) from error
     torch.distributed.barrier()
 
 

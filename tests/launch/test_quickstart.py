@@ -1,0 +1,62 @@
+"""The quickstart's text is prose, each paragraph once; its script refuses what it cannot do."""
+
+import json
+import runpy
+import subprocess
+from pathlib import Path
+
+import pytest
+from launcher import ROOT, python
+from transformers import AutoTokenizer
+
+QUICKSTART = ROOT / "launch" / "quickstart.sh"
+
+DOCSTRING = """Return the value of the named attribute of the given object, or the default.
+
+>>> getattr(object, "name", None)
+
+name : str, optional
+    The name of the attribute.
+
+x = f(a[i], b[j]) * 2 ** 3 + g({"k": 1}, [0, 1, 2, 3, 4]) / h(x)[0] - 12 * 34 + 56.
+
+The default is returned when the ``attribute`` is missing
+and no error has been raised by the object itself.
+
+Too short."""
+
+
+def test_of_a_docstring_the_paragraphs_of_prose_are_kept() -> None:
+    prose = runpy.run_path(str(ROOT / "launch" / "quickstart_data.py"))["prose_paragraphs"]
+    assert list(prose(DOCSTRING)) == [
+        "Return the value of the named attribute of the given object, or the default.",
+        "The default is returned when the attribute is missing and no error has been raised by the object itself.",
+    ]
+
+
+def test_text_tokenizer_and_config_go_together(tmp_path: Path) -> None:
+    result = python(ROOT / "launch" / "quickstart_data.py", "--output_dir", tmp_path / "data")
+    assert result.returncode == 0, result.stderr
+    lines = (tmp_path / "data" / "text.txt").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == len(set(lines)) > 10_000
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "data" / "tokenizer")
+    config = json.loads((tmp_path / "data" / "teacher_config.json").read_text())
+    assert config["vocab_size"] == len(tokenizer)
+    assert tokenizer.decode(tokenizer(lines[0])["input_ids"], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--nonsense"], "unknown argument --nonsense"),
+        (["--output_dir"], "--output_dir needs a value"),
+        (["--teacher", "somebody/bert"], "needs text"),
+        (["--dataset", "somebody/text"], "go with --teacher"),
+    ],
+)
+def test_wrong_arguments_are_one_line_with_status_2(arguments: list[str], named: str) -> None:
+    result = subprocess.run(["bash", QUICKSTART, *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert named in result.stderr
