@@ -62,7 +62,8 @@ def prepare_run(arguments: TrainArguments) -> Run:
         config, process.world_size, arguments.train_batch_size, arguments.per_device_train_batch_size
     )
     precision = resolve_precision(config)
-    check_precision(precision, process.device)
+    if not arguments.plan:  # a plan is made anywhere, for machines that are elsewhere
+        check_precision(precision, process.device)
     _check_output_dir(arguments)
     corpus = open_corpus(arguments.data_dir)
     steps = total_steps(

@@ -6,6 +6,7 @@ scaled wrongly. Dropout is 0: its draws depend on the split.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ SGD = {
     "zero_allow_untested_optimizer": True,
     "gradient_clipping": 0.0,
 }
+ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}}
 # Ranks, ZeRO stage, micro-batch, precision.
 CASES = [
     (1, 0, 12, "fp32"),
@@ -92,28 +94,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, sm
             if precision == "fp16" and not HAS_FP16:
                 continue
             output = folder / _name(ranks, stage, micro, precision)
-            config = write_config(
-                output.with_suffix(".json"),
-                {
-                    **SGD,
-                    "zero_optimization": {"stage": stage},
-                    "bf16": {"enabled": precision == "bf16"},
-                    "fp16": {"enabled": precision == "fp16", "initial_scale_power": 8},
-                },
-                remove=("scheduler",),
-            )
-            arguments.append(
-                {
-                    "deepspeed_config": str(config),
-                    "teacher": str(tiny_teacher_dir),
-                    "data_dir": str(small_corpus_dir),
-                    "output_dir": str(output),
-                    "student_layers": LAYERS,
-                    "max_steps": STEPS,
-                    "train_batch_size": BATCH,
-                    "per_device_train_batch_size": micro,
-                }
-            )
+            settings = {
+                **SGD,
+                "zero_optimization": {"stage": stage},
+                "bf16": {"enabled": precision == "bf16"},
+                "fp16": {"enabled": precision == "fp16", "initial_scale_power": 8},
+            }
+            arguments.append(_run_arguments(output, settings, tiny_teacher_dir, small_corpus_dir, micro))
+        if ranks == 1:
+            for stage in (0, 1):
+                settings = {**ADAM, "zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
+                output = folder / f"adam_zero{stage}"
+                arguments.append(_run_arguments(output, settings, tiny_teacher_dir, small_corpus_dir, BATCH))
         job = folder / f"{ranks}.json"
         job.write_text(json.dumps(arguments))
         result = deepspeed(Path(__file__).with_name("many_runs_job.py"), job, ranks=ranks)
@@ -139,6 +131,34 @@ def test_same_step_however_the_batch_is_split(
     update = _update(student, start)
     error = (update - expected_update).norm() / expected_update.norm()
     assert error < TOLERANCE[precision]
+
+
+def test_adams_first_updates_are_as_large_without_zero(trained: Path, start: dict[str, torch.Tensor]) -> None:
+    # DeepSpeed's optimiser for half precision without ZeRO counts a step of its own before the first.
+    start = {name: weight.bfloat16().float() for name, weight in start.items()}
+    without, with_zero = (
+        _update(load_file(trained / f"adam_zero{stage}" / "student" / "model.safetensors"), start)
+        .norm()
+        .item()
+        for stage in (0, 1)
+    )
+    assert without == pytest.approx(with_zero, rel=0.05)
+
+
+def _run_arguments(
+    output: Path, settings: dict[str, Any], teacher: Path, corpus: Path, micro: int
+) -> dict[str, Any]:
+    config = write_config(output.with_suffix(".json"), settings, remove=("scheduler",))
+    return {
+        "deepspeed_config": str(config),
+        "teacher": str(teacher),
+        "data_dir": str(corpus),
+        "output_dir": str(output),
+        "student_layers": LAYERS,
+        "max_steps": STEPS,
+        "train_batch_size": BATCH,
+        "per_device_train_batch_size": micro,
+    }
 
 
 def _name(ranks: int, stage: int, micro: int, precision: str) -> str:

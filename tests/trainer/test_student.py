@@ -152,10 +152,10 @@ def test_a_teacher_that_does_not_go_with_the_corpus_is_refused(
         check_fits_corpus("teacher", str(tiny_teacher_dir), short, corpus)
 
 
-def test_a_model_from_a_config_has_the_seeds_weights(tiny_teacher_dir: Path) -> None:
+def test_a_model_from_a_config_has_the_seeds_weights(tiny_teacher_dir: Path, tmp_path: Path) -> None:
     config = str(tiny_teacher_dir / "config.json")
     first, again, other = (model_from_config(config, seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
     with pytest.raises(UserError, match="student's config"):
-        model_from_config("absent", 0)
+        model_from_config(str(tmp_path / "absent"), 0)
