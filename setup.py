@@ -23,6 +23,7 @@ setup(
     ],
     package_dir={"distilspeed.kernels": "kernels", "distilspeed.trainer": "trainer"},
     packages=["distilspeed.kernels", "distilspeed.trainer"],
+    package_data={"distilspeed.kernels": ["*.json"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.10",
@@ -40,7 +41,15 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.15", "tensorboard"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "ruff>=0.12",
+            "mypy>=1.15",
+            "tensorboard",
+            "lightning>=2.2",
+            "accelerate>=1.1",
+        ],
         "bench": ["liger-kernel"],
         "monitors": ["tensorboard", "wandb"],
     },

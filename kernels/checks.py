@@ -12,10 +12,7 @@ INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def check_pair(kind: str, student: Tensor, teacher: Tensor) -> None:
     """``kind`` is "logits" or "hidden"; the teacher's must match the student's and be frozen."""
-    if student.dim() == 0:
-        raise ValueError(f"student_{kind} must have at least one dimension")
-    if student.dtype not in INPUT_DTYPES:
-        raise ValueError(f"student_{kind} must be a floating-point tensor, not {student.dtype}")
+    check_floating_point(f"student_{kind}", student)
     if teacher.shape != student.shape:
         raise ValueError(
             f"teacher_{kind} must have the shape of student_{kind}, {list(student.shape)}, "
@@ -31,6 +28,13 @@ def check_pair(kind: str, student: Tensor, teacher: Tensor) -> None:
         )
     if teacher.requires_grad:
         raise ValueError(f"teacher_{kind} must not require grad; run the teacher under torch.no_grad()")
+
+
+def check_floating_point(name: str, tensor: Tensor) -> None:
+    if tensor.dim() == 0:
+        raise ValueError(f"{name} must have at least one dimension")
+    if tensor.dtype not in INPUT_DTYPES:
+        raise ValueError(f"{name} must be a floating-point tensor, not {tensor.dtype}")
 
 
 def check_row_tensor(name: str, tensor: Tensor | None, dtype: torch.dtype, student: Tensor) -> None:
@@ -65,3 +69,20 @@ def resolve_normalizer(
     if not 0 < normalizer < math.inf:
         raise ValueError(f"{name} must be positive and finite, not {normalizer}")
     return torch.full((), normalizer, dtype=dtype, device=student.device)
+
+
+def check_settings(temperature: float, vocab_size: int | None, width: int) -> int:
+    """The number of real columns among ``width``: all, where ``vocab_size`` is None."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, not {temperature}")
+    if vocab_size is not None and not 1 <= vocab_size <= width:
+        raise ValueError(f"vocab_size must be from 1 to {width}, not {vocab_size}")
+    return width if vocab_size is None else vocab_size
+
+
+def check_writable(student_logits: Tensor, rows: Tensor) -> None:
+    """Whether a gradient may be written over ``student_logits``, of which ``rows`` is the view as rows."""
+    if student_logits.is_leaf and student_logits.requires_grad:
+        raise ValueError("the gradient cannot be written over student_logits: they are a leaf of the graph")
+    if rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]:
+        raise ValueError("the gradient cannot be written over student_logits: their rows share memory")

@@ -20,21 +20,15 @@ Source: Hinton, Vinyals and Dean 2015, arXiv 1503.02531, section 2 (and the fact
 Sanh et al. 2019, arXiv 1910.01108, section 3. T^2 * KL is the reported L_ce; its gradient is soft_ce's.
 """
 
-import math
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from distilspeed.kernels import distillation_loss_chunked
-from distilspeed.kernels.backend import TRITON_INSTALLED, use_triton
-from distilspeed.kernels.checks import check_pair, check_row_tensor, resolve_normalizer
-from distilspeed.kernels.distillation_loss_rows import LossRows, RowStatistics
-
-if TRITON_INSTALLED:
-    from distilspeed.kernels import distillation_loss_triton
+from distilspeed.kernels import distillation_loss_ops as ops
+from distilspeed.kernels.checks import check_writable, resolve_normalizer
+from distilspeed.kernels.distillation_loss_rows import LOSS_FIELDS, LossRows, loss_rows
 
 
 class DistillationLosses(NamedTuple):
@@ -93,32 +87,17 @@ def distillation_loss(
             a positive number, labels (on the CPU) are out of range, or the logits cannot be written over.
         RuntimeError: in a second backward through the same graph after ``inplace_backward``.
     """
-    check_pair("logits", student_logits, teacher_logits)
-    check_row_tensor("labels", labels, torch.int64, student_logits)
-    check_row_tensor("soft_mask", soft_mask, torch.bool, student_logits)
-    vocab_size = student_logits.shape[-1] if vocab_size is None else vocab_size
-    check_settings(student_logits, vocab_size, temperature)
-    if labels is not None and labels.device.type == "cpu":
-        check_label_range(labels, ignore_index, vocab_size)
-    student_rows, teacher_rows = as_rows(student_logits), as_rows(teacher_logits)
+    rows = loss_rows(student_logits, teacher_logits, labels, soft_mask, temperature, ignore_index, vocab_size)
     if inplace_backward:
-        check_writable(student_logits, student_rows)
-    label_rows = None if labels is None else labels.reshape(-1).contiguous()
-    mask_rows = None if soft_mask is None else soft_mask.reshape(-1).contiguous()
-    labelled = None if label_rows is None else label_rows != ignore_index
-    kl, soft_ce, hard_ce = DistillationLossFunction.apply(
-        student_rows,
-        teacher_rows,
-        label_rows,
-        mask_rows,
-        resolve_normalizer("soft_normalizer", soft_normalizer, student_rows, mask_rows),
-        resolve_normalizer("hard_normalizer", hard_normalizer, student_rows, labelled),
-        float(temperature),
-        ignore_index,
-        vocab_size,
-        inplace_backward,
+        check_writable(student_logits, rows.student_logits)
+    losses = DistillationLossFunction.apply(
+        *rows,
+        resolve_normalizer("soft_normalizer", soft_normalizer, rows.student_logits, rows.soft_mask),
+        resolve_normalizer("hard_normalizer", hard_normalizer, rows.student_logits, rows.labelled),
+        # What was compiled plans its own memory; there the flag is a hint that is not needed.
+        inplace_backward and not torch.compiler.is_compiling(),
     )
-    return DistillationLosses(kl, soft_ce, hard_ce)
+    return DistillationLosses(*losses)
 
 
 class DistillationLoss(nn.Module):
@@ -166,29 +145,24 @@ class DistillationLossFunction(torch.autograd.Function):
         teacher_logits: Tensor,  # [rows, width]
         labels: Tensor | None,  # [rows]
         soft_mask: Tensor | None,  # [rows]
-        soft_normalizer: Tensor,  # 0-dim
-        hard_normalizer: Tensor,  # 0-dim
         temperature: float,
         ignore_index: int,
         vocab_size: int,
+        soft_normalizer: Tensor,  # 0-dim
+        hard_normalizer: Tensor,  # 0-dim
         inplace_backward: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = LossRows(
-            student_logits, teacher_logits, labels, soft_mask, temperature, ignore_index, vocab_size
-        )
-        losses, statistics = implementation_for(student_logits).forward(rows)
+        settings = (temperature, ignore_index, vocab_size)
+        table = ops.forward(student_logits, teacher_logits, labels, soft_mask, *settings)
         ctx.save_for_backward(
-            student_logits, teacher_logits, labels, soft_mask, soft_normalizer, hard_normalizer, *statistics
+            student_logits, teacher_logits, labels, soft_mask, soft_normalizer, hard_normalizer, table
         )
-        ctx.settings = (temperature, ignore_index, vocab_size)
+        ctx.settings = settings
         ctx.inplace_backward = inplace_backward
         ctx.logits_overwritten = False
+        kl, soft_ce, hard_ce = table[:LOSS_FIELDS].sum(1).unbind()
         soft_factor = temperature**2 / soft_normalizer
-        return (
-            losses.kl.sum() * soft_factor,
-            losses.soft_ce.sum() * soft_factor,
-            losses.hard_ce.sum() / hard_normalizer,
-        )
+        return kl * soft_factor, soft_ce * soft_factor, hard_ce / hard_normalizer
 
     @staticmethod
     @once_differentiable
@@ -198,52 +172,17 @@ class DistillationLossFunction(torch.autograd.Function):
                 "distillation_loss: inplace_backward has written the gradient over the student's logits; "
                 "a second backward through them needs inplace_backward=False"
             )
-        student_logits, teacher_logits, labels, soft_mask, soft_normalizer, hard_normalizer, *statistics = (
-            ctx.saved_tensors
-        )
-        rows = LossRows(student_logits, teacher_logits, labels, soft_mask, *ctx.settings)
-        coefficients = torch.stack(
-            (
-                (grad_kl + grad_soft_ce) * rows.temperature / soft_normalizer,
-                grad_hard_ce / hard_normalizer,
-            )
-        )
-        gradient = student_logits if ctx.inplace_backward else torch.empty_like(student_logits)
-        implementation_for(student_logits).backward(rows, RowStatistics(*statistics), coefficients, gradient)
-        if ctx.inplace_backward:
-            ctx.logits_overwritten = True
-            # A kernel's writes are invisible to autograd; without this, an operation that saved the
-            # logits would go on with gradients in their place.
-            torch.autograd.graph.increment_version(student_logits)
-            gradient = gradient.detach()
+        *tensors, soft_normalizer, hard_normalizer, table = ctx.saved_tensors
+        rows = LossRows(*tensors, *ctx.settings)
+        soft_coefficient = (grad_kl + grad_soft_ce) * rows.temperature / soft_normalizer
+        coefficients = torch.stack((soft_coefficient, grad_hard_ce / hard_normalizer))
+        if not ctx.inplace_backward:
+            return ops.backward(*rows, table, coefficients), *(None,) * 9
+
+        gradient = rows.student_logits.detach()
+        ops.implementation_for(gradient).backward(rows, table, coefficients, gradient)
+        ctx.logits_overwritten = True
+        # A kernel's writes are invisible to autograd; without this, an operation that saved the
+        # logits would go on with gradients in their place.
+        torch.autograd.graph.increment_version(rows.student_logits)
         return gradient, *(None,) * 9
-
-
-def implementation_for(logits: Tensor) -> ModuleType:
-    return distillation_loss_triton if use_triton(logits) else distillation_loss_chunked
-
-
-def as_rows(logits: Tensor) -> Tensor:
-    rows = logits.reshape(-1, logits.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-def check_settings(student_logits: Tensor, vocab_size: int, temperature: float) -> None:
-    if not 1 <= vocab_size <= student_logits.shape[-1]:
-        raise ValueError(f"vocab_size must be from 1 to {student_logits.shape[-1]}, not {vocab_size}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, not {temperature}")
-
-
-def check_label_range(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
-    outside = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
-    if outside.any():
-        label = labels[outside][0].item()
-        raise ValueError(f"labels must be from 0 to {vocab_size - 1} or {ignore_index}, not {label}")
-
-
-def check_writable(student_logits: Tensor, rows: Tensor) -> None:
-    if student_logits.is_leaf and student_logits.requires_grad:
-        raise ValueError("inplace_backward cannot write over student_logits: they are a leaf of the graph")
-    if rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]:
-        raise ValueError("inplace_backward cannot write over student_logits: their rows share memory")

@@ -1,149 +1,206 @@
 """The distillation loss in PyTorch, a few rows at a time; the formulas are in ``distillation_loss``.
 
-Made for CPUs: a block of rows stays in cache while the dozen elementwise passes over it run, and nothing
-as large as the logits is ever allocated except the gradient. Rows that do not count are never read.
-Other devices get correct results too, at the price of host synchronisations.
+Made for CPUs: the dozen elementwise passes over a block of rows find it in cache, and all write into the same
+three buffers, because a fresh page costs more than the arithmetic done on it. Rows that do not count are not
+read. Other devices get correct results too, at the price of host synchronisations.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from distilspeed.kernels.backend import accumulation_dtype
-from distilspeed.kernels.distillation_loss_rows import LossRows, RowLosses, RowStatistics
+from distilspeed.kernels.distillation_loss_rows import LOSS_FIELDS, LossRows, RowTable
 
-# Of one block in the accumulation dtype; three or four are alive at a time, and should stay in L2. The soft
-# term's forward and backward for 1024 x 30522 fp32 took 0.15 to 0.18 s with 0.5 to 2 MiB, 0.22 s with 4, 0.30 s
-# with 30 (2 idle cores of 2 MiB L2, November 2026). The upper end: on a busy machine every pass over a block
-# waits for the slower thread, so fewer are better.
-BLOCK_BYTES = 2 * 2**20
-
-RowSelection = slice | Tensor
+# Of one of the three buffers.
+BLOCK_BYTES = 2**20
 
 
-def forward(rows: LossRows) -> tuple[RowLosses, RowStatistics]:
-    """Per-row losses and softmax statistics, in float32 (float64 for float64 logits)."""
-    dtype = accumulation_dtype(rows.student_logits)
-    zeros = rows.student_logits.new_zeros
-    losses = RowLosses(*(zeros(rows.num_rows, dtype=dtype) for _ in RowLosses._fields))
-    statistics = RowStatistics(*(zeros(rows.num_rows, dtype=dtype) for _ in RowStatistics._fields))
-    for block in row_blocks(rows, rows.soft_mask):
-        soft_forward(rows, block, losses, statistics)
-    if rows.labels is not None:
-        for block in row_blocks(rows, rows.labels != rows.ignore_index):
-            hard_forward(rows, rows.labels[block], block, losses, statistics)
-    return losses, statistics
+@dataclass(frozen=True)
+class Block:
+    """Some rows that count, and three buffers [block, vocabulary] to work in."""
+
+    rows: slice | Tensor  # a slice where they are neighbours, else their numbers
+    soft_mask: Tensor | None  # [block] bool; None: all are soft
+    labelled: Tensor  # [labelled rows] int64, their places in the block
+    labelled_rows: Tensor  # [labelled rows] int64, their numbers
+    labels: Tensor  # [labelled rows, 1] int64
+    student: Tensor
+    teacher: Tensor
+    weights: Tensor
+
+    @property
+    def has_soft_rows(self) -> bool:
+        return self.soft_mask is None or bool(self.soft_mask.any())
 
 
-def soft_forward(rows: LossRows, block: RowSelection, losses: RowLosses, statistics: RowStatistics) -> None:
-    student_max, student = shifted_to_maximum(real_columns(rows, rows.student_logits, block))
-    teacher_max, teacher = shifted_to_maximum(real_columns(rows, rows.teacher_logits, block))
+class Softmaxes(NamedTuple):
+    """The softmaxes of a block, still to be divided by their sums."""
+
+    student: Tensor  # [block, vocabulary], at temperature T
+    student_sum: Tensor  # [block]
+    teacher: Tensor
+    teacher_sum: Tensor
+    hard: Tensor  # [labelled rows, vocabulary], at temperature 1
+    hard_sum: Tensor
+
+
+def forward(rows: LossRows) -> Tensor:
+    """Row table [8, rows], float32 (float64 for float64 logits)."""
+    table = new_table(rows)
+    for block in blocks(rows):
+        softmaxes_with_losses(rows, block, RowTable(*table))
+    return table
+
+
+def backward(rows: LossRows, table: Tensor, coefficients: Tensor, gradient: Tensor) -> None:
+    """Write the gradient with respect to the student's logits; see ``distillation_loss_rows``."""
+    for block in blocks(rows):
+        softmaxes = softmaxes_from_table(rows, block, RowTable(*table))
+        gradient[block.rows, : rows.vocab_size] = combine(block, softmaxes, coefficients).to(gradient.dtype)
+    clear_what_does_not_count(rows, gradient)
+
+
+def forward_backward(rows: LossRows, coefficients: Tensor, gradient: Tensor) -> Tensor:
+    """Row losses [3, rows], and the gradient for a third of the exponentials less."""
+    table = new_table(rows)
+    for block in blocks(rows):
+        softmaxes = softmaxes_with_losses(rows, block, RowTable(*table))
+        gradient[block.rows, : rows.vocab_size] = combine(block, softmaxes, coefficients).to(gradient.dtype)
+    clear_what_does_not_count(rows, gradient)
+    return table[:LOSS_FIELDS]
+
+
+def softmaxes_with_losses(rows: LossRows, block: Block, table: RowTable) -> Softmaxes:
+    student_logits = rows.student_logits[block.rows, : rows.vocab_size]
+    student_max = student_logits.amax(1).to(table.kl.dtype)
+    student = torch.sub(student_logits, student_max.unsqueeze(1), out=block.student)
+    table.student_max[block.rows] = student_max
+
+    hard = student[block.labelled]
+    label_logits = hard.gather(1, block.labels)
+    hard_sum = hard.exp_().sum(1)
+    table.hard_sum[block.labelled_rows] = hard_sum
+    table.hard_ce[block.labelled_rows] = hard_sum.log() - label_logits.squeeze(1)
+    if not block.has_soft_rows:
+        return Softmaxes(student, hard_sum, student, hard_sum, hard, hard_sum)
+
+    teacher_logits = rows.teacher_logits[block.rows, : rows.vocab_size]
+    teacher_max = teacher_logits.amax(1).to(table.kl.dtype)
+    teacher = torch.sub(teacher_logits, teacher_max.unsqueeze(1), out=block.teacher)
     student.mul_(1 / rows.temperature)
     teacher.mul_(1 / rows.temperature)
-    student_sum = student.exp().sum(1)
-    weights = teacher.exp()
+    weights = torch.exp(teacher, out=block.weights)
     teacher_sum = weights.sum(1)
-
-    losses.soft_ce[block] = student_sum.log() - weighted_sum(weights, student) / teacher_sum
-    # Not cross-entropy minus entropy: of the difference of two large numbers little is left once the
+    mean_student = weighted_sum(weights, student) / teacher_sum
+    # kl is not cross-entropy minus entropy: of the difference of two large numbers little is left once the
     # student is good.
     mean_difference = weighted_sum(weights, teacher.sub_(student)) / teacher_sum
-    losses.kl[block] = mean_difference + (student_sum / teacher_sum).log()
-
-    statistics.student_max[block] = student_max
-    statistics.student_sum[block] = student_sum
-    statistics.teacher_max[block] = teacher_max
-    statistics.teacher_sum[block] = teacher_sum
-
-
-def hard_forward(
-    rows: LossRows, labels: Tensor, block: RowSelection, losses: RowLosses, statistics: RowStatistics
-) -> None:
-    student_max, student = shifted_to_maximum(real_columns(rows, rows.student_logits, block))
-    label_logits = student.gather(1, labels.unsqueeze(1)).squeeze(1)
-    hard_sum = student.exp_().sum(1)
-    losses.hard_ce[block] = hard_sum.log() - label_logits
-    statistics.student_max[block] = student_max
-    statistics.hard_sum[block] = hard_sum
+    student_sum = student.exp_().sum(1)
+    kl = mean_difference + (student_sum / teacher_sum).log()
+    soft_ce = student_sum.log() - mean_student
+    if block.soft_mask is not None:
+        kl, soft_ce = (torch.where(block.soft_mask, loss, 0) for loss in (kl, soft_ce))
+    table.kl[block.rows] = kl
+    table.soft_ce[block.rows] = soft_ce
+    table.student_sum[block.rows] = student_sum
+    table.teacher_max[block.rows] = teacher_max
+    table.teacher_sum[block.rows] = teacher_sum
+    return Softmaxes(student, student_sum, weights, teacher_sum, hard, hard_sum)
 
 
-def backward(rows: LossRows, statistics: RowStatistics, coefficients: Tensor, gradient: Tensor) -> None:
-    """Write the gradient with respect to the student's logits.
+def softmaxes_from_table(rows: LossRows, block: Block, table: RowTable) -> Softmaxes:
+    student_logits = rows.student_logits[block.rows, : rows.vocab_size]
+    student = torch.sub(student_logits, table.student_max[block.rows].unsqueeze(1), out=block.student)
+    hard = student[block.labelled].exp_()
+    hard_sum = table.hard_sum[block.labelled_rows]
+    if not block.has_soft_rows:
+        return Softmaxes(student, hard_sum, student, hard_sum, hard, hard_sum)
+    teacher_logits = rows.teacher_logits[block.rows, : rows.vocab_size]
+    teacher = torch.sub(teacher_logits, table.teacher_max[block.rows].unsqueeze(1), out=block.teacher)
+    student.mul_(1 / rows.temperature).exp_()
+    teacher.mul_(1 / rows.temperature).exp_()
+    return Softmaxes(
+        student, table.student_sum[block.rows], teacher, table.teacher_sum[block.rows], hard, hard_sum
+    )
 
-    coefficients  [2], accumulation dtype: what multiplies q - p, and softmax(z) - onehot(y). They hold
-                  the loss scale, so that rounding to the logits' dtype is the last thing that happens
-    gradient      [rows, width]; may be ``rows.student_logits`` itself
-    """
+
+def combine(block: Block, softmaxes: Softmaxes, coefficients: Tensor) -> Tensor:
+    """c_soft (q - p) + c_hard (softmax(z) - onehot(y)), each division by a sum folded into its factor."""
     soft_coefficient, hard_coefficient = coefficients.unbind()
-    labelled = None if rows.labels is None else rows.labels != rows.ignore_index
-    active = rows.soft_mask if rows.soft_mask is None or labelled is None else rows.soft_mask | labelled
-    numbers = torch.arange(rows.num_rows, device=gradient.device)
-
-    for block in row_blocks(rows, active):
-        block_rows = numbers[block]
-        if rows.soft_mask is None or rows.soft_mask[block].all():
-            block_gradient = soft_gradient(rows, block, statistics, soft_coefficient)
-        else:
-            soft = rows.soft_mask[block]
-            block_gradient = coefficients.new_zeros(len(block_rows), rows.vocab_size)
-            block_gradient[soft] = soft_gradient(rows, block_rows[soft], statistics, soft_coefficient)
-        if rows.labels is not None and labelled is not None:
-            hard = labelled[block]
-            labels = rows.labels[block][hard]
-            block_gradient[hard] += hard_gradient(
-                rows, labels, block_rows[hard], statistics, hard_coefficient
-            )
-        gradient[block, : rows.vocab_size] = block_gradient.to(gradient.dtype)
-
-    # Last, because the gradient may share the storage that was read above.
-    gradient[:, rows.vocab_size :] = 0
-    if active is not None:
-        gradient[~active] = 0
+    gradient = softmaxes.student
+    if block.has_soft_rows:
+        gradient.mul_((soft_coefficient / softmaxes.student_sum).unsqueeze(1))
+        teacher_factor = (soft_coefficient / softmaxes.teacher_sum).unsqueeze(1)
+        gradient.addcmul_(softmaxes.teacher, teacher_factor, value=-1)
+    if block.soft_mask is not None:
+        gradient[~block.soft_mask] = 0
+    hard = softmaxes.hard.mul_((hard_coefficient / softmaxes.hard_sum).unsqueeze(1))
+    hard.scatter_add_(1, block.labels, (-hard_coefficient).expand_as(block.labels))
+    return gradient.index_add_(0, block.labelled, hard)
 
 
-def soft_gradient(
-    rows: LossRows, block: RowSelection, statistics: RowStatistics, coefficient: Tensor
-) -> Tensor:
-    """coefficient * (q - p), each softmax's division folded into the factor it is multiplied by."""
-    student = real_columns(rows, rows.student_logits, block)
-    teacher = real_columns(rows, rows.teacher_logits, block)
-    inverse_temperature = 1 / rows.temperature
-    student_weights = (student - statistics.student_max[block].unsqueeze(1)).mul_(inverse_temperature).exp_()
-    teacher_weights = (teacher - statistics.teacher_max[block].unsqueeze(1)).mul_(inverse_temperature).exp_()
-    student_factor = coefficient / statistics.student_sum[block]
-    teacher_factor = coefficient / statistics.teacher_sum[block]
-    student_weights.mul_(student_factor.unsqueeze(1))
-    return student_weights.addcmul_(teacher_weights, teacher_factor.unsqueeze(1), value=-1)
-
-
-def hard_gradient(
-    rows: LossRows, labels: Tensor, block: Tensor, statistics: RowStatistics, coefficient: Tensor
-) -> Tensor:
-    """coefficient * (softmax(z) - onehot(y)) for rows that all have a label."""
-    student = real_columns(rows, rows.student_logits, block)
-    weights = (student - statistics.student_max[block].unsqueeze(1)).exp_()
-    weights.mul_((coefficient / statistics.hard_sum[block]).unsqueeze(1))
-    return weights.scatter_add_(1, labels.unsqueeze(1), (-coefficient).expand(len(labels), 1))
-
-
-def row_blocks(rows: LossRows, selected: Tensor | None) -> Iterator[RowSelection]:
-    """Blocks of the selected rows: slices where all are selected, which need no gathering."""
+def blocks(rows: LossRows) -> Iterator[Block]:
+    """The rows that count, as many at a time as fit the buffers, in order."""
     row_bytes = rows.vocab_size * accumulation_dtype(rows.student_logits).itemsize
-    block_rows = max(1, BLOCK_BYTES // row_bytes)
-    if selected is None or selected.all():
-        yield from (slice(start, start + block_rows) for start in range(0, rows.num_rows, block_rows))
-    elif selected.any():
-        yield from selected.nonzero().squeeze(1).split(block_rows)
+    block_rows = min(max(1, BLOCK_BYTES // row_bytes), max(1, rows.num_rows))
+    buffers = rows.student_logits.new_empty(
+        (3, block_rows, rows.vocab_size), dtype=accumulation_dtype(rows.student_logits)
+    )
+    numbers = torch.arange(rows.num_rows, device=rows.student_logits.device)
+    has_label = checked_labelled(rows)
+    counts = None if rows.soft_mask is None else rows.soft_mask | has_label
+    for block in row_selections(rows.num_rows, counts, block_rows):
+        soft_mask = None if rows.soft_mask is None or rows.soft_mask[block].all() else rows.soft_mask[block]
+        labelled = has_label[block].nonzero().squeeze(1)
+        in_all = numbers[block][labelled]
+        labels = in_all if rows.labels is None else rows.labels[in_all]
+        block_buffers = buffers[:, : len(numbers[block])]
+        yield Block(block, soft_mask, labelled, in_all, labels.unsqueeze(1), *block_buffers)
 
 
-def real_columns(rows: LossRows, logits: Tensor, block: RowSelection) -> Tensor:
-    return logits[block, : rows.vocab_size].to(accumulation_dtype(logits))
+def row_selections(num_rows: int, counts: Tensor | None, block_rows: int) -> Iterator[slice | Tensor]:
+    if counts is None:
+        yield from (slice(first, first + block_rows) for first in range(0, num_rows, block_rows))
+        return
+    for numbers in counts.nonzero().squeeze(1).split(block_rows):
+        if len(numbers) > 0:
+            first, last = numbers[0].item(), numbers[-1].item()
+            neighbours = last - first + 1 == len(numbers)
+            yield slice(first, last + 1) if neighbours else numbers  # a slice needs no gathering
 
 
-def shifted_to_maximum(logits: Tensor) -> tuple[Tensor, Tensor]:
-    maximum = logits.amax(1)
-    return maximum, logits - maximum.unsqueeze(1)
+def checked_labelled(rows: LossRows) -> Tensor:
+    """[rows] bool: which rows are labelled.
+
+    Raises:
+        ValueError: a label is neither ``ignore_index`` nor in the vocabulary.
+    """
+    labels, labelled = rows.labels, rows.labelled
+    if labels is None or labelled is None:
+        return rows.student_logits.new_zeros(rows.num_rows, dtype=torch.bool)
+    outside = ((labels < 0) | (labels >= rows.vocab_size)) & labelled
+    if outside.any():
+        label = labels[outside][0].item()
+        raise ValueError(
+            f"labels must be from 0 to {rows.vocab_size - 1} or {rows.ignore_index}, not {label}"
+        )
+    return labelled
+
+
+def clear_what_does_not_count(rows: LossRows, gradient: Tensor) -> None:
+    # Last, because the gradient may share the storage that was read before.
+    gradient[:, rows.vocab_size :] = 0
+    if rows.soft_mask is not None:
+        gradient[~(rows.soft_mask | checked_labelled(rows))] = 0
+
+
+def new_table(rows: LossRows) -> Tensor:
+    dtype = accumulation_dtype(rows.student_logits)
+    return rows.student_logits.new_zeros((len(RowTable._fields), rows.num_rows), dtype=dtype)
 
 
 def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from distilspeed.kernels import distillation_loss as public
+from distilspeed.kernels import distillation_loss_ops as ops
 from distilspeed.kernels import reference
 from distilspeed.kernels.backend import use_triton
 from distilspeed.kernels.distillation_loss import DistillationLosses, distillation_loss
-from distilspeed.kernels.distillation_loss_rows import LossRows
+from distilspeed.kernels.distillation_loss_rows import LossRows, RowTable
 
 
 def random_logits(*shape: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
@@ -158,12 +158,12 @@ def test_label_outside_the_vocabulary_is_not_silent_on_a_gpu(device: str) -> Non
         pytest.skip("the chunked implementation refuses such labels; see test_distillation_loss_contract.py")
     labels = torch.tensor([19, 3, -100], device=device)
     rows = LossRows(logits, logits, labels, None, 2.0, ignore_index=-100, vocab_size=18)
-    losses, _ = public.implementation_for(logits).forward(rows)
-    assert losses.hard_ce.isnan().tolist() == [True, False, False]
+    table = ops.implementation_for(logits).forward(rows)
+    assert RowTable(*table).hard_ce.isnan().tolist() == [True, False, False]
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not 1")
 def test_triton_is_what_runs_under_the_interpreter() -> None:
     assert (
-        public.implementation_for(torch.zeros(1)).__name__ == "distilspeed.kernels.distillation_loss_triton"
+        ops.implementation_for(torch.zeros(1)).__name__ == "distilspeed.kernels.distillation_loss_triton"
     )

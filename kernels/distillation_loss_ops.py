@@ -1,0 +1,102 @@
+"""The distillation loss as PyTorch operators: opaque to torch.compile, which so has no graph to break.
+
+Each picks the implementation that fits the logits' device and dtype. Their arguments are the fields of
+``LossRows``, and what ``distillation_loss_rows`` says of row table, coefficients and gradient. They carry no
+derivatives: those are in the autograd functions that call them.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from distilspeed.kernels import distillation_loss_chunked
+from distilspeed.kernels.backend import TRITON_INSTALLED, accumulation_dtype, use_triton
+from distilspeed.kernels.distillation_loss_rows import LOSS_FIELDS, LossRows, RowTable
+
+if TRITON_INSTALLED:
+    from distilspeed.kernels import distillation_loss_triton
+
+
+def implementation_for(logits: Tensor) -> ModuleType:
+    return distillation_loss_triton if use_triton(logits) else distillation_loss_chunked
+
+
+@torch.library.custom_op("distilspeed::distillation_loss_forward", mutates_args=())
+def forward(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    soft_mask: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    vocab_size: int,
+) -> Tensor:
+    rows = LossRows(student_logits, teacher_logits, labels, soft_mask, temperature, ignore_index, vocab_size)
+    return implementation_for(student_logits).forward(rows)
+
+
+@torch.library.custom_op("distilspeed::distillation_loss_backward", mutates_args=())
+def backward(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    soft_mask: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    vocab_size: int,
+    table: Tensor,
+    coefficients: Tensor,
+) -> Tensor:
+    rows = LossRows(student_logits, teacher_logits, labels, soft_mask, temperature, ignore_index, vocab_size)
+    gradient = torch.empty_like(student_logits)
+    implementation_for(student_logits).backward(rows, table, coefficients, gradient)
+    return gradient
+
+
+@torch.library.custom_op("distilspeed::distillation_loss_forward_backward", mutates_args=())
+def forward_backward(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    soft_mask: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    vocab_size: int,
+    coefficients: Tensor,
+) -> tuple[Tensor, Tensor]:
+    rows = LossRows(student_logits, teacher_logits, labels, soft_mask, temperature, ignore_index, vocab_size)
+    gradient = torch.empty_like(student_logits)
+    losses = implementation_for(student_logits).forward_backward(rows, coefficients, gradient)
+    return losses, gradient
+
+
+@forward.register_fake
+def _(student_logits: Tensor, *_: object) -> Tensor:
+    return table_like(student_logits, len(RowTable._fields))
+
+
+@backward.register_fake
+def _(student_logits: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(student_logits)
+
+
+@forward_backward.register_fake
+def _(student_logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return table_like(student_logits, LOSS_FIELDS), torch.empty_like(student_logits)
+
+
+def table_like(student_logits: Tensor, fields: int) -> Tensor:
+    shape = (fields, student_logits.shape[0])
+    return student_logits.new_empty(shape, dtype=accumulation_dtype(student_logits))
+
+
+def rescaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """A gradient [rows, width] times a 0-dim factor of the accumulation dtype: in place, and free where it is 1."""
+    if torch.compiler.is_compiling():
+        return (gradient.to(factor.dtype) * factor).to(gradient.dtype)
+    if use_triton(gradient):
+        distillation_loss_triton.rescale(gradient, factor)
+    elif factor != 1:
+        gradient.mul_(factor.item())
+    return gradient

@@ -1,0 +1,216 @@
+"""Distillation loss from hidden states: vocabulary projections and loss together, a chunk of rows at a time (public).
+
+With student hidden states h [rows, H_s], projection W [V, H_s] and bias b [V], and the teacher's k, U, d, the
+logits of a chunk of rows are z = h W^T + b and u = k U^T + d, the loss is that of
+``weighted_distillation_loss``, and with g = dL/dz of the chunk
+
+    dL/dh = g W        dL/dW = sum over chunks of g^T h        dL/db = sum over rows of g
+
+g takes the place of z; of both models' logits only one chunk exists at a time. The four products are the
+library's (cuBLAS, oneDNN), the rest is the kernels' of ``distillation_loss``. All gradients are made in the
+forward pass: made in the backward pass they would need the two products with W and U a second time.
+
+g is kept at a size that float16 holds well, whatever loss scale and normalizers are: it is computed for a larger
+coefficient of GRADIENT_SIZE, and what the caller's coefficients differ by is multiplied in float32 at the end.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from distilspeed.kernels import distillation_loss_ops as ops
+from distilspeed.kernels.checks import (
+    check_floating_point,
+    check_row_tensor,
+    check_settings,
+    resolve_normalizer,
+)
+from distilspeed.kernels.linear_distillation_loss_ops import Projections, forward_backward
+from distilspeed.kernels.weighted_distillation_loss import WeightedDistillationLoss
+
+# Entries of g are at most twice this; of 30522 small ones the average is then a hundred times float16's smallest
+# normal number, and a product with weights below 100 stays in its range.
+GRADIENT_SIZE = 256.0
+
+CPU_CHUNK_BYTES = 48 * 2**20
+GPU_CHUNK_BYTES = 512 * 2**20
+
+
+def linear_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    alpha_ce: float = 5.0,
+    alpha_mlm: float = 2.0,
+    temperature: float = 2.0,
+    soft_mask: Tensor | None = None,
+    soft_normalizer: float | Tensor | None = None,
+    hard_normalizer: float | Tensor | None = None,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    chunk_bytes: int | None = None,
+) -> WeightedDistillationLoss:
+    """``weighted_distillation_loss`` of two vocabulary projections whose logits are never held whole.
+
+    Args:
+        student_hidden: [..., student hidden size], float16, bfloat16, float32 or float64: what the
+            vocabulary projection is applied to (in BERT's MLM head: after its transform).
+        student_weight: [width, student hidden size], the same dtype, such as the (tied) input embeddings.
+        teacher_hidden: [..., teacher hidden size], the same leading dimensions and dtype; frozen.
+        teacher_weight: [width, teacher hidden size]; frozen, like all of the teacher.
+        labels: [...] int64, ``ignore_index`` in rows without one.
+        student_bias: [width], the student weight's dtype; None: no bias.
+        teacher_bias: [width], frozen.
+        chunk_bytes: memory for the logits of one chunk, both models together. None: 48 MiB on a CPU,
+            512 MiB on a GPU. Smaller chunks make the products slower.
+
+    The other arguments are those of ``weighted_distillation_loss``; a loss scale is not needed here. Under
+    autocast the projections run in the autocast dtype, as ``torch.nn.functional.linear`` would.
+
+    Besides one chunk this holds the gradients: [..., student hidden size], and the weight's in float32.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, the teacher requires grad, a setting is out of
+            range, or (on the CPU) a label is.
+        RuntimeError: in a second backward through the same graph.
+    """
+    projections = Projections(
+        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias
+    )
+    check_frozen(projections)
+    device = student_hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        projections = Projections._make(None if part is None else part.to(dtype) for part in projections)
+    check_fit(projections)
+    check_row_tensor("labels", labels, torch.int64, student_hidden)
+    check_row_tensor("soft_mask", soft_mask, torch.bool, student_hidden)
+    vocab_size = check_settings(temperature, vocab_size, student_weight.shape[0])
+    labelled = None if labels is None else labels != ignore_index
+    if chunk_bytes is None:
+        chunk_bytes = CPU_CHUNK_BYTES if device == "cpu" else GPU_CHUNK_BYTES
+    return WeightedDistillationLoss(
+        *LinearDistillationLossFunction.apply(
+            *projections.as_rows(),
+            None if labels is None else labels.reshape(-1).contiguous(),
+            None if soft_mask is None else soft_mask.reshape(-1).contiguous(),
+            resolve_normalizer("soft_normalizer", soft_normalizer, student_hidden, soft_mask),
+            resolve_normalizer("hard_normalizer", hard_normalizer, student_hidden, labelled),
+            alpha_ce,
+            alpha_mlm,
+            temperature,
+            ignore_index,
+            vocab_size,
+            chunk_bytes,
+        )
+    )
+
+
+def check_frozen(projections: Projections) -> None:
+    for name, part in projections._asdict().items():
+        if name.startswith("teacher") and part is not None and part.requires_grad:
+            raise ValueError(f"{name} must not require grad; run the teacher under torch.no_grad()")
+
+
+def check_fit(projections: Projections) -> None:
+    student = projections.student_hidden
+    check_floating_point("student_hidden", student)
+    width, teacher_size = projections.student_weight.shape[:1], projections.teacher_hidden.shape[-1:]
+    shapes: tuple[tuple[int, ...], ...] = (
+        student.shape,
+        width + student.shape[-1:],
+        width,
+        student.shape[:-1] + teacher_size,
+        width + teacher_size,
+        width,
+    )
+    for name, part, shape in zip(projections._fields, projections, shapes, strict=True):
+        if part is None:
+            continue
+        if part.shape != shape:
+            raise ValueError(f"{name} must have the shape {list(shape)}, not {list(part.shape)}")
+        if part.dtype != student.dtype:
+            raise ValueError(
+                f"{name} must have the dtype of student_hidden, {student.dtype}, not {part.dtype}"
+            )
+        if part.device != student.device:
+            raise ValueError(
+                f"{name} must be on the device of student_hidden, {student.device}, not {part.device}"
+            )
+
+
+class LinearDistillationLossFunction(torch.autograd.Function):
+    """Forward leaves the gradients behind; backward multiplies them by what arrives."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_hidden: Tensor,  # [rows, student hidden size]
+        student_weight: Tensor,  # [width, student hidden size]
+        student_bias: Tensor | None,  # [width]
+        teacher_hidden: Tensor,  # [rows, teacher hidden size]
+        teacher_weight: Tensor,  # [width, teacher hidden size]
+        teacher_bias: Tensor | None,  # [width]
+        labels: Tensor | None,  # [rows]
+        soft_mask: Tensor | None,  # [rows]
+        soft_normalizer: Tensor,  # 0-dim
+        hard_normalizer: Tensor,  # 0-dim
+        alpha_ce: float,
+        alpha_mlm: float,
+        temperature: float,
+        ignore_index: int,
+        vocab_size: int,
+        chunk_bytes: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        coefficients = torch.stack((alpha_ce * temperature / soft_normalizer, alpha_mlm / hard_normalizer))
+        unscaled = torch.ones_like(soft_normalizer)
+        if student_hidden.dtype == torch.float16:
+            smallest = torch.finfo(coefficients.dtype).tiny  # where both weights are 0
+            unscaled = coefficients.abs().max().clamp(min=smallest) / GRADIENT_SIZE
+        losses, *gradients = forward_backward(
+            student_hidden,
+            student_weight,
+            student_bias,
+            teacher_hidden,
+            teacher_weight,
+            teacher_bias,
+            labels,
+            soft_mask,
+            temperature,
+            ignore_index,
+            vocab_size,
+            coefficients / unscaled,
+            chunk_bytes,
+            list(ctx.needs_input_grad[:3]),
+        )
+        ctx.save_for_backward(unscaled, *gradients)
+        ctx.dtype = student_hidden.dtype
+        ctx.gradients_given = False
+        kl, soft_ce, hard_ce = losses.unbind()
+        soft_factor = temperature**2 / soft_normalizer
+        kl, soft_ce, hard_ce = kl * soft_factor, soft_ce * soft_factor, hard_ce / hard_normalizer
+        ctx.mark_non_differentiable(kl, soft_ce, hard_ce)
+        return alpha_ce * kl + alpha_mlm * hard_ce, kl, soft_ce, hard_ce
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
+        if ctx.gradients_given:
+            raise RuntimeError(
+                "linear_distillation_loss: its gradients were given away in the first backward"
+            )
+        ctx.gradients_given = True
+        unscaled, *gradients = ctx.saved_tensors
+        factor = grad_loss * unscaled
+        hidden, weight, bias = (
+            ops.rescaled(gradient, factor).to(ctx.dtype) if needed else None
+            for gradient, needed in zip(gradients, ctx.needs_input_grad, strict=False)
+        )
+        return hidden, weight, None if bias is None else bias.view(-1), *(None,) * 13

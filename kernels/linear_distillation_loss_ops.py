@@ -1,0 +1,132 @@
+"""The linear distillation loss as a PyTorch operator: chunks of rows, four products and the losses of each."""
+
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from distilspeed.kernels.backend import accumulation_dtype
+from distilspeed.kernels.distillation_loss_ops import implementation_for
+from distilspeed.kernels.distillation_loss_rows import LOSS_FIELDS, LossRows
+
+ALIGNED_COLUMNS = 64  # rows of logits then start at multiples of 128 bytes, and are read 16 bytes at a time
+
+
+class Projections(NamedTuple):
+    """What both models' logits are made of."""
+
+    student_hidden: Tensor  # [..., student hidden size]
+    student_weight: Tensor  # [width, student hidden size]
+    student_bias: Tensor | None  # [width]
+    teacher_hidden: Tensor  # [..., teacher hidden size]
+    teacher_weight: Tensor  # [width, teacher hidden size]
+    teacher_bias: Tensor | None  # [width]
+
+    def as_rows(self) -> Self:
+        return self._replace(
+            student_hidden=self.student_hidden.reshape(-1, self.student_hidden.shape[-1]),
+            teacher_hidden=self.teacher_hidden.reshape(-1, self.teacher_hidden.shape[-1]),
+        )
+
+
+@torch.library.custom_op("distilspeed::linear_distillation_loss", mutates_args=())
+def forward_backward(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    labels: Tensor | None,
+    soft_mask: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    vocab_size: int,
+    coefficients: Tensor,
+    chunk_bytes: int,
+    needs_gradient: list[bool],  # of student_hidden, student_weight, student_bias
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss sums [3] and gradients for ``coefficients``: of the hidden states [rows, hidden size], in their dtype,
+    of weight [width, hidden size] and bias [1, width], in the accumulation dtype; empty where not needed.
+    """
+    num_rows, width = student_hidden.shape[0], student_weight.shape[0]
+    needs_hidden, needs_weight, needs_bias = needs_gradient
+    implementation = implementation_for(student_hidden)
+    losses, hidden_gradient, weight_gradient, bias_gradient = new_results(
+        student_hidden, width, needs_gradient
+    )
+
+    padded_width = -(-width // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
+    chunk_rows = balanced_chunk(num_rows, chunk_bytes // (2 * padded_width * student_hidden.itemsize))
+    buffers = student_hidden.new_empty((2, chunk_rows, padded_width))
+    for first in range(0, num_rows, chunk_rows):
+        chunk = slice(first, first + chunk_rows)
+        hidden = student_hidden[chunk]
+        student_logits, teacher_logits = buffers[:, : len(hidden)]
+        project(hidden, student_weight, student_bias, student_logits[:, :width])
+        project(teacher_hidden[chunk], teacher_weight, teacher_bias, teacher_logits[:, :width])
+        rows = LossRows(
+            student_logits,
+            teacher_logits,
+            None if labels is None else labels[chunk],
+            None if soft_mask is None else soft_mask[chunk],
+            temperature,
+            ignore_index,
+            vocab_size,
+        )
+        if not any(needs_gradient):
+            losses += implementation.forward(rows)[:LOSS_FIELDS].sum(1)
+            continue
+        losses += implementation.forward_backward(rows, coefficients, student_logits).sum(1)
+        gradient = student_logits[:, :width]
+        if needs_hidden:
+            torch.mm(gradient, student_weight, out=hidden_gradient[chunk])
+        if needs_weight:
+            add_product(weight_gradient, gradient.T, hidden)
+        if needs_bias:
+            bias_gradient += gradient.sum(0, dtype=bias_gradient.dtype)
+    return losses, hidden_gradient, weight_gradient, bias_gradient
+
+
+@forward_backward.register_fake
+def _(
+    student_hidden: Tensor, student_weight: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return new_results(student_hidden, student_weight.shape[0], arguments[-1])
+
+
+def new_results(
+    student_hidden: Tensor, width: int, needs_gradient: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (num_rows, hidden_size), dtype = student_hidden.shape, accumulation_dtype(student_hidden)
+    needs_hidden, needs_weight, needs_bias = needs_gradient
+    zeros, empty = student_hidden.new_zeros, student_hidden.new_empty
+    return (
+        zeros(LOSS_FIELDS, dtype=dtype),
+        empty((num_rows, hidden_size) if needs_hidden else 0),
+        zeros((width, hidden_size) if needs_weight else 0, dtype=dtype),
+        zeros((1, width) if needs_bias else 0, dtype=dtype),
+    )
+
+
+def balanced_chunk(num_rows: int, most: int) -> int:
+    """Rows of a chunk: as few chunks as memory allows, all of nearly the same size."""
+    chunks = -(-num_rows // max(1, most))
+    return -(-num_rows // max(1, chunks))
+
+
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(hidden, weight.T, out=out)
+    else:
+        torch.addmm(bias, hidden, weight.T, out=out)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, added up in the dtype of ``total``."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right

@@ -1,0 +1,236 @@
+"""Making ``launch_configs.json``: compile every candidate launch, time it where the GPU is at hand.
+
+Without the GPU the choice is by the compiler's word: of the launches that spill nothing, the one that keeps most
+bytes of logits in flight on a multiprocessor, since the kernel does little but wait for memory; of equals the one
+with most threads, and then the smallest tile, which wastes least on the row's end.
+"""
+
+import itertools
+import json
+import math
+import re
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import get_args
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from distilspeed.kernels.distillation_loss_kernel import distillation_loss_kernel
+from distilspeed.kernels.distillation_loss_rows import LossRows
+from distilspeed.kernels.distillation_loss_triton import launch
+from distilspeed.kernels.launch_configs import (
+    ACCESS_BYTES,
+    WARP_THREADS,
+    LaunchConfig,
+    Pass,
+    TableEntry,
+    read_table,
+    tile_constants,
+)
+
+# 8 or 16 columns a thread. With 32, which compile without spills too, and with tiles of 8192 no more bytes are in
+# flight.
+CANDIDATES = tuple(
+    LaunchConfig(tile, tile // (32 * columns)) for tile in (1024, 2048, 4096) for columns in (8, 16)
+)
+BERT_VOCAB_SIZE = 30522
+ALIGNED_COLUMNS = 64
+DTYPES = {2: torch.float16, 4: torch.float32}  # bfloat16 compiles to the same, but for the conversion
+DTYPE_NAMES = {2: "fp16", 4: "fp32"}
+BY_COMPILER = "compiler"
+REGISTERS_PER_MULTIPROCESSOR = 65536  # of every architecture below
+REGISTER_GRANULARITY = 8  # a thread's registers are given out by eights
+# Threads that a multiprocessor holds, and programs (CUDA C++ Programming Guide, technical specifications per
+# compute capability).
+RESIDENT_THREADS = {70: 2048, 75: 1024, 80: 2048, 86: 1536, 90: 2048, 100: 2048}
+RESIDENT_PROGRAMS = {70: 32, 75: 16, 80: 32, 86: 16, 90: 32, 100: 32}
+ARCHITECTURES = tuple(RESIDENT_THREADS)
+
+
+@dataclass(frozen=True)
+class CompiledPass:
+    """What the compiler made of one pass."""
+
+    config: LaunchConfig
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    ptx: str
+
+
+def compile_pass(
+    pass_name: Pass,
+    architecture: int,
+    dtype_bytes: int,
+    config: LaunchConfig,
+    *,
+    vocab_size: int = BERT_VOCAB_SIZE,
+    width: int | None = None,
+    temperature_is_2: bool = True,
+) -> CompiledPass:
+    """Compile as a launch with labels, mask and 16-byte aligned pointers would be; needs no GPU.
+
+    ``width`` is the padded row; None: the next multiple of 64.
+    """
+    width = -(-vocab_size // ALIGNED_COLUMNS) * ALIGNED_COLUMNS if width is None else width
+    constants = {
+        "LOSSES": pass_name != "backward",
+        "GRADIENT": pass_name != "forward",
+        "VOCAB_SIZE": vocab_size,
+        "WIDTH": width,
+        "HAS_LABELS": True,
+        "HAS_MASK": True,
+        "TEMPERATURE_IS_2": temperature_is_2,
+    } | tile_constants(config, math.gcd(width, ACCESS_BYTES // dtype_bytes), dtype_bytes)
+    types = dict.fromkeys(constants, "constexpr")
+    types |= dict.fromkeys(("student_ptr", "teacher_ptr", "gradient_ptr"), f"*{DTYPE_NAMES[dtype_bytes]}")
+    types |= {"labels_ptr": "*i64", "soft_mask_ptr": "*i1", "inverse_temperature": "fp32"}
+    signature, attributes = {}, {}
+    for position, name in enumerate(distillation_loss_kernel.arg_names):
+        is_pointer = name.endswith("_ptr")
+        signature[name] = types.get(name, "*fp32" if is_pointer else "i32")
+        if is_pointer or (name.endswith("_stride") and width % 16 == 0):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        ASTSource(distillation_loss_kernel, signature, constexprs=constants, attrs=attributes),
+        target=GPUTarget("cuda", architecture, WARP_THREADS),
+        options={"num_warps": config.num_warps, "enable_fp_fusion": True},
+    )
+    registers, spilled_bytes = assemble(compiled.asm["ptx"], architecture)
+    return CompiledPass(config, registers, spilled_bytes, compiled.metadata.shared, compiled.asm["ptx"])
+
+
+def assemble(ptx: str, architecture: int) -> tuple[int, int]:
+    """Registers and spilled bytes of a thread, from the assembler that Triton brings along."""
+    target = re.findall(r"^\.target (sm_\w+)", ptx, re.MULTILINE)[0]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [
+            get_ptxas(architecture).path,
+            "-v",
+            f"--gpu-name={target}",
+            source,
+            "-o",
+            source.with_suffix(".o"),
+        ]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = re.findall(r"Used (\d+) registers", report)[0]
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", report)
+    return int(registers), sum(map(int, spills))
+
+
+def make_table(vocab_size: int = BERT_VOCAB_SIZE, measured_rows: int = 8192) -> list[TableEntry]:
+    """Entries for every architecture: by timing for the GPU at hand, if there is one, else by the compiler.
+
+    Entries of the present table that were timed on other architectures, or for other vocabularies, stay.
+    """
+    here = None
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        here = 10 * major + minor
+    kept = [
+        entry
+        for entry in read_table()
+        if entry.chosen_by != BY_COMPILER and (entry.architecture, entry.vocab_size) != (here, vocab_size)
+    ]
+    timed = {entry.architecture for entry in kept} | {here}
+    entries = kept
+    for architecture, dtype_bytes, pass_name in itertools.product(
+        sorted({*ARCHITECTURES, *filter(None, [here])}), DTYPES, get_args(Pass)
+    ):
+        if architecture == here:
+            entries.append(choose_by_time(pass_name, architecture, dtype_bytes, vocab_size, measured_rows))
+        elif architecture not in timed:
+            entries.append(choose_by_compiler(pass_name, architecture, dtype_bytes))
+    return sorted(entries, key=lambda e: (e.architecture, e.dtype_bytes, e.vocab_size, e.pass_name))
+
+
+def write_table(entries: list[TableEntry], file: Path) -> None:
+    lines = ",\n".join(json.dumps(asdict(entry)) for entry in entries)
+    text = f'{{"triton": "{triton.__version__}", "entries": [\n{lines}\n]}}\n'
+    beside = file.with_suffix(".new")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(file)
+
+
+def choose_by_compiler(pass_name: Pass, architecture: int, dtype_bytes: int) -> TableEntry:
+    compiled = [compile_pass(pass_name, architecture, dtype_bytes, config) for config in CANDIDATES]
+    best = max(
+        (candidate for candidate in compiled if candidate.spilled_bytes == 0),
+        key=lambda candidate: (
+            resident_programs(candidate, architecture) * candidate.config.tile,
+            resident_programs(candidate, architecture) * candidate.config.num_warps,
+            -candidate.config.tile,
+        ),
+    )
+    return table_entry(pass_name, architecture, dtype_bytes, BERT_VOCAB_SIZE, best, BY_COMPILER)
+
+
+def choose_by_time(
+    pass_name: Pass, architecture: int, dtype_bytes: int, vocab_size: int, num_rows: int
+) -> TableEntry:
+    """Fastest on the current CUDA device, soft targets in all rows and labels in every seventh."""
+    seconds = {
+        config: median_time(pass_name, dtype_bytes, vocab_size, num_rows, config) for config in CANDIDATES
+    }
+    best = min(seconds, key=seconds.__getitem__)
+    compiled = compile_pass(pass_name, architecture, dtype_bytes, best, vocab_size=vocab_size)
+    chosen_by = f"{seconds[best]:.0f} us for {num_rows} rows on {torch.cuda.get_device_name()}"
+    return table_entry(pass_name, architecture, dtype_bytes, vocab_size, compiled, chosen_by)
+
+
+def median_time(
+    pass_name: Pass, dtype_bytes: int, vocab_size: int, num_rows: int, config: LaunchConfig
+) -> float:
+    """Microseconds of one launch, caches cleared before each."""
+    width = -(-vocab_size // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
+    dtype = DTYPES[dtype_bytes]
+    student, teacher = (torch.randn(num_rows, width, device="cuda", dtype=dtype) for _ in range(2))
+    labels = torch.full((num_rows,), -100, device="cuda")
+    labels[::7] = torch.arange(len(labels[::7]), device="cuda") % vocab_size
+    soft_mask = torch.ones(num_rows, dtype=torch.bool, device="cuda")
+    rows = LossRows(student, teacher, labels, soft_mask, 2.0, -100, vocab_size)
+    table = torch.ones(8, num_rows, device="cuda")
+    coefficients, gradient = torch.ones(2, device="cuda"), torch.empty_like(student)
+    return 1000 * triton.testing.do_bench(
+        lambda: launch(pass_name, rows, table, coefficients, gradient, config), return_mode="median"
+    )
+
+
+def resident_programs(compiled: CompiledPass, architecture: int) -> int:
+    """How many programs a multiprocessor holds at a time."""
+    threads = compiled.config.num_warps * WARP_THREADS
+    registers = -(-compiled.registers // REGISTER_GRANULARITY) * REGISTER_GRANULARITY
+    return min(
+        REGISTERS_PER_MULTIPROCESSOR // (registers * threads),
+        RESIDENT_THREADS[architecture] // threads,
+        RESIDENT_PROGRAMS[architecture],
+    )
+
+
+def table_entry(
+    pass_name: Pass,
+    architecture: int,
+    dtype_bytes: int,
+    vocab_size: int,
+    compiled: CompiledPass,
+    chosen_by: str,
+) -> TableEntry:
+    return TableEntry(
+        architecture,
+        dtype_bytes,
+        pass_name,
+        vocab_size,
+        *compiled.config,
+        compiled.registers,
+        compiled.spilled_bytes,
+        compiled.shared_bytes,
+        chosen_by,
+    )

@@ -1,0 +1,59 @@
+"""Distil with transformers' Trainer; teacher and student share a tokenizer. Needs ``pip install accelerate``."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForMaskedLM, AutoTokenizer, TrainingArguments
+
+from distilspeed.kernels.distillation_loss import distillation_loss
+
+
+class DistillationTrainer(transformers.Trainer):
+    """Takes the same step however a batch is split over micro-batches and ranks."""
+
+    def __init__(self, *args: Any, teacher: transformers.PreTrainedModel, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.teacher = teacher.to(self.args.device)
+        self.model_accepts_loss_kwargs = True  # or Trainer divides the loss by the accumulation steps, too
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # Trainer counts labels, but not real tokens. Both are counted over all micro-batches, because a mean
+        # of their means would depend on the split; and averaged over ranks, because the gradients are.
+        counts = torch.zeros(2, device=device)
+        for batch in batches:
+            counts += torch.stack((batch["attention_mask"].sum(), (batch["labels"] != -100).sum())).to(device)
+        return batches, self.accelerator.reduce(counts, "mean").clamp(min=1 / self.args.world_size)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        ids, labels, mask = inputs["input_ids"], inputs["labels"], inputs["attention_mask"].bool()
+        with torch.no_grad():
+            teacher_logits = self.teacher(ids, attention_mask=mask).logits
+        outputs = model(ids, attention_mask=mask)
+        tokens, labelled = num_items_in_batch if model.training else (None, None)
+        counts = {"soft_normalizer": tokens, "hard_normalizer": labelled}
+        losses = distillation_loss(outputs.logits, teacher_logits, labels, soft_mask=mask, **counts)
+        loss = 5 * losses.kl + 2 * losses.hard_ce
+        return (loss, outputs) if return_outputs else loss
+
+
+if __name__ == "__main__":
+    parser = transformers.HfArgumentParser(TrainingArguments, description=__doc__)
+    parser.set_defaults(max_steps=100, learning_rate=5e-4, save_strategy="no")
+    for name in ("--teacher", "--student", "--text"):
+        parser.add_argument(name, required=True)
+    settings, args = parser.parse_args_into_dataclasses()
+    teacher = AutoModelForMaskedLM.from_pretrained(args.teacher, dtype=torch.float32)
+    student = AutoModelForMaskedLM.from_pretrained(args.student, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(args.teacher)
+    lines = [line for line in Path(args.text).read_text(encoding="utf-8").splitlines() if line.strip()]
+    ids = tokenizer(lines, truncation=True, max_length=student.config.max_position_embeddings)["input_ids"]
+    rows = [{"input_ids": row} for row in ids]
+    collator = transformers.DataCollatorForLanguageModeling(tokenizer)
+    trainer = DistillationTrainer(
+        student, settings, collator, rows, processing_class=tokenizer, teacher=teacher
+    )
+    trainer.train()
+    trainer.save_model()
