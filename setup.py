@@ -21,8 +21,12 @@ setup(
         "Operating System :: POSIX :: Linux",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    package_dir={"distilspeed.kernels": "kernels", "distilspeed.trainer": "trainer"},
-    packages=["distilspeed.kernels", "distilspeed.trainer"],
+    package_dir={
+        "distilspeed.kernels": "kernels",
+        "distilspeed.kernels.profiling": "kernels/profiling",
+        "distilspeed.trainer": "trainer",
+    },
+    packages=["distilspeed.kernels", "distilspeed.kernels.profiling", "distilspeed.trainer"],
     package_data={"distilspeed.kernels": ["*.json"]},
     python_requires=">=3.11",
     install_requires=[

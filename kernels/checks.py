@@ -1,4 +1,4 @@
-"""Checks that every loss makes of its arguments, and what a mean is divided by."""
+"""What every loss does to its arguments first: checks, and one form for shapes and normalizers."""
 
 import math
 
@@ -86,3 +86,9 @@ def check_writable(student_logits: Tensor, rows: Tensor) -> None:
         raise ValueError("the gradient cannot be written over student_logits: they are a leaf of the graph")
     if rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]:
         raise ValueError("the gradient cannot be written over student_logits: their rows share memory")
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """[..., features] -> [rows, features], the last dimension contiguous; a copy only where there is no view."""
+    rows = tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()

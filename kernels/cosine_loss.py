@@ -7,7 +7,9 @@ b_i = max(|t_i|, eps) and dot_i = h_i . t_i,
 
 and for g the gradient that arrives at the loss (loss scale and loss weight included)
 
-    d/dh_i = -g / normalizer * ( t_i / (a_i b_i)  -  cos_i h_i / a_i^2  [|h_i| > eps] )
+    d/dh_i = g / normalizer * ( student_factor_i h_i  -  teacher_factor_i t_i )
+
+    student_factor_i = cos_i / a_i^2  [|h_i| > eps]        teacher_factor_i = 1 / (a_i b_i)
 
 in float32, rounded to the hidden states' dtype once, at the end.
 
@@ -15,14 +17,19 @@ Source: Sanh et al. 2019, arXiv 1910.01108, section 3 (L_cos). eps as in
 torch.nn.functional.cosine_similarity: a zero vector has cosine 0.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distilspeed.kernels.backend import accumulation_dtype
-from distilspeed.kernels.checks import check_pair, check_row_tensor, resolve_normalizer
+from distilspeed.kernels import cosine_loss_chunked
+from distilspeed.kernels.backend import TRITON_INSTALLED, accumulation_dtype, use_triton
+from distilspeed.kernels.checks import as_rows, check_pair, check_row_tensor, resolve_normalizer
+
+if TRITON_INSTALLED:
+    from distilspeed.kernels import cosine_loss_triton
 
 EPS = 1e-8
 
@@ -37,7 +44,8 @@ def cosine_loss(
     """Mean of 1 - cos(student, teacher) over the rows of a mask; formulas at the top of this file.
 
     Args:
-        student_hidden: [..., hidden], float16, bfloat16, float32 or float64, any strides.
+        student_hidden: [..., hidden], float16, bfloat16, float32 or float64, any strides; where they cannot
+            be seen as rows without a copy, one is made.
         teacher_hidden: the same shape, dtype and device; must not require grad.
         mask: [...] bool, the rows that count. None: all.
         normalizer: what the sum is divided by: a number, or a 0-dim tensor on the same device. None: the
@@ -45,8 +53,10 @@ def cosine_loss(
 
     Returns:
         A float32 scalar (float64 for float64 input). Rows that do not count contribute exactly 0, whatever
-        they hold, and get a gradient of exactly 0. Nothing synchronises host and GPU. A student's zero
+        they hold, and get a gradient of exactly 0. Nothing synchronises host and GPU, and torch.compile
+        finds no graph to break. The result is the same bit for bit from run to run. A student's zero
         vector has loss 1 and, as in PyTorch, the gradient -t / (|t| eps), which float16 cannot hold.
+        Norms must be below 1e19: the squares of greater ones pass float32's range, and the cosine is 0 or NaN.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or the teacher requires grad.
@@ -54,42 +64,65 @@ def cosine_loss(
     check_pair("hidden", student_hidden, teacher_hidden)
     check_row_tensor("mask", mask, torch.bool, student_hidden)
     divisor = resolve_normalizer("normalizer", normalizer, student_hidden, mask)
-    return CosineLossFunction.apply(student_hidden, teacher_hidden, mask, divisor)
+    mask_rows = None if mask is None else mask.reshape(-1).contiguous()
+    return CosineLossFunction.apply(as_rows(student_hidden), as_rows(teacher_hidden), mask_rows, divisor)
 
 
 class CosineLossFunction(torch.autograd.Function):
-    """Saves three numbers per row beside the hidden states, and no normalised copy of either."""
+    """Saves two numbers per row beside the hidden states, and no normalised copy of either."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        student_hidden: Tensor,  # [..., hidden]
-        teacher_hidden: Tensor,  # [..., hidden]
-        mask: Tensor | None,  # [...]
+        student: Tensor,  # [rows, hidden], like the teacher's with the last dimension contiguous
+        teacher: Tensor,  # [rows, hidden]
+        mask: Tensor | None,  # [rows]
         normalizer: Tensor,  # 0-dim
     ) -> Tensor:
-        dtype = accumulation_dtype(student_hidden)
-        student_norm = torch.linalg.vector_norm(student_hidden, dim=-1, dtype=dtype).clamp_(min=EPS)
-        teacher_norm = torch.linalg.vector_norm(teacher_hidden, dim=-1, dtype=dtype).clamp_(min=EPS)
-        dot = (student_hidden.to(dtype) * teacher_hidden.to(dtype)).sum(-1)
-        row_losses = 1 - dot / (student_norm * teacher_norm)
-        if mask is not None:
-            row_losses = torch.where(mask, row_losses, 0)
-        ctx.save_for_backward(
-            student_hidden, teacher_hidden, mask, normalizer, student_norm, teacher_norm, dot
-        )
+        row_losses, student_factor, teacher_factor = forward_operator(student, teacher, mask)
+        ctx.save_for_backward(student, teacher, mask, student_factor, teacher_factor, normalizer)
         return row_losses.sum() / normalizer
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
-        student_hidden, teacher_hidden, mask, normalizer, student_norm, teacher_norm, dot = ctx.saved_tensors
-        scale = -grad_loss / normalizer
-        teacher_factor = scale / (student_norm * teacher_norm)
-        # Below eps the norm is held constant, and so has no derivative.
-        student_factor = torch.where(student_norm > EPS, teacher_factor * dot / student_norm.square(), 0)
-        gradient = teacher_hidden * teacher_factor.unsqueeze(-1)
-        gradient -= student_hidden * student_factor.unsqueeze(-1)
-        if mask is not None:
-            gradient.masked_fill_(~mask.unsqueeze(-1), 0)
-        return gradient.to(student_hidden.dtype), None, None, None
+        *rows_and_factors, normalizer = ctx.saved_tensors
+        return backward_operator(*rows_and_factors, grad_loss / normalizer), None, None, None
+
+
+# Operators are opaque to torch.compile, which needs no more than the fakes below to compile around them.
+
+
+@torch.library.custom_op("distilspeed::cosine_loss_forward", mutates_args=())
+def forward_operator(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return implementation_for(student).forward(student, teacher, mask, EPS)
+
+
+@torch.library.custom_op("distilspeed::cosine_loss_backward", mutates_args=())
+def backward_operator(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    student_factor: Tensor,
+    teacher_factor: Tensor,
+    scale: Tensor,
+) -> Tensor:
+    return implementation_for(student).backward(student, teacher, mask, student_factor, teacher_factor, scale)
+
+
+@forward_operator.register_fake
+def _(student: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(student)
+    row_losses, student_factor, teacher_factor = (
+        student.new_empty(student.shape[0], dtype=dtype) for _ in range(3)
+    )
+    return row_losses, student_factor, teacher_factor
+
+
+@backward_operator.register_fake
+def _(student: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(student, memory_format=torch.contiguous_format)
+
+
+def implementation_for(hidden_states: Tensor) -> ModuleType:
+    return cosine_loss_triton if use_triton(hidden_states) else cosine_loss_chunked

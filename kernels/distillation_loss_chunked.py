@@ -1,7 +1,7 @@
 """The distillation loss in PyTorch, a few rows at a time; the formulas are in ``distillation_loss``.
 
 Made for CPUs: the dozen elementwise passes over a block of rows find it in cache, and all write into the same
-three buffers, because a fresh page costs more than the arithmetic done on it. Rows that do not count are not
+four buffers, because a fresh page costs more than the arithmetic done on it. Rows that do not count are not
 read. Other devices get correct results too, at the price of host synchronisations.
 """
 
@@ -15,13 +15,13 @@ from torch import Tensor
 from distilspeed.kernels.backend import accumulation_dtype
 from distilspeed.kernels.distillation_loss_rows import LOSS_FIELDS, LossRows, RowTable
 
-# Of one of the three buffers.
-BLOCK_BYTES = 2**20
+# Of one of the four buffers.
+BLOCK_BYTES = 2 * 2**20
 
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows that count, and three buffers [block, vocabulary] to work in."""
+    """Some rows that count, and four buffers [block, vocabulary] to work in."""
 
     rows: slice | Tensor  # a slice where they are neighbours, else their numbers
     soft_mask: Tensor | None  # [block] bool; None: all are soft
@@ -31,6 +31,7 @@ class Block:
     student: Tensor
     teacher: Tensor
     weights: Tensor
+    products: Tensor
 
     @property
     def has_soft_rows(self) -> bool:
@@ -51,15 +52,17 @@ class Softmaxes(NamedTuple):
 def forward(rows: LossRows) -> Tensor:
     """Row table [8, rows], float32 (float64 for float64 logits)."""
     table = new_table(rows)
+    columns = RowTable(*table)
     for block in blocks(rows):
-        softmaxes_with_losses(rows, block, RowTable(*table))
+        softmaxes_with_losses(rows, block, columns)
     return table
 
 
 def backward(rows: LossRows, table: Tensor, coefficients: Tensor, gradient: Tensor) -> None:
     """Write the gradient with respect to the student's logits; see ``distillation_loss_rows``."""
+    columns = RowTable(*table)
     for block in blocks(rows):
-        softmaxes = softmaxes_from_table(rows, block, RowTable(*table))
+        softmaxes = softmaxes_from_table(rows, block, columns)
         gradient[block.rows, : rows.vocab_size] = combine(block, softmaxes, coefficients).to(gradient.dtype)
     clear_what_does_not_count(rows, gradient)
 
@@ -67,8 +70,9 @@ def backward(rows: LossRows, table: Tensor, coefficients: Tensor, gradient: Tens
 def forward_backward(rows: LossRows, coefficients: Tensor, gradient: Tensor) -> Tensor:
     """Row losses [3, rows], and the gradient for a third of the exponentials less."""
     table = new_table(rows)
+    columns = RowTable(*table)
     for block in blocks(rows):
-        softmaxes = softmaxes_with_losses(rows, block, RowTable(*table))
+        softmaxes = softmaxes_with_losses(rows, block, columns)
         gradient[block.rows, : rows.vocab_size] = combine(block, softmaxes, coefficients).to(gradient.dtype)
     clear_what_does_not_count(rows, gradient)
     return table[:LOSS_FIELDS]
@@ -95,10 +99,10 @@ def softmaxes_with_losses(rows: LossRows, block: Block, table: RowTable) -> Soft
     teacher.mul_(1 / rows.temperature)
     weights = torch.exp(teacher, out=block.weights)
     teacher_sum = weights.sum(1)
-    mean_student = weighted_sum(weights, student) / teacher_sum
+    mean_student = weighted_sum(weights, student, out=block.products) / teacher_sum
     # kl is not cross-entropy minus entropy: of the difference of two large numbers little is left once the
     # student is good.
-    mean_difference = weighted_sum(weights, teacher.sub_(student)) / teacher_sum
+    mean_difference = weighted_sum(weights, teacher.sub_(student), out=block.products) / teacher_sum
     student_sum = student.exp_().sum(1)
     kl = mean_difference + (student_sum / teacher_sum).log()
     soft_ce = student_sum.log() - mean_student
@@ -148,7 +152,7 @@ def blocks(rows: LossRows) -> Iterator[Block]:
     row_bytes = rows.vocab_size * accumulation_dtype(rows.student_logits).itemsize
     block_rows = min(max(1, BLOCK_BYTES // row_bytes), max(1, rows.num_rows))
     buffers = rows.student_logits.new_empty(
-        (3, block_rows, rows.vocab_size), dtype=accumulation_dtype(rows.student_logits)
+        (4, block_rows, rows.vocab_size), dtype=accumulation_dtype(rows.student_logits)
     )
     numbers = torch.arange(rows.num_rows, device=rows.student_logits.device)
     has_label = checked_labelled(rows)
@@ -203,12 +207,11 @@ def new_table(rows: LossRows) -> Tensor:
     return rows.student_logits.new_zeros((len(RowTable._fields), rows.num_rows), dtype=dtype)
 
 
-def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
+def weighted_sum(weights: Tensor, values: Tensor, out: Tensor) -> Tensor:
     """Row sums of weights * values where a weight of 0 silences an infinite or undefined value."""
-    sums = torch.linalg.vecdot(weights, values)
-    # Only rows with -inf logits come out as NaN; the exact product costs an extra pass, so only they pay.
+    sums = torch.mul(weights, values, out=out).sum(1)
+    # Only rows with -inf logits come out as NaN, and only they pay for a second look.
     undefined = sums.isnan()
     if undefined.any():
-        weights, values = weights[undefined], values[undefined]
-        sums[undefined] = torch.where(weights > 0, weights * values, 0).sum(1)
+        sums[undefined] = out[undefined].masked_fill_(weights[undefined] == 0, 0).sum(1)
     return sums

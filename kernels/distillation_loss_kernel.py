@@ -60,8 +60,7 @@ def row_flags(row, labels_ptr, soft_mask_ptr, ignore_index, HAS_LABELS: tl.const
 @triton.jit
 def load_logits(row_ptr, columns, mask, VOCAB_SIZE: tl.constexpr, WIDTH: tl.constexpr):
     # The mask is by the padded width: one by a vocabulary of odd size would narrow every load to one element.
-    # (.to for the interpreter, where a conjunction of masks is a number)
-    logits = tl.load(row_ptr + columns, mask=mask.to(tl.int1), other=float("-inf")).to(tl.float32)
+    logits = tl.load(row_ptr + columns, mask=mask, other=float("-inf")).to(tl.float32)
     if VOCAB_SIZE < WIDTH:
         logits = tl.where(columns < VOCAB_SIZE, logits, float("-inf"))
     return logits
@@ -83,11 +82,10 @@ def row_sums(
 ):
     # A tile is a matrix of groups, each the business of one thread, which keeps its numbers of each.
     LANES: tl.constexpr = TILE // GROUP
+    AXIS: tl.constexpr = 1 if NEIGHBOURS else 0
     if NEIGHBOURS:
-        AXIS: tl.constexpr = 1
         offsets = tl.arange(0, LANES)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     else:
-        AXIS: tl.constexpr = 0
         offsets = tl.arange(0, GROUP)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     student_max = tl.full([LANES], LOWEST, tl.float32)
     teacher_max = tl.full([LANES], LOWEST, tl.float32)
@@ -101,7 +99,9 @@ def row_sums(
     for start in range(0, tl.where(is_soft | is_labelled, VOCAB_SIZE, 0), TILE):
         columns = start + offsets
         student = load_logits(student_row, columns, columns < WIDTH, VOCAB_SIZE, WIDTH)
-        teacher = load_logits(teacher_row, columns, (columns < WIDTH) & is_soft, VOCAB_SIZE, WIDTH)
+        teacher = load_logits(
+            teacher_row, columns, tl.where(is_soft, columns < WIDTH, False), VOCAB_SIZE, WIDTH
+        )
         new_student_max = tl.maximum(student_max, tl.max(student, AXIS))
         student_raise = student_max - new_student_max
         student_max = new_student_max
@@ -187,7 +187,10 @@ def write_gradient(
         if is_soft | is_labelled:
             in_row = columns < WIDTH
             student = load_logits(student_row, columns, in_row, VOCAB_SIZE, WIDTH) - student_max
-            teacher = load_logits(teacher_row, columns, in_row & is_soft, VOCAB_SIZE, WIDTH) - teacher_max
+            teacher = (
+                load_logits(teacher_row, columns, tl.where(is_soft, in_row, False), VOCAB_SIZE, WIDTH)
+                - teacher_max
+            )
             weights = tl.exp2(student * scale)
             if is_soft:
                 gradient = student_factor * weights - teacher_factor * tl.exp2(teacher * scale)

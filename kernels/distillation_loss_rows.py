@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distilspeed.kernels.checks import check_pair, check_row_tensor, check_settings
+from distilspeed.kernels.checks import as_rows, check_pair, check_row_tensor, check_settings
 
 
 class LossRows(NamedTuple):
@@ -81,11 +81,6 @@ def loss_rows(
         ignore_index,
         vocab_size,
     )
-
-
-def as_rows(logits: Tensor) -> Tensor:
-    rows = logits.reshape(-1, logits.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 class RowTable(NamedTuple):

@@ -2,7 +2,7 @@
 
 Not chosen at run time: a kernel that times itself first gives sums in another order on another day, and a
 surprise at every new shape. ``launch_configs.json`` is made by ``launch/profile_kernels.py --tune``: where a GPU
-is at hand by timing, for all other architectures from what the compiler says (``tuning``). Each entry
+is at hand by timing, for all other architectures from what the compiler says (``profiling.tuning``). Each entry
 states which, and the compiled kernel's registers, spilled bytes and shared memory.
 """
 

@@ -9,6 +9,7 @@ from distilspeed.kernels.backend import accumulation_dtype
 from distilspeed.kernels.distillation_loss_ops import implementation_for
 from distilspeed.kernels.distillation_loss_rows import LOSS_FIELDS, LossRows
 
+PRODUCT_PART_BYTES = 4 * 2**20  # in float32
 ALIGNED_COLUMNS = 64  # rows of logits then start at multiples of 128 bytes, and are read 16 bytes at a time
 
 
@@ -128,5 +129,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     elif total.is_cuda:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:
-        total += left @ right
+    else:  # in parts, whose conversion to the dtype of the total stays in cache
+        part_rows = max(1, PRODUCT_PART_BYTES // (right.shape[1] * total.itemsize))
+        for part, left_part in zip(total.split(part_rows), left.split(part_rows), strict=True):
+            part += left_part @ right

@@ -35,7 +35,7 @@ from distilspeed.trainer.evaluation_report import (
     percent_of,
     write_report,
 )
-from distilspeed.trainer.files import folder_written_whole
+from distilspeed.trainer.files import check_unoccupied, folder_written_whole
 from distilspeed.trainer.student import check_fits_corpus, load_masked_language_model
 from distilspeed.trainer.tasks import FineTuning, Task, fine_tune, read_task
 
@@ -97,8 +97,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def _check_output_dir(output_dir: Path) -> None:
-    if output_dir.is_file() or (output_dir.is_dir() and any(output_dir.iterdir())):
-        raise UserError(f"{output_dir} exists already; choose another --output_dir or remove it")
+    check_unoccupied(output_dir)
     nearest = next(folder for folder in output_dir.absolute().parents if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"{output_dir} cannot be made in {nearest}; choose another --output_dir")

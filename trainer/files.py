@@ -7,6 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from distilspeed.trainer.errors import UserError
+
+
+def check_unoccupied(output_dir: Path) -> None:
+    """Raise UserError where a command's output folder holds something, or is a file."""
+    if output_dir.is_file() or (output_dir.is_dir() and any(output_dir.iterdir())):
+        raise UserError(f"{output_dir} exists already; choose another --output_dir or remove it")
+
 
 def write_text(path: Path, text: str) -> None:
     """Replace ``path`` by ``text``: written beside, synced to disk, renamed."""

@@ -28,7 +28,7 @@ from distilspeed.trainer.corpus import (
     tokenizer_hash,
 )
 from distilspeed.trainer.errors import UserError
-from distilspeed.trainer.files import folder_written_whole
+from distilspeed.trainer.files import check_unoccupied, folder_written_whole
 from distilspeed.trainer.packing import (
     PACKING_BUFFER_PIECES,
     PackedRows,
@@ -108,9 +108,7 @@ def _check_arguments(arguments: CorpusArguments) -> None:
         raise UserError(
             f"--held_out_fraction {arguments.held_out_fraction} is not between 0 and 0.5; try 0.01"
         )
-    output = arguments.output_dir
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise UserError(f"{output} exists already; choose another --output_dir or remove it")
+    check_unoccupied(arguments.output_dir)
 
 
 def _check_seq_length(seq_length: int, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,8 +1,15 @@
+"""Fixtures of the tests of the losses; makes ``cases`` importable beside them."""
+
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from distilspeed.kernels import distillation_loss_chunked
 from distilspeed.kernels.backend import TRITON_INSTALLED
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

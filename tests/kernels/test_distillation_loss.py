@@ -164,6 +164,4 @@ def test_label_outside_the_vocabulary_is_not_silent_on_a_gpu(device: str) -> Non
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not 1")
 def test_triton_is_what_runs_under_the_interpreter() -> None:
-    assert (
-        ops.implementation_for(torch.zeros(1)).__name__ == "distilspeed.kernels.distillation_loss_triton"
-    )
+    assert ops.implementation_for(torch.zeros(1)).__name__ == "distilspeed.kernels.distillation_loss_triton"

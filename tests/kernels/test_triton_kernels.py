@@ -1,31 +1,40 @@
 """The Triton kernels without a GPU: run by the interpreter, compiled for the cards people have."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import pytest
+import torch
 
 from distilspeed.kernels.backend import INTERPRETED
 
 triton = pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
-from distilspeed.kernels import distillation_loss_triton as kernels  # noqa: E402
+from distilspeed.kernels.launch_configs import (  # noqa: E402
+    TABLE_FILE,
+    LaunchConfig,
+    Pass,
+    TableEntry,
+    choose_entry,
+    read_table,
+    tile_constants,
+)
+from distilspeed.kernels.profiling import tuning  # noqa: E402
 
 REPOSITORY = Path(__file__).parents[2]
 ORACLE_TESTS = (
     "tests/kernels/test_distillation_loss.py",
     "tests/kernels/test_distillation_loss_definition.py",
+    "tests/kernels/test_weighted_distillation_loss.py",
+    "tests/kernels/test_linear_distillation_loss.py",
 )
-BERT_VOCAB_SIZE, PADDED_WIDTH = 30522, 30528
-V100, A100, H100 = 70, 80, 90
+PASSES = get_args(Pass)
 
 compiled_kernels = pytest.mark.skipif(INTERPRETED, reason="the interpreter has replaced the compiler")
 
@@ -43,77 +52,121 @@ def test_kernels_keep_every_promise_of_the_loss_under_the_interpreter() -> None:
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
 
 
-def compile_kernel(kernel: Any, capability: int, dtype: str, width: int) -> Any:
-    """Compile as a launch with 16-byte aligned pointers would."""
-    config = kernels.launch_config(BERT_VOCAB_SIZE)
-    constants = {
-        "VOCAB_SIZE": BERT_VOCAB_SIZE,
-        "WIDTH": width,
-        "TILE": config.tile,
-        "HAS_LABELS": True,
-        "HAS_MASK": True,
-    }
-    logits = ("student_ptr", "teacher_ptr", "gradient_ptr")
-    types = dict.fromkeys(constants, "constexpr") | dict.fromkeys(logits, f"*{dtype}")
-    types |= {
-        "labels_ptr": "*i64",
-        "soft_mask_ptr": "*i1",
-        "ignore_index": "i32",
-        "inverse_temperature": "fp32",
-    }
-    signature, attributes = {}, {}
-    for position, name in enumerate(kernel.arg_names):
-        signature[name] = types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
-        if name.endswith("_ptr") or (name.endswith("_stride") and width % 16 == 0):
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    return triton.compile(
-        ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": config.num_warps, "enable_fp_fusion": True},
+def entry_name(entry: TableEntry) -> str:
+    return f"sm_{entry.architecture}-{entry.pass_name}-{8 * entry.dtype_bytes}bit"
+
+
+@compiled_kernels
+@pytest.mark.parametrize("entry", read_table(), ids=entry_name)
+def test_chosen_launches_compile_to_what_the_table_says(entry: TableEntry) -> None:
+    compiled = tuning.compile_pass(
+        entry.pass_name,
+        entry.architecture,
+        entry.dtype_bytes,
+        LaunchConfig(entry.tile, entry.num_warps),
+        vocab_size=entry.vocab_size,
     )
-
-
-def spilled_bytes(ptx: str, capability: int, folder: Path) -> int:
-    source = folder / "kernel.ptx"
-    source.write_text(ptx)
-    (architecture,) = re.findall(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
-    command = [
-        get_ptxas(capability).path,
-        "-v",
-        f"--gpu-name={architecture}",
-        source,
-        "-o",
-        folder / "kernel.cubin",
-    ]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return sum(int(count) for count in re.findall(r"(\d+) bytes spill (?:stores|loads)", report))
+    assert compiled.spilled_bytes == entry.spilled_bytes == 0
+    assert compiled.shared_bytes == entry.shared_bytes
+    if triton.__version__ == json.loads(TABLE_FILE.read_text())["triton"]:
+        assert compiled.registers == entry.registers
+    assert_row_is_read_without_waiting(compiled.ptx)
+    assert "ld.global.v4.b32" in compiled.ptx
+    assert entry.pass_name == "forward" or "st.global.v4.b32" in compiled.ptx
 
 
 @compiled_kernels
-@pytest.mark.parametrize("capability", [V100, A100, H100])
-@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_kernels_compile_with_wide_accesses_and_without_spills(
-    direction: str, dtype: str, capability: int, tmp_path: Path
+@pytest.mark.parametrize("pass_name", PASSES)
+@pytest.mark.parametrize(("vocab_size", "load"), [(30522, "ld.global.b32"), (50257, "ld.global.b16")])
+def test_rows_that_are_not_padded_are_read_without_waiting_and_without_spills(
+    pass_name: Pass, vocab_size: int, load: str
 ) -> None:
-    kernel = kernels.forward_kernel if direction == "forward" else kernels.backward_kernel
-    ptx = compile_kernel(kernel, capability, dtype, PADDED_WIDTH).asm["ptx"]
-    assert "ld.global.v4.b32" in ptx
-    assert direction == "forward" or "st.global.v4.b32" in ptx
-    assert spilled_bytes(ptx, capability, tmp_path) == 0
+    config = choose_entry(read_table(), pass_name, 70, 2, vocab_size)
+    compiled = tuning.compile_pass(pass_name, 70, 2, config, vocab_size=vocab_size, width=vocab_size)
+    assert compiled.spilled_bytes == 0
+    assert load in compiled.ptx  # as wide as the rows' alignment allows: 4 bytes, 2 bytes
+    assert_row_is_read_without_waiting(compiled.ptx)
 
 
 @compiled_kernels
-def test_kernels_compile_for_rows_that_are_not_padded(tmp_path: Path) -> None:
-    for kernel in (kernels.forward_kernel, kernels.backward_kernel):
-        ptx = compile_kernel(kernel, V100, "fp16", BERT_VOCAB_SIZE).asm["ptx"]
-        assert spilled_bytes(ptx, V100, tmp_path) == 0
+def test_temperature_of_2_takes_one_exponential_for_both_softmaxes() -> None:
+    config = LaunchConfig(1024, 4)
+    at_2, at_others = (
+        tuning.compile_pass("backward", 90, 2, config, temperature_is_2=at_2).ptx.count("ex2.approx")
+        for at_2 in (True, False)
+    )
+    columns_of_thread = 8
+    assert at_others - at_2 == columns_of_thread
 
 
-@pytest.mark.parametrize("vocab_size", [1, 2, 1000, 4096, 30522, 50265, 250002])
-def test_launch_configuration_is_one_triton_accepts(vocab_size: int) -> None:
-    tile, num_warps = kernels.launch_config(vocab_size)
-    assert tile & (tile - 1) == 0
-    assert num_warps & (num_warps - 1) == 0
-    assert num_warps * 32 <= 1024
-    assert tile <= 8192
+def assert_row_is_read_without_waiting(ptx: str) -> None:
+    """No thread waits for another inside a loop over tiles: no shuffle, no barrier."""
+    loops = loop_bodies(ptx)
+    assert any("ld.global" in body for body in loops)
+    for body in loops:
+        assert "shfl" not in body
+        assert "bar.sync" not in body
+
+
+def loop_bodies(ptx: str) -> list[str]:
+    """Text between each label and a branch back to it."""
+    lines = ptx.splitlines()
+    labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"(\$L__BB\w+):", line))}
+    branches = ((i, re.search(r"\bbra\S*\s+(\$L__BB\w+)", line)) for i, line in enumerate(lines))
+    return ["\n".join(lines[labels[match[1]] : i]) for i, match in branches if match and labels[match[1]] < i]
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 1000, 4096, 30522, 50265, 50257, 119547, 250002])
+@pytest.mark.parametrize("architecture", [0, 70, 75, 80, 86, 89, 90, 100, 120])
+def test_every_vocabulary_has_a_launch_that_triton_accepts(architecture: int, vocab_size: int) -> None:
+    for pass_name in PASSES:
+        for dtype_bytes in (2, 4):
+            config = choose_entry(read_table(), pass_name, architecture, dtype_bytes, vocab_size)
+            for alignment in (1, 2, 16 // dtype_bytes):
+                constants = tile_constants(config, alignment, dtype_bytes)
+                for size in (config.tile, config.num_warps, constants["GROUP"]):
+                    assert size & (size - 1) == 0
+                assert 1 <= constants["GROUP"] <= config.tile <= max(16, 2 * vocab_size)
+            assert config.num_warps * 32 <= 1024
+
+
+def test_entry_of_the_nearest_architecture_and_vocabulary_is_taken() -> None:
+    table = [
+        TableEntry(80, 2, "forward", 30522, 1024, 4, 0, 0, 0, ""),
+        TableEntry(80, 2, "forward", 250002, 2048, 4, 0, 0, 0, ""),
+        TableEntry(90, 2, "forward", 30522, 4096, 8, 0, 0, 0, ""),
+        TableEntry(90, 4, "forward", 30522, 512, 1, 0, 0, 0, ""),
+    ]
+    assert choose_entry(table, "forward", 89, 2, 50257).tile == 1024
+    assert choose_entry(table, "forward", 86, 2, 119547).tile == 2048
+    assert choose_entry(table, "forward", 120, 2, 30522).tile == 4096
+    assert choose_entry(table, "forward", 70, 2, 30522).tile == 1024
+    assert choose_entry(table, "forward", 90, 4, 30522).tile == 512
+
+
+def test_table_is_made_by_the_compiler_where_there_is_no_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    few_registers, spilling, many_registers = (LaunchConfig(tile, 4) for tile in (1024, 2048, 4096))
+    compiled = {
+        few_registers: tuning.CompiledPass(few_registers, 64, 0, 16, ""),  # 8 programs of 1024 columns
+        spilling: tuning.CompiledPass(spilling, 64, 8, 16, ""),
+        many_registers: tuning.CompiledPass(
+            many_registers, 255, 0, 16, ""
+        ),  # 2 of 4096: as many, fewer threads
+    }
+    monkeypatch.setattr(tuning, "compile_pass", lambda *arguments: compiled[arguments[-1]])
+    monkeypatch.setattr(tuning, "CANDIDATES", tuple(compiled))
+    monkeypatch.setattr(tuning, "ARCHITECTURES", (80, 90))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    timed = TableEntry(90, 2, "forward", 30522, 2048, 4, 80, 0, 16, "300 us")
+    outdated = replace(timed, architecture=80, chosen_by=tuning.BY_COMPILER)
+    monkeypatch.setattr(tuning, "read_table", lambda: (timed, outdated))
+
+    file = tmp_path / "table.json"
+    tuning.write_table(tuning.make_table(), file)
+    table = read_table(file)
+    assert [entry for entry in table if entry.architecture == 90] == [timed]
+    of_80 = [entry for entry in table if entry.architecture == 80]
+    assert len(of_80) == len(PASSES) * 2
+    assert {(entry.tile, entry.registers, entry.chosen_by) for entry in of_80} == {(1024, 64, "compiler")}

@@ -1,0 +1,220 @@
+"""What is measured: the project's losses and their peers, on the same random inputs.
+
+=======  ======================================  ==========================================================
+group    inputs                                  floor: the least work, forward and backward
+=======  ======================================  ==========================================================
+logits   [tokens, vocabulary] twice, labels      2u and 3u bytes, u = tokens x vocabulary x bytes per entry
+linear   [tokens, hidden] x [vocabulary,         two matrix products each,
+         hidden] twice, labels                   2 x tokens x vocabulary x hidden operations a product
+cosine   [tokens, hidden] twice                  2u and 3u bytes, u = tokens x hidden x bytes per entry
+=======  ======================================  ==========================================================
+
+Forward has to read two tensors; backward has to read both again and to write one. A loss that writes its
+gradient in the forward pass needs 3u in all.
+"""
+
+import functools
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from distilspeed.kernels.cosine_loss import cosine_loss
+from distilspeed.kernels.distillation_loss import distillation_loss
+from distilspeed.kernels.profiling.linear_cases import linear_group
+from distilspeed.kernels.profiling.measurement import Case, Tensors
+from distilspeed.kernels.profiling.peers import (
+    ALPHA_CE,
+    ALPHA_MLM,
+    COMPILE,
+    EAGER,
+    LIGER,
+    PEERS,
+    compile_once,
+    distilbert_cosine,
+    distilbert_losses,
+    eager_cosine,
+    eager_losses,
+    liger_logits,
+)
+from distilspeed.kernels.profiling.problem import (
+    GB_PER_S,
+    LOGIT_SCALE,
+    Group,
+    Problem,
+    floor_bytes,
+    leaf,
+    non_leaf,
+    random_labels,
+    random_normal,
+    shown,
+    single_launch_floor_bytes,
+)
+from distilspeed.kernels.weighted_distillation_loss import weighted_distillation_loss
+
+SEED = 0
+
+
+def build_groups(problem: Problem, peers: frozenset[str] = PEERS) -> tuple[Group, ...]:
+    """All groups, their inputs allocated, without the cases that need a peer other than the given ones."""
+    generator = torch.Generator(problem.device).manual_seed(SEED)
+    groups = (build(problem, generator) for build in (logits_group, linear_group, cosine_group))
+    return tuple(
+        replace(group, cases=tuple(case for case in group.cases if case.peers <= peers)) for group in groups
+    )
+
+
+def logits_group(problem: Problem, generator: torch.Generator) -> Group:
+    shape = (problem.tokens, problem.vocab_size)
+    exact = LOGIT_SCALE * random_normal(problem, generator, *shape)
+    student = exact.to(problem.dtype, copy=True)
+    exact += random_normal(problem, generator, *shape)
+    teacher = exact.to(problem.dtype)
+    labels = random_labels(problem, generator)
+    every_row = torch.ones_like(labels, dtype=torch.bool)
+    temperature = problem.temperature
+
+    def own(student_logits: Tensor, inplace_backward: bool) -> Tensors:
+        losses = distillation_loss(
+            student_logits, teacher, labels, temperature=temperature, inplace_backward=inplace_backward
+        )
+        return (ALPHA_CE * losses.kl + ALPHA_MLM * losses.hard_ce,)
+
+    def own_weighted(student_logits: Tensor, inplace: bool) -> Tensors:
+        weighted = weighted_distillation_loss(
+            student_logits,
+            teacher,
+            labels,
+            alpha_ce=ALPHA_CE,
+            alpha_mlm=ALPHA_MLM,
+            loss_scale=1.0,
+            temperature=temperature,
+            inplace=inplace,
+        )
+        return (weighted.loss,)
+
+    def fresh() -> Tensors:
+        return (leaf(student),)
+
+    def overwritable() -> Tensors:
+        return (non_leaf(student),)
+
+    floor = floor_bytes(*shape, problem.dtype)
+    single_launch_floor = single_launch_floor_bytes(*shape, problem.dtype)
+    cases = (
+        Case(
+            "distillation_loss",
+            "5 kl + 2 hard_ce",
+            floor,
+            fresh,
+            functools.partial(own, inplace_backward=False),
+        ),
+        Case(
+            "distillation_loss, inplace_backward",
+            "the same, the gradient written over the student's logits",
+            floor,
+            overwritable,
+            functools.partial(own, inplace_backward=True),
+        ),
+        Case(
+            "weighted_distillation_loss",
+            "the same sum, its gradient computed in the forward pass",
+            single_launch_floor,
+            fresh,
+            functools.partial(own_weighted, inplace=False),
+        ),
+        Case(
+            "weighted_distillation_loss, inplace",
+            "the same, the gradient written over the student's logits",
+            single_launch_floor,
+            overwritable,
+            functools.partial(own_weighted, inplace=True),
+        ),
+        Case(
+            "eager recipe",
+            "the same in PyTorch as in DistilBERT's training code, masked_select of the logits included",
+            floor,
+            fresh,
+            lambda student_logits: (
+                distilbert_losses(student_logits, teacher, labels, every_row, temperature),
+            ),
+            peers=EAGER,
+        ),
+        Case(
+            "torch.compile of the recipe",
+            "the same function compiled",
+            floor,
+            fresh,
+            lambda student_logits: (
+                compile_once(distilbert_losses)(student_logits, teacher, labels, every_row, temperature),
+            ),
+            peers=COMPILE,
+        ),
+        Case(
+            "torch.compile, no masked_select",
+            "the recipe compiled without its selection of rows, which is of all rows here",
+            floor,
+            fresh,
+            lambda student_logits: (
+                compile_once(eager_losses)(student_logits, teacher, labels, temperature),
+            ),
+            peers=COMPILE,
+        ),
+        Case(
+            "Liger kl_div and cross_entropy",
+            "softmaxes in PyTorch, then Liger's kernels, one of which writes over the student's logits",
+            floor,
+            overwritable,
+            lambda student_logits: (liger_logits(student_logits, teacher, labels, temperature),),
+            peers=LIGER,
+        ),
+    )
+    return Group("logits", shown(problem, shape), GB_PER_S, cases)
+
+
+def cosine_group(problem: Problem, generator: torch.Generator) -> Group:
+    shape = (problem.tokens, problem.hidden_size)
+    exact = random_normal(problem, generator, *shape)
+    student = exact.to(problem.dtype, copy=True)
+    exact += random_normal(problem, generator, *shape)
+    teacher = exact.to(problem.dtype)
+    every_row = torch.ones(problem.tokens, dtype=torch.bool, device=problem.device)
+
+    def fresh() -> Tensors:
+        return (leaf(student),)
+
+    floor = floor_bytes(*shape, problem.dtype)
+    cases = (
+        Case(
+            "cosine_loss",
+            "mean of 1 - cos",
+            floor,
+            fresh,
+            lambda student_hidden: (cosine_loss(student_hidden, teacher, mask=every_row),),
+        ),
+        Case(
+            "eager cosine",
+            "the same in PyTorch as in DistilBERT's training code, masked_select included",
+            floor,
+            fresh,
+            lambda student_hidden: (distilbert_cosine(student_hidden, teacher, every_row),),
+            peers=EAGER,
+        ),
+        Case(
+            "torch.compile of eager cosine",
+            "the same function compiled",
+            floor,
+            fresh,
+            lambda student_hidden: (compile_once(distilbert_cosine)(student_hidden, teacher, every_row),),
+            peers=COMPILE,
+        ),
+        Case(
+            "torch.compile cosine, no masked_select",
+            "the function compiled without its selection of rows, which is of all rows here",
+            floor,
+            fresh,
+            lambda student_hidden: (compile_once(eager_cosine)(student_hidden, teacher),),
+            peers=COMPILE,
+        ),
+    )
+    return Group("cosine", shown(problem, shape), GB_PER_S, cases)

@@ -1,0 +1,89 @@
+"""The problem that every case is measured on: its sizes, its random inputs, the least work it takes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distilspeed.kernels.profiling.measurement import Case, Floor
+from distilspeed.kernels.profiling.peers import IGNORE_INDEX
+
+LABELLED_FRACTION = 0.15
+# Standard deviation of the student's logits; the teacher's are those plus standard normal ones.
+LOGIT_SCALE = 3.0
+
+
+GB_PER_S = "GB/s"
+GFLOP_PER_S = "GFLOP/s"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes and kind of the inputs; tokens, vocabulary and hidden size are at least 1."""
+
+    tokens: int
+    vocab_size: int
+    hidden_size: int
+    temperature: float
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ways to compute one thing, ours first: the others are compared with it.
+
+    inputs  shapes and dtype, for people
+    unit    what a floor divided by seconds and 10^9 is: GB/s or GFLOP/s
+    roof    name of the case that is the bare floor; None: a copy through memory is
+    """
+
+    name: str
+    inputs: str
+    unit: str
+    cases: tuple[Case, ...]
+    roof: str | None = None
+
+
+def floor_bytes(rows: int, width: int, dtype: torch.dtype) -> Floor:
+    """Forward reads the student's and the teacher's tensor; backward reads both and writes a gradient."""
+    tensor = rows * width * dtype.itemsize
+    return Floor(2 * tensor, 3 * tensor)
+
+
+def single_launch_floor_bytes(rows: int, width: int, dtype: torch.dtype) -> Floor:
+    """Forward reads both and writes the gradient; nothing is left for backward."""
+    return Floor(3 * rows * width * dtype.itemsize, 0)
+
+
+def projection_flops(rows: int, vocab_size: int, hidden_size: int) -> Floor:
+    """Two matrix products each; a multiplication and an addition are two operations."""
+    product = 2 * rows * vocab_size * hidden_size
+    return Floor(2 * product, 2 * product)
+
+
+def random_normal(problem: Problem, generator: torch.Generator, *shape: int) -> Tensor:
+    """float32, because sums of two are to be rounded to the problem's dtype once."""
+    return torch.randn(shape, generator=generator, device=problem.device)
+
+
+def random_labels(problem: Problem, generator: torch.Generator) -> Tensor:
+    """[tokens] int64: random classes in 15 % of the rows (at least one), -100 in the others."""
+    labels = torch.full((problem.tokens,), IGNORE_INDEX, device=problem.device)
+    count = max(1, round(LABELLED_FRACTION * problem.tokens))
+    rows = torch.randperm(problem.tokens, generator=generator, device=problem.device)[:count]
+    labels[rows] = torch.randint(problem.vocab_size, (count,), generator=generator, device=problem.device)
+    return labels
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_()
+
+
+def non_leaf(tensor: Tensor) -> Tensor:
+    """A copy that may be written over, as the output of a model's last layer."""
+    return leaf(tensor) * 1
+
+
+def shown(problem: Problem, *shapes: tuple[int, int]) -> str:
+    return " x ".join(str(list(shape)) for shape in shapes) + f" {str(problem.dtype).removeprefix('torch.')}"

@@ -1,0 +1,123 @@
+"""Profile the fused losses: time, GB/s, share of the machine's copy bandwidth and peak memory, against their peers.
+
+    python launch/profile_kernels.py --tokens 4096 --dtype fp16 --output_dir runs/profile
+
+Prints a table; with --output_dir also writes profile.json and roofline.png.
+
+    python launch/profile_kernels.py --tune [--vocab_size 30522]
+
+chooses tile and warps of the loss kernel anew and writes them into kernels/launch_configs.json: by timing for the GPU
+of this machine, by the compiler's figures for all others; entries that were timed elsewhere stay.
+"""
+
+import argparse
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distilspeed.trainer.errors import CommandParser, UserError, run_command
+from distilspeed.trainer.files import check_unoccupied, folder_written_whole
+
+if TYPE_CHECKING:
+    from distilspeed.kernels.profiling.profile import ProfileSettings
+
+
+def peer_set(text: str) -> frozenset[str]:
+    return frozenset() if text == "none" else frozenset(text.split(","))
+
+
+def main() -> None:
+    options = _parse_arguments()
+    if options.pop("tune", False):
+        _tune(**options)
+        return
+    output_dir, trace = options.pop("output_dir", None), options.pop("trace", False)
+    if trace and output_dir is None:
+        raise UserError("--trace writes to a folder; give --output_dir")
+    # PyTorch's profiler, which meters the memory, would write lines of its own to stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    # After the parsing, because importing torch takes seconds.
+    from distilspeed.kernels.profiling.profile import ProfileError, ProfileSettings, profile_kernels
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("distilspeed").setLevel(logging.INFO)
+    try:
+        settings = ProfileSettings(**options)
+        if output_dir is None:
+            print(profile_kernels(settings).table())
+        else:
+            _profile_to_folder(settings, output_dir, trace)
+    except ProfileError as error:
+        raise UserError(str(error)) from error
+
+
+def _tune(vocab_size: int = 30522, **others: Any) -> None:
+    if others:
+        raise UserError(f"--tune goes with --vocab_size only; leave out --{next(iter(others))}")
+    if vocab_size < 1:
+        raise UserError("--vocab_size must be at least 1")
+    from distilspeed.kernels.launch_configs import TABLE_FILE
+    from distilspeed.kernels.profiling.tuning import make_table, write_table
+
+    try:
+        table = make_table(vocab_size)
+        write_table(table, TABLE_FILE)
+    except OSError as error:
+        raise UserError(f"cannot write {TABLE_FILE}: {error}; tune from a checkout of your own") from error
+    for entry in table:
+        print(
+            f"sm_{entry.architecture} {8 * entry.dtype_bytes}-bit {entry.pass_name}: tile {entry.tile}, "
+            f"{entry.num_warps} warps, {entry.registers} registers; {entry.chosen_by}"
+        )
+
+
+def _profile_to_folder(settings: "ProfileSettings", output_dir: Path, trace: bool) -> None:
+    """Profile, print the table, and write the files: a folder that cannot be made is known before measuring."""
+    from distilspeed.kernels.profiling.profile import profile_kernels
+    from distilspeed.kernels.profiling.report import write_profile
+
+    check_unoccupied(output_dir)
+    try:
+        output_dir.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with folder_written_whole(output_dir) as folder:
+            profile = profile_kernels(settings, trace_file=folder / "trace.json" if trace else None)
+            print(profile.table())
+            write_profile(profile, folder)
+    except OSError as error:
+        raise UserError(f"cannot write {output_dir}: {error}; check free space and permissions") from error
+
+
+def _parse_arguments() -> dict[str, Any]:
+    """The options given, by their names in ``ProfileSettings``; those left out keep its defaults."""
+    parser = CommandParser(
+        prog="launch/profile_kernels.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    add = parser.add_argument
+    add("--tokens", type=int, metavar="N", help="rows of the logits (default 4096)")
+    add("--vocab_size", type=int, metavar="N", help="columns of the logits (default 30522)")
+    add("--hidden_size", type=int, metavar="N", help="width of the hidden states (default 768)")
+    add("--temperature", type=float, help="of the soft targets (default 2)")
+    add("--dtype", choices=("fp16", "bf16", "fp32"), help="default fp16 on a GPU, fp32 on a CPU")
+    add("--device", choices=("auto", "cpu", "cuda"), help="default auto: the GPU where there is one")
+    add("--repeats", type=int, metavar="N", help="rounds to measure (default 50 on a GPU, 5 on a CPU)")
+    add(
+        "--peers",
+        type=peer_set,
+        metavar="NAME,NAME",
+        help="what to compare with, of eager,compile,liger (default: all), or none",
+    )
+    add("--output_dir", type=Path, metavar="DIR", help="made by this command")
+    add("--tune", action="store_true", help="write the table of launches instead of profiling")
+    add("--trace", action="store_true", help="also write trace.json, a Chrome trace of one round")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    options = vars(parser.parse_args())
+    options.pop("debug", None)
+    return options
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,150 @@
+"""What the tests of the linear distillation loss feed it, and the same loss by logits that are held whole."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from cases import LAYOUTS, Case, Parts, labels_and_masks, lay_out, terms_of_gradient
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import linear
+
+from distilspeed.kernels import reference
+from distilspeed.kernels.backend import accumulation_dtype
+from distilspeed.kernels.distillation_loss import DistillationLosses
+from distilspeed.kernels.linear_distillation_loss import linear_distillation_loss
+from distilspeed.kernels.linear_distillation_loss_ops import Projections
+from distilspeed.kernels.weighted_distillation_loss import WeightedDistillationLoss
+
+ALPHA_CE, ALPHA_MLM = 1.5, 2.0
+TEACHER_SIZE = 24
+TRAINED = ("student_hidden", "student_weight", "student_bias")
+
+Gradients = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    projections: Projections
+    labels: Tensor | None = None
+    soft_mask: Tensor | None = None
+    temperature: float = 2.0
+    vocab_size: int | None = None
+    gradient_scale: float = 1.0
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "temperature": self.temperature,
+            "soft_mask": self.soft_mask,
+            "vocab_size": self.vocab_size,
+        }
+
+    def in_dtype(self, dtype: torch.dtype, trained: tuple[str, ...] = TRAINED) -> Self:
+        """The same numbers in another dtype, those that are trained as leaves of the graph."""
+        parts = {
+            name: None if part is None else part.detach().to(dtype).requires_grad_(name in trained)
+            for name, part in self.projections._asdict().items()
+        }
+        return replace(self, projections=Projections(**parts))
+
+    def gradients(self, loss: Tensor) -> Gradients:
+        """Of everything that is trained."""
+        parts = {name: getattr(self.projections, name) for name in TRAINED}
+        parts = {name: part for name, part in parts.items() if part is not None and part.requires_grad}
+        gradients = torch.autograd.grad(self.gradient_scale * loss, list(parts.values()))
+        return dict(zip(parts, gradients, strict=True))
+
+
+def linear_loss(case: LinearCase, **options: Any) -> WeightedDistillationLoss:
+    return linear_distillation_loss(
+        **case.projections._asdict(),
+        labels=case.labels,
+        alpha_ce=ALPHA_CE,
+        alpha_mlm=ALPHA_MLM,
+        **case.options() | options,
+    )
+
+
+def whole_logits(projections: Projections) -> tuple[Tensor, Tensor]:
+    student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias = projections
+    student_logits = linear(student_hidden, student_weight, student_bias)
+    teacher_logits = linear(teacher_hidden, teacher_weight, teacher_bias)
+    dtype = accumulation_dtype(student_logits)
+    return student_logits.to(dtype), teacher_logits.to(dtype)
+
+
+def whole_loss(case: LinearCase, **normalizers: float) -> DistillationLosses:
+    """PyTorch's own projection in the case's dtype, then the losses in float32 or float64."""
+    logits = whole_logits(case.projections)
+    return reference.distillation_loss(*logits, case.labels, **case.options(), **normalizers)
+
+
+def weighted_sum(parts: Parts) -> Tensor:
+    return ALPHA_CE * parts.kl + ALPHA_MLM * parts.hard_ce
+
+
+def sizes_before_cancellation(case: LinearCase) -> dict[str, float]:
+    """Norms of the terms of each gradient with all signs made positive; see ``terms_of_gradient``."""
+    exact = case.in_dtype(torch.float64).projections
+    vocab_size = case.vocab_size or exact.student_weight.shape[0]
+    settings = (case.labels, case.soft_mask, case.temperature, vocab_size, case.gradient_scale)
+    terms = terms_of_gradient(Case(*whole_logits(exact), *settings), ALPHA_CE, ALPHA_MLM).flatten(0, -2)
+    weight = exact.student_weight.detach().abs()[:vocab_size]
+    hidden = exact.student_hidden.detach().abs().flatten(0, -2)
+    norms = (terms @ weight, terms.T @ hidden, terms.sum(0))
+    return {name: float(norm.norm()) for name, norm in zip(TRAINED, norms, strict=True)}
+
+
+@st.composite
+def linear_cases(draw: st.DrawFn, dtype: torch.dtype, device: str) -> LinearCase:
+    leading = draw(st.sampled_from([(0,), (1,), (7,), (40,), (2, 4)]), label="leading shape")
+    width = draw(st.sampled_from([1, 37, 64]), label="width")
+    vocab_size = width - draw(st.sampled_from([0, 7 if width > 7 else 0]), label="padding")
+    student_size = draw(st.sampled_from([1, 5, 16]), label="student hidden size")
+    teacher_size = draw(st.sampled_from([3, 16]), label="teacher hidden size")
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31), label="seed"))
+
+    def normal(*shape: int, size: float = 1.0) -> Tensor:
+        numbers = size * torch.randn(shape, generator=generator, dtype=torch.float64)
+        return lay_out(numbers.to(device, dtype), draw(st.sampled_from(LAYOUTS)))
+
+    def bias() -> Tensor | None:
+        return normal(width) if draw(st.booleans(), label="with bias") else None
+
+    projections = Projections(
+        normal(*leading, student_size),
+        normal(width, student_size, size=2 * student_size**-0.5),
+        bias(),
+        normal(*leading, teacher_size),
+        normal(width, teacher_size, size=2 * teacher_size**-0.5),
+        bias(),
+    )
+    labels, soft_mask = draw(labels_and_masks(leading, vocab_size, generator))
+    return LinearCase(
+        projections,
+        None if labels is None else labels.to(device),
+        None if soft_mask is None else soft_mask.to(device),
+        draw(st.floats(0.5, 20), label="temperature"),
+        vocab_size,
+        draw(st.sampled_from([1.0, 2.0**9]), label="gradient scale"),
+    )
+
+
+def random_case(*leading: int, width: int, device: str, student_size: int = 16, **options: Any) -> LinearCase:
+    """In float64, with biases and a label in every sixth row."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int, size: float = 1.0) -> Tensor:
+        return size * torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
+
+    projections = Projections(
+        normal(*leading, student_size),
+        normal(width, student_size, size=2 * student_size**-0.5),
+        normal(width),
+        normal(*leading, TEACHER_SIZE),
+        normal(width, TEACHER_SIZE, size=2 * TEACHER_SIZE**-0.5),
+        normal(width),
+    )
+    rows = torch.arange(math.prod(leading), device=device).view(leading)
+    return LinearCase(projections, torch.where(rows % 6 == 0, rows % width, -100), **options)

@@ -1,0 +1,144 @@
+"""The command itself: its table, its files, its exit status, its one line of error."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+COMMAND = Path(__file__).parents[2] / "launch" / "profile_kernels.py"
+SMALL = ("--tokens", 32, "--vocab_size", 100, "--hidden_size", 16, "--device", "cpu", "--repeats", 2)
+CASES = {
+    "logits": {
+        "distillation_loss",
+        "distillation_loss, inplace_backward",
+        "weighted_distillation_loss",
+        "weighted_distillation_loss, inplace",
+        "eager recipe",
+        "Liger kl_div and cross_entropy",
+    },
+    "linear": {
+        "linear_distillation_loss",
+        "projections, distillation_loss",
+        "projections, eager recipe",
+        "Liger fused linear",
+        "matrix products alone",
+    },
+    "cosine": {"cosine_loss", "eager cosine"},
+}
+COMPILED_CASES = {
+    "logits": {"torch.compile of the recipe", "torch.compile, no masked_select"},
+    "linear": {"Liger fused linear, compiled"},
+    "cosine": {"torch.compile of eager cosine", "torch.compile cosine, no masked_select"},
+}
+
+
+def run_profile(*options: object) -> subprocess.CompletedProcess[str]:
+    # Two threads on tiny tensors cost more than they save.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, COMMAND, *SMALL, *options]
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=300, env=environment
+    )
+
+
+def check_complete(profile: dict[str, Any], table: str, expected: dict[str, set[str]]) -> None:
+    """Every case is in the table once and in the profile, with figures or with a reason why not."""
+    assert [group["name"] for group in profile["groups"]] == list(expected)
+    cells = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")]
+    for group in profile["groups"]:
+        names = [case["name"] for case in [*group["cases"], *group["skipped"]]]
+        assert sorted(names) == sorted(expected[group["name"]])
+        assert [cells.count(name) for name in names] == [1] * len(names)
+        assert all(case["reason"] for case in group["skipped"])
+        assert group["roof"] > 0
+        for case in group["cases"]:
+            assert case["peak_memory_bytes"] > 0
+            for phase in ("forward", "backward", "both"):
+                figures = case[phase]
+                if figures["floor"] == 0:
+                    assert figures.pop("rate") is figures.pop("share_of_roof") is None
+                    figures.pop("floor")
+                assert all(0 < value < float("inf") for value in figures.values()), (case["name"], phase)
+
+
+def test_the_command_prints_a_table_and_writes_its_files(tmp_path: Path) -> None:
+    output = tmp_path / "runs" / "profile"
+    done = run_profile("--peers", "eager,liger", "--output_dir", output, "--trace")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in output.iterdir()) == ["profile.json", "roofline.png", "trace.json"]
+    assert [path.name for path in output.parent.iterdir()] == ["profile"]
+
+    profile = json.loads((output / "profile.json").read_text())
+    check_complete(profile, done.stdout, CASES)
+    assert profile["conditions"]["tokens"] == 32
+    assert profile["conditions"]["dtype"] == "float32"
+    assert profile["conditions"]["copy_bandwidth_gb_per_s"] > 0
+    machine = profile["machine"]
+    assert {"device", "cpu", "threads", "torch_version", "python_version", "date"} <= {
+        name for name, value in machine.items() if value
+    }
+    assert "--peers eager,liger" in machine["command"]
+
+    assert (output / "roofline.png").read_bytes().startswith(b"\x89PNG")
+    spans = {event.get("name") for event in json.loads((output / "trace.json").read_text())["traceEvents"]}
+    assert {case["name"] for group in profile["groups"] for case in group["cases"]} <= spans
+    assert "USDT" not in done.stderr
+
+
+@pytest.mark.slow
+def test_all_peers(tmp_path: Path) -> None:
+    output = tmp_path / "profile"
+    done = run_profile("--dtype", "bf16", "--output_dir", output)
+    assert done.returncode == 0, done.stderr
+    profile = json.loads((output / "profile.json").read_text())
+    check_complete(profile, done.stdout, {name: CASES[name] | COMPILED_CASES[name] for name in CASES})
+
+
+def test_a_mistake_is_one_line_and_status_2(tmp_path: Path) -> None:
+    done = run_profile("--tokens", 0, "--output_dir", tmp_path / "runs" / "profile")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --tokens must be at least 1\n"
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--vocab_size", 0), "--vocab_size must be at least 1"),
+        (("--tokens", 10**9), "use fewer --tokens"),
+        (("--dtype", "fp8"), "argument --dtype: invalid choice"),
+        (("--peers", "apex"), "--peers must be of compile, eager, liger, or none"),
+        (("--output_dir", "occupied"), "occupied exists already; choose another --output_dir or remove it"),
+        (("--output_dir", "occupied/notes.txt/profile"), "cannot write occupied/notes.txt/profile"),
+        (("--trace",), "give --output_dir"),
+        (("--tune",), "--tune goes with --vocab_size only; leave out --"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_measured(
+    options: tuple[object, ...],
+    named: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "notes.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    # The command in this process: importing torch anew for each case would take most of the test's time.
+    monkeypatch.setattr(sys, "argv", [str(part) for part in (COMMAND, *SMALL, *options)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(COMMAND), run_name="__main__")
+    shown = capsys.readouterr()
+    assert (ended.value.code, shown.out) == (2, "")
+    assert shown.err.startswith("error: ")
+    assert shown.err.count("\n") == 1
+    assert named in shown.err
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "occupied",
+        "occupied/notes.txt",
+    ]
