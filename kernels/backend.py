@@ -33,6 +33,11 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def in_accumulation_dtype(values: Tensor, buffer: Tensor) -> Tensor:
+    """``values`` in the dtype of ``buffer``, which holds them where they had another."""
+    return values if values.dtype == buffer.dtype else buffer.copy_(values)
+
+
 def launch_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Make the tensor's GPU the current one: Triton launches there, not where its arguments live."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distilspeed.kernels.backend import accumulation_dtype
+from distilspeed.kernels.backend import accumulation_dtype, in_accumulation_dtype
 
 # Of one buffer. Forward and backward of 4096 x 768 in bf16 took 7.6 ms with 2 MiB, 9.4 with 4 and 14 with 8; in
 # fp32, which needs one buffer, 6.9 to 8.4 ms (2 cores of 2 MiB L2, November 2026). Not less: on a busy machine
@@ -86,7 +86,3 @@ def row_blocks(hidden_states: Tensor) -> Iterator[Block]:
     for start in range(0, num_rows, block_rows):
         length = min(block_rows, num_rows - start)
         yield Block(slice(start, start + length), buffers[0, :length], buffers[1, :length])
-
-
-def in_accumulation_dtype(rows: Tensor, buffer: Tensor) -> Tensor:
-    return rows if rows.dtype == buffer.dtype else buffer.copy_(rows)
