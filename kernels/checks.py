@@ -73,6 +73,8 @@ def resolve_normalizer(
 
 def check_settings(temperature: float, vocab_size: int | None, width: int) -> int:
     """The number of real columns among ``width``: all, where ``vocab_size`` is None."""
+    if width < 1:
+        raise ValueError("logits must have at least one column")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, not {temperature}")
     if vocab_size is not None and not 1 <= vocab_size <= width:
@@ -81,11 +83,12 @@ def check_settings(temperature: float, vocab_size: int | None, width: int) -> in
 
 
 def check_writable(student_logits: Tensor, rows: Tensor) -> None:
-    """Whether a gradient may be written over ``student_logits``, of which ``rows`` is the view as rows."""
-    if student_logits.is_leaf and student_logits.requires_grad:
-        raise ValueError("the gradient cannot be written over student_logits: they are a leaf of the graph")
+    """Refuse to write a gradient over what a graph still needs; ``rows`` is the view of ``student_logits`` as rows."""
     if rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]:
         raise ValueError("the gradient cannot be written over student_logits: their rows share memory")
+    for tensor in (student_logits, student_logits._base):
+        if tensor is not None and tensor.is_leaf and tensor.requires_grad:
+            raise ValueError("the gradient cannot be written over student_logits: they are a leaf of the graph")
 
 
 def as_rows(tensor: Tensor) -> Tensor:

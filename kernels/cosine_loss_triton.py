@@ -12,19 +12,13 @@ reads a row that the mask leaves out.
 # mypy: disable-error-code="no-untyped-def"
 # (kernel arguments have their types in comments: Triton would read annotations as its own)
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from distilspeed.kernels.backend import launch_device
-
-
-class LaunchConfig(NamedTuple):
-    tile: int
-    num_warps: int
+from distilspeed.kernels.launch_configs import LaunchConfig
 
 
 def launch_config(hidden: int) -> LaunchConfig:

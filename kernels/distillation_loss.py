@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from distilspeed.kernels import distillation_loss_ops as ops
 from distilspeed.kernels.checks import check_writable, resolve_normalizer
-from distilspeed.kernels.distillation_loss_rows import LOSS_FIELDS, LossRows, loss_rows
+from distilspeed.kernels.distillation_loss_rows import LOSS_FIELDS, LossRows, loss_rows, means
 
 
 class DistillationLosses(NamedTuple):
@@ -71,16 +71,18 @@ def distillation_loss(
         inplace_backward: write the gradient over the storage of ``student_logits`` instead of allocating
             it. Safe when ``student_logits`` is the output of an operation that did not save it for its
             own backward (a linear layer does not) and nobody reads it after ``backward``; an operation
-            that did save it raises autograd's version error.
+            that did save it raises autograd's version error. Without effect under torch.compile, which
+            plans memory itself.
 
     Rows that are neither soft nor labelled are not read, and get a gradient of exactly 0. A logit of -inf is
     a class of probability 0: it adds nothing where the teacher's is 0, and makes the loss +inf where the
-    teacher's is not. A row without a finite logit is undefined.
+    teacher's is not. A row without a logit above -1e30 is undefined.
 
     A label outside [0, vocab_size) other than ``ignore_index`` raises on the CPU. On a GPU nothing
     waits for the labels to be checked: hard_ce becomes NaN, and no memory is read out of bounds.
 
-    Nothing here synchronises host and GPU. The result is the same bit for bit from run to run.
+    Where Triton runs, nothing here synchronises host and GPU. The result is the same bit for bit from run
+    to run.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, the teacher requires grad, the temperature is not
@@ -151,7 +153,7 @@ class DistillationLossFunction(torch.autograd.Function):
         soft_normalizer: Tensor,  # 0-dim
         hard_normalizer: Tensor,  # 0-dim
         inplace_backward: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         settings = (temperature, ignore_index, vocab_size)
         table = ops.forward(student_logits, teacher_logits, labels, soft_mask, *settings)
         ctx.save_for_backward(
@@ -160,9 +162,7 @@ class DistillationLossFunction(torch.autograd.Function):
         ctx.settings = settings
         ctx.inplace_backward = inplace_backward
         ctx.logits_overwritten = False
-        kl, soft_ce, hard_ce = table[:LOSS_FIELDS].sum(1).unbind()
-        soft_factor = temperature**2 / soft_normalizer
-        return kl * soft_factor, soft_ce * soft_factor, hard_ce / hard_normalizer
+        return means(table[:LOSS_FIELDS].sum(1), temperature, soft_normalizer, hard_normalizer)
 
     @staticmethod
     @once_differentiable

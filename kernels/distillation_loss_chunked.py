@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distilspeed.kernels.backend import accumulation_dtype, in_accumulation_dtype
-from distilspeed.kernels.distillation_loss_rows import LOSS_FIELDS, LossRows, RowTable
+from distilspeed.kernels.distillation_loss_rows import LOSS_FIELDS, LossRows, RowTable, empty_table
 
 # Of one of the three buffers. 1024 x 30522 fp32, loss and gradient in place: 140 to 160 ms with 1 to 8 MiB, 270 with
 # 0.5 (2 idle cores of 2 MiB L2, November 2026). On a busy machine every pass over a block waits for the slower thread,
@@ -39,20 +39,26 @@ class Block:
         return self.soft_mask is None or bool(self.soft_mask.any())
 
 
+class SoftmaxesAtT(NamedTuple):
+    """exp((z - max z) / T) and exp((u - max u) / T) of a block [block, vocabulary], and their sums [block]."""
+
+    student: Tensor
+    student_sum: Tensor
+    teacher: Tensor
+    teacher_sum: Tensor
+
+
 class Softmaxes(NamedTuple):
     """The softmaxes of a block, still to be divided by their sums."""
 
-    student: Tensor  # [block, vocabulary], at temperature T
-    student_sum: Tensor  # [block]
-    teacher: Tensor
-    teacher_sum: Tensor
-    hard: Tensor  # [labelled rows, vocabulary], at temperature 1
-    hard_sum: Tensor
+    soft: SoftmaxesAtT | None  # None: no row of the block is soft
+    hard: Tensor  # [labelled rows, vocabulary], exp(z - max z)
+    hard_sum: Tensor  # [labelled rows]
 
 
 def forward(rows: LossRows) -> Tensor:
     """Row table [8, rows], float32 (float64 for float64 logits)."""
-    table = new_table(rows)
+    table = empty_table(rows.student_logits, len(RowTable._fields)).zero_()
     columns = RowTable(*table)
     for block in blocks(rows):
         softmaxes_with_losses(rows, block, columns)
@@ -70,7 +76,7 @@ def backward(rows: LossRows, table: Tensor, coefficients: Tensor, gradient: Tens
 
 def forward_backward(rows: LossRows, coefficients: Tensor, gradient: Tensor) -> Tensor:
     """Row losses [3, rows], and the gradient for a third of the exponentials less."""
-    table = new_table(rows)
+    table = empty_table(rows.student_logits, len(RowTable._fields)).zero_()
     columns = RowTable(*table)
     for block in blocks(rows):
         softmaxes = softmaxes_with_losses(rows, block, columns)
@@ -91,7 +97,7 @@ def softmaxes_with_losses(rows: LossRows, block: Block, table: RowTable) -> Soft
     table.hard_sum[block.labelled_rows] = hard_sum
     table.hard_ce[block.labelled_rows] = hard_sum.log() - label_logits.squeeze(1)
     if not block.has_soft_rows:
-        return Softmaxes(student, hard_sum, student, hard_sum, hard, hard_sum)
+        return Softmaxes(None, hard, hard_sum)
 
     teacher_logits = in_accumulation_dtype(rows.teacher_logits[block.rows, : rows.vocab_size], block.teacher)
     teacher_max = teacher_logits.amax(1)
@@ -114,7 +120,7 @@ def softmaxes_with_losses(rows: LossRows, block: Block, table: RowTable) -> Soft
     table.student_sum[block.rows] = student_sum
     table.teacher_max[block.rows] = teacher_max
     table.teacher_sum[block.rows] = teacher_sum
-    return Softmaxes(student, student_sum, weights, teacher_sum, hard, hard_sum)
+    return Softmaxes(SoftmaxesAtT(student, student_sum, weights, teacher_sum), hard, hard_sum)
 
 
 def softmaxes_from_table(rows: LossRows, block: Block, table: RowTable) -> Softmaxes:
@@ -123,26 +129,26 @@ def softmaxes_from_table(rows: LossRows, block: Block, table: RowTable) -> Softm
     hard = student[block.labelled].exp_()
     hard_sum = table.hard_sum[block.labelled_rows]
     if not block.has_soft_rows:
-        return Softmaxes(student, hard_sum, student, hard_sum, hard, hard_sum)
+        return Softmaxes(None, hard, hard_sum)
     teacher_logits = in_accumulation_dtype(rows.teacher_logits[block.rows, : rows.vocab_size], block.teacher)
     teacher = torch.sub(teacher_logits, table.teacher_max[block.rows].unsqueeze(1), out=block.teacher)
     student.mul_(1 / rows.temperature).exp_()
     teacher.mul_(1 / rows.temperature).exp_()
-    return Softmaxes(
-        student, table.student_sum[block.rows], teacher, table.teacher_sum[block.rows], hard, hard_sum
-    )
+    soft = SoftmaxesAtT(student, table.student_sum[block.rows], teacher, table.teacher_sum[block.rows])
+    return Softmaxes(soft, hard, hard_sum)
 
 
 def combine(block: Block, softmaxes: Softmaxes, coefficients: Tensor) -> Tensor:
     """c_soft (q - p) + c_hard (softmax(z) - onehot(y)), each division by a sum folded into its factor."""
     soft_coefficient, hard_coefficient = coefficients.unbind()
-    gradient = softmaxes.student
-    if block.has_soft_rows:
-        gradient.mul_((soft_coefficient / softmaxes.student_sum).unsqueeze(1))
-        teacher_factor = (soft_coefficient / softmaxes.teacher_sum).unsqueeze(1)
-        gradient.addcmul_(softmaxes.teacher, teacher_factor, value=-1)
-    if block.soft_mask is not None:
-        gradient[~block.soft_mask] = 0
+    if softmaxes.soft is None:
+        gradient = block.student.zero_()
+    else:
+        student, student_sum, teacher, teacher_sum = softmaxes.soft
+        gradient = student.mul_((soft_coefficient / student_sum).unsqueeze(1))
+        gradient.addcmul_(teacher, (soft_coefficient / teacher_sum).unsqueeze(1), value=-1)
+        if block.soft_mask is not None:
+            gradient[~block.soft_mask] = 0
     hard = softmaxes.hard.mul_((hard_coefficient / softmaxes.hard_sum).unsqueeze(1))
     hard.scatter_add_(1, block.labels, (-hard_coefficient).expand_as(block.labels))
     return gradient.index_add_(0, block.labelled, hard)
@@ -207,12 +213,8 @@ def clear_what_does_not_count(rows: LossRows, gradient: Tensor) -> None:
     # Last, because the gradient may share the storage that was read before.
     gradient[:, rows.vocab_size :] = 0
     if rows.soft_mask is not None:
-        gradient[~(rows.soft_mask | checked_labelled(rows))] = 0
-
-
-def new_table(rows: LossRows) -> Tensor:
-    dtype = accumulation_dtype(rows.student_logits)
-    return rows.student_logits.new_zeros((len(RowTable._fields), rows.num_rows), dtype=dtype)
+        labelled = rows.labelled
+        gradient[~(rows.soft_mask if labelled is None else rows.soft_mask | labelled)] = 0
 
 
 def weighted_sum(weights: Tensor, values: Tensor, out: Tensor) -> Tensor:

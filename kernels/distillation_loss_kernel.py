@@ -304,21 +304,3 @@ def distillation_loss_kernel(
             TILE,
             TEMPERATURE_IS_2,
         )
-
-
-@triton.jit
-def rescale_kernel(
-    gradient_ptr,  # [rows, WIDTH] fp16, bf16 or fp32
-    factor_ptr,  # [] fp32
-    gradient_stride,
-    WIDTH: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    factor = tl.load(factor_ptr)
-    if factor != 1.0:
-        for start in range(0, WIDTH, TILE):
-            columns = start + tl.arange(0, TILE)
-            pointers = gradient_ptr + row * gradient_stride + columns
-            gradient = tl.load(pointers, mask=columns < WIDTH).to(tl.float32) * factor
-            tl.store(pointers, gradient.to(gradient_ptr.dtype.element_ty), mask=columns < WIDTH)

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from distilspeed.kernels import distillation_loss_chunked
-from distilspeed.kernels.backend import TRITON_INSTALLED, accumulation_dtype, use_triton
-from distilspeed.kernels.distillation_loss_rows import LOSS_FIELDS, LossRows, RowTable
+from distilspeed.kernels.backend import TRITON_INSTALLED, use_triton
+from distilspeed.kernels.distillation_loss_rows import LOSS_FIELDS, LossRows, RowTable, empty_table
 
 if TRITON_INSTALLED:
     from distilspeed.kernels import distillation_loss_triton
+    from distilspeed.kernels.rescale_triton import rescale
 
 
 def implementation_for(logits: Tensor) -> ModuleType:
@@ -73,7 +74,7 @@ def forward_backward(
 
 @forward.register_fake
 def _(student_logits: Tensor, *_: object) -> Tensor:
-    return table_like(student_logits, len(RowTable._fields))
+    return empty_table(student_logits, len(RowTable._fields))
 
 
 @backward.register_fake
@@ -83,20 +84,18 @@ def _(student_logits: Tensor, *_: object) -> Tensor:
 
 @forward_backward.register_fake
 def _(student_logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return table_like(student_logits, LOSS_FIELDS), torch.empty_like(student_logits)
+    return empty_table(student_logits, LOSS_FIELDS), torch.empty_like(student_logits)
 
 
-def table_like(student_logits: Tensor, fields: int) -> Tensor:
-    shape = (fields, student_logits.shape[0])
-    return student_logits.new_empty(shape, dtype=accumulation_dtype(student_logits))
+def rescale_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
+    """A gradient [rows, width] times a 0-dim factor of the accumulation dtype; free where that is 1.
 
-
-def rescaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """A gradient [rows, width] times a 0-dim factor of the accumulation dtype: in place, and free where it is 1."""
+    Not an operator: in place, but where torch.compile plans memory itself.
+    """
     if torch.compiler.is_compiling():
         return (gradient.to(factor.dtype) * factor).to(gradient.dtype)
     if use_triton(gradient):
-        distillation_loss_triton.rescale(gradient, factor)
+        rescale(gradient, factor)
     elif factor != 1:
         gradient.mul_(factor.item())
     return gradient

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distilspeed.kernels.backend import accumulation_dtype
 from distilspeed.kernels.checks import as_rows, check_pair, check_row_tensor, check_settings
 
 
@@ -109,3 +110,18 @@ class RowTable(NamedTuple):
 
 
 LOSS_FIELDS = 3
+
+
+def empty_table(student_logits: Tensor, fields: int) -> Tensor:
+    """[fields, rows] in the accumulation dtype."""
+    shape = (fields, student_logits.shape[0])
+    return student_logits.new_empty(shape, dtype=accumulation_dtype(student_logits))
+
+
+def means(
+    losses: Tensor, temperature: float, soft_normalizer: Tensor, hard_normalizer: Tensor
+) -> tuple[Tensor, ...]:
+    """kl, soft_ce and hard_ce as ``distillation_loss`` defines them, from the sums [3] of row losses."""
+    kl, soft_ce, hard_ce = losses.unbind()
+    soft_factor = temperature**2 / soft_normalizer
+    return kl * soft_factor, soft_ce * soft_factor, hard_ce / hard_normalizer

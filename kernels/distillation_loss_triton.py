@@ -2,18 +2,17 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from distilspeed.kernels.backend import launch_device
-from distilspeed.kernels.distillation_loss_kernel import distillation_loss_kernel, rescale_kernel
-from distilspeed.kernels.distillation_loss_rows import LOSS_FIELDS, LossRows, RowTable
+from distilspeed.kernels.distillation_loss_kernel import distillation_loss_kernel
+from distilspeed.kernels.distillation_loss_rows import LOSS_FIELDS, LossRows, RowTable, empty_table
 from distilspeed.kernels.launch_configs import ACCESS_BYTES, LaunchConfig, Pass, launch_config, tile_constants
 
 
 def forward(rows: LossRows) -> Tensor:
     """Row table [8, rows], float32; see ``distillation_loss_rows``."""
-    table = new_table(rows, len(RowTable._fields))
+    table = empty_table(rows.student_logits, len(RowTable._fields))
     launch("forward", rows, table, coefficients=table, gradient=rows.student_logits)
     return table
 
@@ -25,28 +24,9 @@ def backward(rows: LossRows, table: Tensor, coefficients: Tensor, gradient: Tens
 
 def forward_backward(rows: LossRows, coefficients: Tensor, gradient: Tensor) -> Tensor:
     """Row losses [3, rows] and the gradient, in one launch: the row's second reading is from the cache."""
-    losses = new_table(rows, LOSS_FIELDS)
+    losses = empty_table(rows.student_logits, LOSS_FIELDS)
     launch("forward_backward", rows, losses, coefficients, gradient)
     return losses
-
-
-def rescale(gradient: Tensor, factor: Tensor) -> None:
-    """Multiply by a float32 scalar on the device; where it is 1 nothing is read or written."""
-    if gradient.shape[0] > 0:
-        config = launch_config("backward", gradient, gradient.shape[1])
-        with launch_device(gradient):
-            rescale_kernel[(gradient.shape[0],)](
-                gradient,
-                factor,
-                gradient.stride(0),
-                gradient.shape[1],
-                config.tile,
-                num_warps=config.num_warps,
-            )
-
-
-def new_table(rows: LossRows, fields: int) -> Tensor:
-    return rows.student_logits.new_empty((fields, rows.num_rows), dtype=torch.float32)
 
 
 def launch(

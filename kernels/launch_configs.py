@@ -79,6 +79,11 @@ def fit_to_vocabulary(config: LaunchConfig, vocab_size: int) -> LaunchConfig:
     return LaunchConfig(tile, max(1, config.num_warps * tile // config.tile))
 
 
+def padded_width(vocab_size: int) -> int:
+    """Columns to give rows of logits so that each begins at a multiple of 128 bytes or more, and loads are wide."""
+    return -(-vocab_size // 64) * 64
+
+
 def tile_constants(config: LaunchConfig, alignment: int, dtype_bytes: int) -> dict[str, int]:
     """How a tile is dealt out to threads, as arguments of the kernel.
 
@@ -87,7 +92,7 @@ def tile_constants(config: LaunchConfig, alignment: int, dtype_bytes: int) -> di
     of a thread's loads; wider it would span threads, which would have to wait for each other at every tile.
     """
     access = ACCESS_BYTES // dtype_bytes
-    neighbours = alignment == access and config.tile >= access
+    neighbours = alignment == access
     loads_of_thread = config.tile // (WARP_THREADS * config.num_warps * alignment)
     return {
         "TILE": config.tile,

@@ -10,8 +10,8 @@ g takes the place of z; of both models' logits only one chunk exists at a time. 
 library's (cuBLAS, oneDNN), the rest is the kernels' of ``distillation_loss``. All gradients are made in the
 forward pass: made in the backward pass they would need the two products with W and U a second time.
 
-g is kept at a size that float16 holds well, whatever loss scale and normalizers are: it is computed for a larger
-coefficient of GRADIENT_SIZE, and what the caller's coefficients differ by is multiplied in float32 at the end.
+In float16 g is kept at a size that it holds well, whatever loss scale and normalizers are: it is computed for
+coefficients that add up to GRADIENT_SIZE, and what the caller's differ by is multiplied in float32 at the end.
 """
 
 from typing import Any
@@ -27,12 +27,13 @@ from distilspeed.kernels.checks import (
     check_settings,
     resolve_normalizer,
 )
+from distilspeed.kernels.distillation_loss_rows import means
 from distilspeed.kernels.linear_distillation_loss_ops import Projections, forward_backward
 from distilspeed.kernels.weighted_distillation_loss import WeightedDistillationLoss
 
-# Entries of g are at most twice this; of 30522 small ones the average is then a hundred times float16's smallest
-# normal number, and a product with weights below 100 stays in its range.
-GRADIENT_SIZE = 256.0
+# No entry of g is greater, and a row's entries add up to no more than twice this in size: its product with weights
+# below 60 stays in float16's range. The average of 30522 entries is still a normal number.
+GRADIENT_SIZE = 512.0
 
 CPU_CHUNK_BYTES = 48 * 2**20
 GPU_CHUNK_BYTES = 512 * 2**20
@@ -84,11 +85,16 @@ def linear_distillation_loss(
     projections = Projections(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias
     )
+    check_floating_point("student_hidden", student_hidden)
     check_frozen(projections)
     device = student_hidden.device.type
-    if torch.is_autocast_enabled(device):
+    if (
+        torch.is_autocast_enabled(device) and student_hidden.dtype != torch.float64
+    ):  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(device)
         projections = Projections._make(None if part is None else part.to(dtype) for part in projections)
+    if not torch.is_grad_enabled():
+        projections = Projections._make(None if part is None else part.detach() for part in projections)
     check_fit(projections)
     check_row_tensor("labels", labels, torch.int64, student_hidden)
     check_row_tensor("soft_mask", soft_mask, torch.bool, student_hidden)
@@ -101,8 +107,8 @@ def linear_distillation_loss(
             *projections.as_rows(),
             None if labels is None else labels.reshape(-1).contiguous(),
             None if soft_mask is None else soft_mask.reshape(-1).contiguous(),
-            resolve_normalizer("soft_normalizer", soft_normalizer, student_hidden, soft_mask),
-            resolve_normalizer("hard_normalizer", hard_normalizer, student_hidden, labelled),
+            resolve_normalizer("soft_normalizer", soft_normalizer, projections.student_hidden, soft_mask),
+            resolve_normalizer("hard_normalizer", hard_normalizer, projections.student_hidden, labelled),
             alpha_ce,
             alpha_mlm,
             temperature,
@@ -116,12 +122,13 @@ def linear_distillation_loss(
 def check_frozen(projections: Projections) -> None:
     for name, part in projections._asdict().items():
         if name.startswith("teacher") and part is not None and part.requires_grad:
-            raise ValueError(f"{name} must not require grad; run the teacher under torch.no_grad()")
+            raise ValueError(
+                f"{name} must not require grad; call teacher.requires_grad_(False), or detach it"
+            )
 
 
 def check_fit(projections: Projections) -> None:
     student = projections.student_hidden
-    check_floating_point("student_hidden", student)
     width, teacher_size = projections.student_weight.shape[:1], projections.teacher_hidden.shape[-1:]
     shapes: tuple[tuple[int, ...], ...] = (
         student.shape,
@@ -173,7 +180,7 @@ class LinearDistillationLossFunction(torch.autograd.Function):
         unscaled = torch.ones_like(soft_normalizer)
         if student_hidden.dtype == torch.float16:
             smallest = torch.finfo(coefficients.dtype).tiny  # where both weights are 0
-            unscaled = coefficients.abs().max().clamp(min=smallest) / GRADIENT_SIZE
+            unscaled = (coefficients.abs().sum() / GRADIENT_SIZE).clamp(min=smallest)
         losses, *gradients = forward_backward(
             student_hidden,
             student_weight,
@@ -193,9 +200,7 @@ class LinearDistillationLossFunction(torch.autograd.Function):
         ctx.save_for_backward(unscaled, *gradients)
         ctx.dtype = student_hidden.dtype
         ctx.gradients_given = False
-        kl, soft_ce, hard_ce = losses.unbind()
-        soft_factor = temperature**2 / soft_normalizer
-        kl, soft_ce, hard_ce = kl * soft_factor, soft_ce * soft_factor, hard_ce / hard_normalizer
+        kl, soft_ce, hard_ce = means(losses, temperature, soft_normalizer, hard_normalizer)
         ctx.mark_non_differentiable(kl, soft_ce, hard_ce)
         return alpha_ce * kl + alpha_mlm * hard_ce, kl, soft_ce, hard_ce
 
@@ -210,7 +215,7 @@ class LinearDistillationLossFunction(torch.autograd.Function):
         unscaled, *gradients = ctx.saved_tensors
         factor = grad_loss * unscaled
         hidden, weight, bias = (
-            ops.rescaled(gradient, factor).to(ctx.dtype) if needed else None
+            ops.rescale_gradient(gradient, factor).to(ctx.dtype) if needed else None
             for gradient, needed in zip(gradients, ctx.needs_input_grad, strict=False)
         )
         return hidden, weight, None if bias is None else bias.view(-1), *(None,) * 13

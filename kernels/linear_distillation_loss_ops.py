@@ -8,9 +8,9 @@ from torch import Tensor
 from distilspeed.kernels.backend import accumulation_dtype
 from distilspeed.kernels.distillation_loss_ops import implementation_for
 from distilspeed.kernels.distillation_loss_rows import LOSS_FIELDS, LossRows
+from distilspeed.kernels.launch_configs import padded_width
 
 PRODUCT_PART_BYTES = 4 * 2**20  # in float32
-ALIGNED_COLUMNS = 64  # rows of logits then start at multiples of 128 bytes, and are read 16 bytes at a time
 
 
 class Projections(NamedTuple):
@@ -57,9 +57,9 @@ def forward_backward(
         student_hidden, width, needs_gradient
     )
 
-    padded_width = -(-width // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
-    chunk_rows = balanced_chunk(num_rows, chunk_bytes // (2 * padded_width * student_hidden.itemsize))
-    buffers = student_hidden.new_empty((2, chunk_rows, padded_width))
+    columns = padded_width(width)
+    chunk_rows = balanced_chunk(num_rows, chunk_bytes // (2 * columns * student_hidden.itemsize))
+    buffers = student_hidden.new_empty((2, chunk_rows, columns))
     for first in range(0, num_rows, chunk_rows):
         chunk = slice(first, first + chunk_rows)
         hidden = student_hidden[chunk]
@@ -113,7 +113,7 @@ def new_results(
 def balanced_chunk(num_rows: int, most: int) -> int:
     """Rows of a chunk: as few chunks as memory allows, all of nearly the same size."""
     chunks = -(-num_rows // max(1, most))
-    return -(-num_rows // max(1, chunks))
+    return max(1, -(-num_rows // max(1, chunks)))
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -124,12 +124,17 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, added up in the dtype of ``total``."""
+    """total += left @ right, added up in the dtype of ``total``.
+
+    On a CPU the product of a chunk is in bfloat16 before that, where its inputs are; float16 would not hold it.
+    """
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     elif total.is_cuda:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:  # in parts, whose conversion to the dtype of the total stays in cache
+        if right.dtype == torch.float16:
+            right = right.to(total.dtype)
         part_rows = max(1, PRODUCT_PART_BYTES // (right.shape[1] * total.itemsize))
         for part, left_part in zip(total.split(part_rows), left.split(part_rows), strict=True):
-            part += left_part @ right
+            part += left_part.to(right.dtype) @ right

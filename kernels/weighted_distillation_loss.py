@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from distilspeed.kernels import distillation_loss_ops as ops
 from distilspeed.kernels.checks import check_writable, resolve_normalizer
-from distilspeed.kernels.distillation_loss_rows import LOSS_FIELDS, LossRows, loss_rows
+from distilspeed.kernels.distillation_loss_rows import LOSS_FIELDS, LossRows, loss_rows, means
 
 
 class WeightedDistillationLoss(NamedTuple):
@@ -35,7 +35,7 @@ def weighted_distillation_loss(
     *,
     alpha_ce: float = 5.0,
     alpha_mlm: float = 2.0,
-    loss_scale: float | Tensor = 1.0,
+    loss_scale: float | Tensor | None = None,
     temperature: float = 2.0,
     soft_mask: Tensor | None = None,
     soft_normalizer: float | Tensor | None = None,
@@ -52,9 +52,11 @@ def weighted_distillation_loss(
         loss_scale: the gradient that will arrive at ``loss``: the loss scale of fp16 training, with everything
             else the loss is multiplied by before ``backward``; a number, or a 0-dim tensor on the same
             device. With another gradient the result is still right, for one more pass over it; but in
-            float16 what the expected scale did not lift above the smallest number stays lost.
+            float16 what the expected scale did not lift above the smallest number stays lost. None: 1, and
+            not allowed for float16.
         inplace: write the gradient over the storage of ``student_logits`` at once: they are gone when this
-            returns. Safe where ``inplace_backward`` of ``distillation_loss`` is.
+            returns. Safe where ``inplace_backward`` of ``distillation_loss`` is, and like it without effect
+            under torch.compile.
 
     The other arguments, rows that do not count, -inf logits, labels outside the vocabulary, repeatability and
     errors are those of :func:`distillation_loss.distillation_loss`. Where the student needs no gradient none
@@ -62,9 +64,17 @@ def weighted_distillation_loss(
 
     Raises:
         ValueError: as there.
-        RuntimeError: in a second backward through the same graph.
+        RuntimeError: in a second backward through the same graph (not under torch.compile).
     """
+    if not torch.is_grad_enabled():
+        student_logits = student_logits.detach()
     rows = loss_rows(student_logits, teacher_logits, labels, soft_mask, temperature, ignore_index, vocab_size)
+    if loss_scale is None:
+        if student_logits.dtype == torch.float16:
+            raise ValueError(
+                "loss_scale must be given for float16 logits; most of the gradient may lie below 6e-8"
+            )
+        loss_scale = 1.0
     if inplace:
         check_writable(student_logits, rows.student_logits)
     return WeightedDistillationLoss(
@@ -121,9 +131,7 @@ class WeightedDistillationLossFunction(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(gradient, loss_scale)
         ctx.gradient_given = False
-        kl, soft_ce, hard_ce = losses.sum(1).unbind()
-        soft_factor = temperature**2 / soft_normalizer
-        kl, soft_ce, hard_ce = kl * soft_factor, soft_ce * soft_factor, hard_ce / hard_normalizer
+        kl, soft_ce, hard_ce = means(losses.sum(1), temperature, soft_normalizer, hard_normalizer)
         ctx.mark_non_differentiable(kl, soft_ce, hard_ce)
         return alpha_ce * kl + alpha_mlm * hard_ce, kl, soft_ce, hard_ce
 
@@ -137,4 +145,4 @@ class WeightedDistillationLossFunction(torch.autograd.Function):
             )
         gradient, loss_scale = ctx.saved_tensors
         ctx.gradient_given = True
-        return ops.rescaled(gradient, grad_loss / loss_scale), *(None,) * 12
+        return ops.rescale_gradient(gradient, grad_loss / loss_scale), *(None,) * 12

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distilspeed.trainer.errors import CommandParser, UserError, run_command
-from distilspeed.trainer.files import check_unoccupied, folder_written_whole
+from distilspeed.trainer.files import check_unoccupied, folder_written_whole, write_text
 
 if TYPE_CHECKING:
     from distilspeed.kernels.profiling.profile import ProfileSettings
@@ -58,11 +58,11 @@ def _tune(vocab_size: int = 30522, **others: Any) -> None:
     if vocab_size < 1:
         raise UserError("--vocab_size must be at least 1")
     from distilspeed.kernels.launch_configs import TABLE_FILE
-    from distilspeed.kernels.profiling.tuning import make_table, write_table
+    from distilspeed.kernels.profiling.tuning import make_table, table_as_json
 
     try:
         table = make_table(vocab_size)
-        write_table(table, TABLE_FILE)
+        write_text(TABLE_FILE, table_as_json(table))
     except OSError as error:
         raise UserError(f"cannot write {TABLE_FILE}: {error}; tune from a checkout of your own") from error
     for entry in table:

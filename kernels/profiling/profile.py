@@ -1,7 +1,6 @@
 """Profile the losses: time, share of the machine's bandwidth and peak memory, against their peers (public).
 
-What launch/profile_kernels.py does. What is measured is in ``cases``, how in
-``measurement``.
+``cases`` says what is measured, ``measurement`` how.
 """
 
 import logging

@@ -30,6 +30,7 @@ from distilspeed.kernels.launch_configs import (
     LaunchConfig,
     Pass,
     TableEntry,
+    padded_width,
     read_table,
     tile_constants,
 )
@@ -40,7 +41,6 @@ CANDIDATES = tuple(
     LaunchConfig(tile, tile // (32 * columns)) for tile in (1024, 2048, 4096) for columns in (8, 16)
 )
 BERT_VOCAB_SIZE = 30522
-ALIGNED_COLUMNS = 64
 DTYPES = {2: torch.float16, 4: torch.float32}  # bfloat16 compiles to the same, but for the conversion
 DTYPE_NAMES = {2: "fp16", 4: "fp32"}
 BY_COMPILER = "compiler"
@@ -78,7 +78,7 @@ def compile_pass(
 
     ``width`` is the padded row; None: the next multiple of 64.
     """
-    width = -(-vocab_size // ALIGNED_COLUMNS) * ALIGNED_COLUMNS if width is None else width
+    width = padded_width(vocab_size) if width is None else width
     constants = {
         "LOSSES": pass_name != "backward",
         "GRADIENT": pass_name != "forward",
@@ -141,27 +141,28 @@ def make_table(vocab_size: int = BERT_VOCAB_SIZE, measured_rows: int = 8192) -> 
         if entry.chosen_by != BY_COMPILER and (entry.architecture, entry.vocab_size) != (here, vocab_size)
     ]
     timed = {entry.architecture for entry in kept} | {here}
-    entries = kept
+    entries = list(kept)
     for architecture, dtype_bytes, pass_name in itertools.product(
         sorted({*ARCHITECTURES, *filter(None, [here])}), DTYPES, get_args(Pass)
     ):
         if architecture == here:
             entries.append(choose_by_time(pass_name, architecture, dtype_bytes, vocab_size, measured_rows))
         elif architecture not in timed:
-            entries.append(choose_by_compiler(pass_name, architecture, dtype_bytes))
+            entries.append(choose_by_compiler(pass_name, architecture, dtype_bytes, vocab_size))
     return sorted(entries, key=lambda e: (e.architecture, e.dtype_bytes, e.vocab_size, e.pass_name))
 
 
-def write_table(entries: list[TableEntry], file: Path) -> None:
+def table_as_json(entries: list[TableEntry]) -> str:
+    """What ``launch_configs.json`` holds, an entry a line."""
     lines = ",\n".join(json.dumps(asdict(entry)) for entry in entries)
-    text = f'{{"triton": "{triton.__version__}", "entries": [\n{lines}\n]}}\n'
-    beside = file.with_suffix(".new")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(file)
+    return f'{{"triton": "{triton.__version__}", "entries": [\n{lines}\n]}}\n'
 
 
-def choose_by_compiler(pass_name: Pass, architecture: int, dtype_bytes: int) -> TableEntry:
-    compiled = [compile_pass(pass_name, architecture, dtype_bytes, config) for config in CANDIDATES]
+def choose_by_compiler(pass_name: Pass, architecture: int, dtype_bytes: int, vocab_size: int) -> TableEntry:
+    compiled = [
+        compile_pass(pass_name, architecture, dtype_bytes, config, vocab_size=vocab_size)
+        for config in CANDIDATES
+    ]
     best = max(
         (candidate for candidate in compiled if candidate.spilled_bytes == 0),
         key=lambda candidate: (
@@ -170,7 +171,7 @@ def choose_by_compiler(pass_name: Pass, architecture: int, dtype_bytes: int) -> 
             -candidate.config.tile,
         ),
     )
-    return table_entry(pass_name, architecture, dtype_bytes, BERT_VOCAB_SIZE, best, BY_COMPILER)
+    return table_entry(pass_name, architecture, dtype_bytes, vocab_size, best, BY_COMPILER)
 
 
 def choose_by_time(
@@ -190,7 +191,7 @@ def median_time(
     pass_name: Pass, dtype_bytes: int, vocab_size: int, num_rows: int, config: LaunchConfig
 ) -> float:
     """Microseconds of one launch, caches cleared before each."""
-    width = -(-vocab_size // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
+    width = padded_width(vocab_size)
     dtype = DTYPES[dtype_bytes]
     student, teacher = (torch.randn(num_rows, width, device="cuda", dtype=dtype) for _ in range(2))
     labels = torch.full((num_rows,), -100, device="cuda")

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from distilspeed.kernels import reference
-from distilspeed.kernels.profiling.profile import ProfileError, ProfileSettings, report_group, warm_up
 from distilspeed.kernels.profiling.cases import build_groups
 from distilspeed.kernels.profiling.measurement import (
     Case,
@@ -34,6 +33,7 @@ from distilspeed.kernels.profiling.problem import (
     random_labels,
     single_launch_floor_bytes,
 )
+from distilspeed.kernels.profiling.profile import ProfileError, ProfileSettings, report_group, warm_up
 from distilspeed.kernels.profiling.report import CaseReport
 
 CPU = torch.device("cpu")

@@ -1,0 +1,40 @@
+"""Multiplying a gradient by a factor that is nearly always 1, in Triton: the GPU decides, nobody waits for it."""
+
+# mypy: disable-error-code="no-untyped-def"
+# (kernel arguments have their types in comments: Triton would read annotations as its own)
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from distilspeed.kernels.backend import launch_device
+
+TILE, NUM_WARPS = 1024, 4
+
+
+@triton.jit
+def rescale_kernel(
+    gradient_ptr,  # [rows, WIDTH] fp16, bf16 or fp32
+    factor_ptr,  # [] fp32
+    gradient_stride,  # elements from one row to the next
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    factor = tl.load(factor_ptr)
+    if factor != 1.0:
+        for start in range(0, WIDTH, TILE):
+            columns = start + tl.arange(0, TILE)
+            pointers = gradient_ptr + row * gradient_stride + columns
+            gradient = tl.load(pointers, mask=columns < WIDTH).to(tl.float32) * factor
+            tl.store(pointers, gradient.to(gradient_ptr.dtype.element_ty), mask=columns < WIDTH)
+
+
+def rescale(gradient: Tensor, factor: Tensor) -> None:
+    """Multiply [rows, width] in place by a 0-dim float32 tensor on its device; where it is 1 nothing is read."""
+    num_rows, width = gradient.shape
+    if num_rows > 0:
+        with launch_device(gradient):
+            rescale_kernel[(num_rows,)](
+                gradient, factor, gradient.stride(0), width, TILE, num_warps=NUM_WARPS
+            )

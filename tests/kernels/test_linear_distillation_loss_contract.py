@@ -1,0 +1,162 @@
+"""What linear_distillation_loss refuses, what it costs in memory, and that torch.compile takes it whole."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from linear_cases import TRAINED, LinearCase, linear_loss, random_case
+from torch import Tensor
+
+from distilspeed.kernels import linear_distillation_loss_ops as ops
+from distilspeed.kernels.backend import use_triton
+from distilspeed.kernels.linear_distillation_loss import linear_distillation_loss
+from distilspeed.kernels.profiling.measurement import peak_cpu_bytes, peak_cuda_bytes
+
+ROWS, VOCAB_SIZE, HIDDEN, TEACHER_HIDDEN = 3, 5, 4, 6
+ARGUMENTS = {
+    "student_hidden": torch.zeros(ROWS, HIDDEN),
+    "student_weight": torch.zeros(VOCAB_SIZE, HIDDEN),
+    "teacher_hidden": torch.zeros(ROWS, TEACHER_HIDDEN),
+    "teacher_weight": torch.zeros(VOCAB_SIZE, TEACHER_HIDDEN),
+}
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"teacher_hidden": torch.zeros(ROWS, 6, requires_grad=True)},
+            "teacher_hidden must not require grad",
+        ),
+        ({"teacher_weight": torch.zeros(5, 6, requires_grad=True)}, "teacher_weight must not require grad"),
+        ({"teacher_bias": torch.zeros(5, requires_grad=True)}, "teacher_bias must not require grad"),
+        ({"student_hidden": torch.tensor(1.0)}, "student_hidden must have at least one dimension"),
+        ({"student_hidden": torch.zeros(ROWS, HIDDEN).long()}, "student_hidden must be a floating-point"),
+        ({"student_weight": torch.zeros(5, 7)}, r"student_weight must have the shape \[5, 4\], not \[5, 7\]"),
+        ({"student_weight": torch.zeros(4)}, "student_weight must have the shape"),
+        (
+            {"student_weight": torch.zeros(5, 4).half()},
+            "student_weight must have the dtype of student_hidden",
+        ),
+        ({"student_weight": torch.zeros(5, 4, device="meta")}, "student_weight must be on the device"),
+        ({"student_bias": torch.zeros(6)}, r"student_bias must have the shape \[5\], not \[6\]"),
+        ({"student_bias": torch.zeros(5).double()}, "student_bias must have the dtype"),
+        ({"teacher_hidden": torch.zeros(2, 6)}, r"teacher_hidden must have the shape \[3, 6\], not \[2, 6\]"),
+        ({"teacher_hidden": torch.zeros(ROWS, 6).half()}, "teacher_hidden must have the dtype"),
+        ({"teacher_weight": torch.zeros(4, 6)}, r"teacher_weight must have the shape \[5, 6\], not \[4, 6\]"),
+        ({"teacher_weight": torch.zeros(5, 6, device="meta")}, "teacher_weight must be on the device"),
+        ({"teacher_bias": torch.zeros(4)}, "teacher_bias must have the shape"),
+        ({"labels": torch.zeros(ROWS)}, "labels must be torch.int64, not torch.float32"),
+        ({"labels": torch.zeros(4, dtype=torch.int64)}, "labels must have the shape"),
+        ({"soft_mask": torch.ones(ROWS)}, "soft_mask must be torch.bool"),
+        ({"temperature": 0.0}, "temperature must be positive and finite"),
+        ({"vocab_size": 6}, "vocab_size must be from 1 to 5, not 6"),
+        ({"soft_normalizer": 0}, "soft_normalizer must be positive and finite"),
+        ({"hard_normalizer": torch.ones(1)}, "hard_normalizer must be a number or a 0-dim tensor"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_line(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as failure:
+        linear_distillation_loss(**ARGUMENTS | arguments)
+    assert "\n" not in str(failure.value)
+
+
+def test_autocast_refuses_what_it_cannot_cast() -> None:
+    arguments = ARGUMENTS | {"student_hidden": torch.zeros(ROWS, HIDDEN).long()}
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="floating-point"):
+        linear_distillation_loss(**arguments)
+
+
+@pytest.mark.parametrize("label", [-1, 4])
+def test_label_outside_the_vocabulary_is_refused_on_a_cpu(label: int) -> None:
+    labels = torch.full((ROWS,), label)
+    if use_triton(ARGUMENTS["student_hidden"]):
+        pytest.skip("where Triton runs, nothing waits for the labels to be checked")
+    with pytest.raises(ValueError, match=f"labels must be from 0 to 3 or -100, not {label}"):
+        linear_distillation_loss(**ARGUMENTS, labels=labels, vocab_size=4)
+
+
+def test_second_backward_is_refused(device: str) -> None:
+    loss = linear_loss(random_case(6, width=37, device=device).in_dtype(torch.float32)).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="given away in the first backward"):
+        loss.backward()
+
+
+def test_second_derivative_is_refused(device: str) -> None:
+    case = random_case(6, width=37, device=device).in_dtype(torch.float32)
+    loss = linear_loss(case).loss
+    (gradient,) = torch.autograd.grad(loss.square(), case.projections.student_hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def peak_bytes(run: Callable[[], object], device: str) -> int:
+    run()  # the matrix-product library keeps its workspace
+    return peak_cpu_bytes(run) if device == "cpu" else peak_cuda_bytes(run, torch.device(device))
+
+
+def test_logits_are_never_held_whole(device: str) -> None:
+    rows, vocab_size, hidden, chunk_bytes = 512, 8000, 64, 4 * MIB
+    case = random_case(rows, width=vocab_size, device=device, student_size=hidden).in_dtype(torch.float32)
+
+    def run() -> object:
+        return case.gradients(linear_loss(case, chunk_bytes=chunk_bytes).loss)
+
+    gradients = 4 * (rows * hidden + vocab_size * hidden + vocab_size)
+    # 12 MiB for the blocks that a CPU works in and small things; one matrix of logits takes 16.
+    assert peak_bytes(run, device) <= chunk_bytes + gradients + 12 * MIB
+
+
+@pytest.mark.parametrize("grad_enabled", [False, True])
+def test_frozen_weight_and_evaluation_cost_no_gradient(grad_enabled: bool, device: str) -> None:
+    vocab_size, hidden, chunk_bytes = 8000, 512, MIB
+    trained = ("student_hidden",) if grad_enabled else TRAINED
+    case = random_case(32, width=vocab_size, device=device, student_size=hidden)
+    case = case.in_dtype(torch.float32, trained)
+
+    def run() -> object:
+        with torch.set_grad_enabled(grad_enabled):
+            return linear_loss(case, chunk_bytes=chunk_bytes)
+
+    # Where a CPU works in blocks of 2 MiB a few of them; the weight's gradient takes 16.
+    assert peak_bytes(run, device) <= chunk_bytes + 12 * MIB
+
+
+def loss_of_leaves(case: LinearCase) -> Callable[..., Tensor]:
+    def loss(*trained: Tensor) -> Tensor:
+        hidden, weight, bias = trained
+        parts = case.projections._replace(student_hidden=2 * hidden, student_weight=weight, student_bias=bias)
+        result = linear_distillation_loss(**parts._asdict(), labels=case.labels, soft_normalizer=9)
+        return result.loss + 0 * result.kl
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("backend", "dynamic"), [("aot_eager", None), ("aot_eager", True), ("inductor", True)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_torch_compile_finds_no_graph_to_break(
+    dtype: torch.dtype, backend: str, dynamic: bool | None, device: str
+) -> None:
+    torch.compiler.reset()
+    for rows in (7, 12):
+        case = random_case(rows, width=37, device=device).in_dtype(dtype)
+        loss = loss_of_leaves(case)
+        compiled = torch.compile(loss, fullgraph=True, backend=backend, dynamic=dynamic)
+        trained = case.projections[:3]
+        total, eager_total = compiled(*trained), loss(*trained)
+        torch.testing.assert_close(total, eager_total)
+        gradients, expected = (torch.autograd.grad(8 * x, trained) for x in (total, eager_total))
+        for gradient, expected_gradient in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("needs_gradient", [[True, True, True], [False, True, False], [False, False, False]])
+def test_operator_is_what_it_tells_the_compiler(needs_gradient: list[bool], device: str) -> None:
+    case = random_case(6, width=37, device=device).in_dtype(torch.float16, trained=())
+    settings = (case.labels, None, 2.0, -100, 30, torch.ones(2, device=device), 2000)
+    torch.library.opcheck(ops.forward_backward, (*case.projections, *settings, needs_gradient))
