@@ -17,8 +17,8 @@ from distilspeed.kernels.distillation_loss_rows import LOSS_FIELDS, LossRows, Ro
 
 # Of one of the three buffers. 1024 x 30522 fp32, loss and gradient in place: 140 to 160 ms with 1 to 8 MiB, 270 with
 # 0.5 (2 idle cores of 2 MiB L2, November 2026). On a busy machine every pass over a block waits for the slower thread,
-# so the fewer blocks the better; 9 MiB in all are little beside the logits.
-BLOCK_BYTES = 3 * 2**20
+# so the fewer blocks the better; 7.5 MiB in all are little beside the logits.
+BLOCK_BYTES = 5 * 2**19
 
 
 @dataclass(frozen=True)
