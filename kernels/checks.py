@@ -88,7 +88,9 @@ def check_writable(student_logits: Tensor, rows: Tensor) -> None:
         raise ValueError("the gradient cannot be written over student_logits: their rows share memory")
     for tensor in (student_logits, student_logits._base):
         if tensor is not None and tensor.is_leaf and tensor.requires_grad:
-            raise ValueError("the gradient cannot be written over student_logits: they are a leaf of the graph")
+            raise ValueError(
+                "the gradient cannot be written over student_logits: they are a leaf of the graph"
+            )
 
 
 def as_rows(tensor: Tensor) -> Tensor:

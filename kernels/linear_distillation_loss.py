@@ -29,7 +29,7 @@ from distilspeed.kernels.checks import (
 )
 from distilspeed.kernels.distillation_loss_rows import means
 from distilspeed.kernels.linear_distillation_loss_ops import Projections, forward_backward
-from distilspeed.kernels.weighted_distillation_loss import WeightedDistillationLoss
+from distilspeed.kernels.weighted_distillation_loss import WeightedLosses
 
 # No entry of g is greater, and a row's entries add up to no more than twice this in size: its product with weights
 # below 60 stays in float16's range. The average of 30522 entries is still a normal number.
@@ -57,7 +57,7 @@ def linear_distillation_loss(
     ignore_index: int = -100,
     vocab_size: int | None = None,
     chunk_bytes: int | None = None,
-) -> WeightedDistillationLoss:
+) -> WeightedLosses:
     """``weighted_distillation_loss`` of two vocabulary projections whose logits are never held whole.
 
     Args:
@@ -102,7 +102,7 @@ def linear_distillation_loss(
     labelled = None if labels is None else labels != ignore_index
     if chunk_bytes is None:
         chunk_bytes = CPU_CHUNK_BYTES if device == "cpu" else GPU_CHUNK_BYTES
-    return WeightedDistillationLoss(
+    return WeightedLosses(
         *LinearDistillationLossFunction.apply(
             *projections.as_rows(),
             None if labels is None else labels.reshape(-1).contiguous(),

@@ -19,7 +19,7 @@ from distilspeed.kernels.checks import check_writable, resolve_normalizer
 from distilspeed.kernels.distillation_loss_rows import LOSS_FIELDS, LossRows, loss_rows, means
 
 
-class WeightedDistillationLoss(NamedTuple):
+class WeightedLosses(NamedTuple):
     """Four scalars, float32 (float64 for float64 logits); only ``loss`` has a gradient."""
 
     loss: Tensor
@@ -43,7 +43,7 @@ def weighted_distillation_loss(
     ignore_index: int = -100,
     vocab_size: int | None = None,
     inplace: bool = False,
-) -> WeightedDistillationLoss:
+) -> WeightedLosses:
     """alpha_ce * kl + alpha_mlm * hard_ce of :func:`distillation_loss.distillation_loss`, and its parts.
 
     Args:
@@ -77,7 +77,7 @@ def weighted_distillation_loss(
         loss_scale = 1.0
     if inplace:
         check_writable(student_logits, rows.student_logits)
-    return WeightedDistillationLoss(
+    return WeightedLosses(
         *WeightedDistillationLossFunction.apply(
             *rows,
             resolve_normalizer("soft_normalizer", soft_normalizer, rows.student_logits, rows.soft_mask),

@@ -15,7 +15,7 @@ from distilspeed.kernels.backend import INTERPRETED, accumulation_dtype
 from distilspeed.kernels.distillation_loss import DistillationLosses
 from distilspeed.kernels.linear_distillation_loss import linear_distillation_loss
 from distilspeed.kernels.linear_distillation_loss_ops import Projections
-from distilspeed.kernels.weighted_distillation_loss import WeightedDistillationLoss
+from distilspeed.kernels.weighted_distillation_loss import WeightedLosses
 
 ALPHA_CE, ALPHA_MLM = 1.5, 2.0
 TEACHER_SIZE = 24
@@ -57,7 +57,7 @@ class LinearCase:
         return dict(zip(parts, gradients, strict=True))
 
 
-def linear_loss(case: LinearCase, **options: Any) -> WeightedDistillationLoss:
+def linear_loss(case: LinearCase, **options: Any) -> WeightedLosses:
     weights = {"alpha_ce": ALPHA_CE, "alpha_mlm": ALPHA_MLM}
     return linear_distillation_loss(
         **case.projections._asdict(), labels=case.labels, **weights | case.options() | options

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from distilspeed.kernels import reference
 from distilspeed.kernels.distillation_loss import distillation_loss
 from distilspeed.kernels.weighted_distillation_loss import (
-    WeightedDistillationLoss,
+    WeightedLosses,
     weighted_distillation_loss,
 )
 
@@ -24,7 +24,7 @@ LOSS_ERROR = 1e-6  # in every dtype: the definition is given the rounded logits,
 GRADIENT_ERROR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 FLOAT32_STEP = 2**-23  # what is nearer than this is so by luck
 
-Losses = Callable[..., WeightedDistillationLoss]
+Losses = Callable[..., WeightedLosses]
 
 
 def random_rows(rows: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,26 +37,24 @@ def random_rows(rows: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Ten
     return student.to(device, dtype), teacher.to(device, dtype), labels.to(device)
 
 
-def weighted(kl: Tensor, soft_ce: Tensor, hard_ce: Tensor) -> WeightedDistillationLoss:
-    return WeightedDistillationLoss(ALPHA_CE * kl + ALPHA_MLM * hard_ce, kl, soft_ce, hard_ce)
+def weighted(kl: Tensor, soft_ce: Tensor, hard_ce: Tensor) -> WeightedLosses:
+    return WeightedLosses(ALPHA_CE * kl + ALPHA_MLM * hard_ce, kl, soft_ce, hard_ce)
 
 
-def definition(*rows: Tensor, **options: Any) -> WeightedDistillationLoss:
+def definition(*rows: Tensor, **options: Any) -> WeightedLosses:
     return weighted(*reference.distillation_loss(*rows, **options))
 
 
-def in_two_launches(*rows: Tensor, **options: Any) -> WeightedDistillationLoss:
+def in_two_launches(*rows: Tensor, **options: Any) -> WeightedLosses:
     return weighted(*distillation_loss(*rows, **options))
 
 
-def in_one_launch(*rows: Tensor, **options: Any) -> WeightedDistillationLoss:
+def in_one_launch(*rows: Tensor, **options: Any) -> WeightedLosses:
     weights = {"alpha_ce": ALPHA_CE, "alpha_mlm": ALPHA_MLM, "loss_scale": LOSS_SCALE}
     return weighted_distillation_loss(*rows, **weights, **options)
 
 
-def by_pytorch(
-    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float
-) -> WeightedDistillationLoss:
+def by_pytorch(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> WeightedLosses:
     log_q = log_softmax(student / temperature, dim=-1)
     log_p = log_softmax(teacher / temperature, dim=-1)
     kl = kl_div(log_q, log_p, reduction="batchmean", log_target=True) * temperature**2
