@@ -29,6 +29,7 @@ from linear_cases import (
 )
 from torch import Tensor
 
+from distilspeed.kernels import linear_distillation_loss_ops as ops
 from distilspeed.kernels.backend import INTERPRETED
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -50,6 +51,13 @@ def numbers_below_the_smallest_normal_are_0() -> Iterator[None]:
     torch.set_flush_denormal(False)
 
 
+@pytest.fixture
+def products_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small enough parts that a test's few rows of a weight take several."""
+    monkeypatch.setattr(ops, "PRODUCT_PART_BYTES", 1000)
+
+
+@pytest.mark.usefixtures("products_in_parts")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_losses_and_gradients_are_those_of_the_definition(dtype: torch.dtype, device: str) -> None:
     @settings(max_examples=8 if INTERPRETED else 60, deadline=None, derandomize=True, database=None)
