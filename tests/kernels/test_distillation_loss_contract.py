@@ -62,7 +62,8 @@ def test_wrong_arguments_are_refused_in_one_line(
 
 
 @pytest.mark.parametrize(
-    ("student", "message"), [(torch.tensor(1.0), "dimension"), (torch.ones(2, 3).long(), "float")]
+    ("student", "message"),
+    [(torch.tensor(1.0), "dimension"), (torch.ones(2, 3).long(), "float"), (torch.ones(2, 0), "column")],
 )
 def test_logits_must_be_floating_point_rows(student: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -128,6 +129,12 @@ def test_gradient_is_not_written_over_a_leaf() -> None:
     student, teacher = logits()
     with pytest.raises(ValueError, match="leaf"):
         distillation_loss(student.requires_grad_(), teacher, inplace_backward=True)
+
+
+def test_gradient_is_not_written_over_a_view_of_a_leaf() -> None:
+    parameter = torch.randn(ROWS * VOCAB_SIZE).requires_grad_()
+    with pytest.raises(ValueError, match="leaf"):
+        distillation_loss(parameter.view(ROWS, VOCAB_SIZE), logits()[1], inplace_backward=True)
 
 
 def test_gradient_is_not_written_over_rows_that_share_memory() -> None:

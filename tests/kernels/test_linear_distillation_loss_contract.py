@@ -69,6 +69,21 @@ def test_autocast_refuses_what_it_cannot_cast() -> None:
         linear_distillation_loss(**arguments)
 
 
+def test_sums_over_rows_that_float16_could_not_hold_are_held(device: str) -> None:
+    # Many rows of which each pushes the same class the same way, along a large hidden dimension.
+    hidden = torch.randn(400, 64, generator=torch.Generator().manual_seed(0))
+    hidden[:, 0] = 10
+    hidden = hidden.half().to(device)
+    weight = torch.zeros(3000, 64, dtype=torch.float16, device=device)
+    bias = weight.new_zeros(3000)
+    bias[7] = 12
+    student_weight = weight.clone().requires_grad_()
+    linear_distillation_loss(hidden, student_weight, hidden, weight, teacher_bias=bias).loss.backward()
+    assert student_weight.grad is not None
+    assert student_weight.grad.isfinite().all()
+    assert (student_weight.grad[7, 0] < -5).all()
+
+
 @pytest.mark.parametrize("label", [-1, 4])
 def test_label_outside_the_vocabulary_is_refused_on_a_cpu(label: int) -> None:
     labels = torch.full((ROWS,), label)

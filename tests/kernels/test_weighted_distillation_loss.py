@@ -104,6 +104,12 @@ def test_parts_carry_no_gradient(device: str) -> None:
     assert [part.requires_grad for part in result] == [True, False, False, False]
 
 
+def test_float16_is_refused_without_a_loss_scale(device: str) -> None:
+    student, teacher = random_logits(2, 11, dtype=torch.float16, device=device)
+    with pytest.raises(ValueError, match="loss_scale must be given for float16"):
+        weighted_distillation_loss(student, teacher)
+
+
 @pytest.mark.parametrize("loss_scale", [2.0**16, 2.0**24])
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_loss_scale_keeps_float16_gradients_from_flushing_to_zero(
