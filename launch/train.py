@@ -4,6 +4,7 @@ deepspeed launch/train.py --deepspeed_config ds_configs/cpu.json --teacher DIR -
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from distilspeed.trainer.errors import CommandParser, quiet_libraries, run_command
@@ -75,6 +76,10 @@ def main() -> None:
     for not_an_argument in ("debug", "local_rank"):
         options.pop(not_an_argument)
 
+    # OpenMP reads this when torch is imported. Threads that wait by spinning keep the one they wait for off its core
+    # where anything else runs: the losses took 3.75 s instead of 0.13 on 2 cores beside one busy process, and 0.05
+    # instead of 0.04 on idle ones (November 2026).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # After the parsing, because importing torch and DeepSpeed takes seconds.
     from distilspeed.trainer.config import TrainArguments
     from distilspeed.trainer.loop import train
