@@ -7,6 +7,7 @@ resume from is the step number alone. A global batch may span two epochs; no row
 
 import functools
 import math
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -16,11 +17,21 @@ from torch.utils.data import DataLoader, Dataset
 
 from distilspeed.trainer.config import BatchEquation
 from distilspeed.trainer.corpus import Corpus, read_rows
-from distilspeed.trainer.masking import MaskingRule, mask_row, masked_token_count, masking_rule, philox
+from distilspeed.trainer.masking import (
+    IGNORE_INDEX,
+    MASKED_FRACTION,
+    MaskingRule,
+    mask_row,
+    masked_token_count,
+    masking_rule,
+    philox,
+)
 
 # Random streams beside masking's, which is 0.
 ROW_ORDER_STREAM, DROPOUT_STREAM = 1, 2
 PADDING_DOCUMENT = -1
+# Micro-batches that each worker process has ready: a step of the original's recipe is tens of them long.
+PREFETCH_FACTOR = 4
 
 
 class MicroBatch(NamedTuple):
@@ -37,6 +48,7 @@ class MicroBatch(NamedTuple):
     row_ids: torch.Tensor  # int64 [rows], numbers of the corpus's training rows
     real_tokens: torch.Tensor  # float32 []
     masked_tokens: torch.Tensor  # float32 []
+    masked_places: torch.Tensor  # int64 [rows x 15 % of the length, rounded up], see masked_places()
 
     def to(self, device: torch.device) -> "MicroBatch":
         return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
@@ -63,6 +75,24 @@ def document_layout(
     return document_ids, position_ids
 
 
+def masked_places(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where the masked tokens of a micro-batch are, and a few others up to a number that depends on its shape alone.
+
+    Constant shapes: nothing waits for a device to count, and no kernel is chosen or compiled anew.
+
+    Args:
+        labels: int64 [rows, length]; 15 % of a row's tokens, rounded up, or fewer carry one.
+
+    Returns:
+        places in the flattened rows, int64 [rows x 15 % of the length, rounded up].
+    """
+    rows, length = labels.shape
+    most = rows * math.ceil(MASKED_FRACTION * length)
+    is_masked = labels.ravel() != IGNORE_INDEX
+    masked = np.flatnonzero(is_masked)
+    return np.concatenate([masked, np.flatnonzero(~is_masked)[: most - len(masked)]])
+
+
 def total_steps(num_rows: int, train_batch_size: int, max_steps: int | None, num_train_epochs: float) -> int:
     """Optimiser steps of a run: ``max_steps``, or as many as see every row ``num_train_epochs`` times."""
     return max_steps or math.ceil(num_rows * num_train_epochs / train_batch_size)
@@ -74,7 +104,10 @@ def corpus_masking_rule(corpus: Corpus) -> MaskingRule:
 
 
 class MicroBatches(Dataset[MicroBatch]):
-    """Micro-batches of one rank; item i is accumulation step i % G of global batch i // G."""
+    """Micro-batches of one rank; item i is accumulation step i % G of global batch i // G.
+
+    ``global_batch(step)`` gives epochs and row numbers of a global batch, int64 [train_batch_size] each.
+    """
 
     def __init__(self, corpus: Corpus, batch: BatchEquation, rank: int, seed: int) -> None:
         self.rows = corpus.train
@@ -87,12 +120,12 @@ class MicroBatches(Dataset[MicroBatch]):
         self.rank = rank
         self.seed = seed
         self._epoch_order = functools.lru_cache(maxsize=2)(self._permute)
+        self.global_batch = functools.lru_cache(maxsize=2)(self._choose_rows)
 
     def __len__(self) -> int:
         raise TypeError("the sequence of micro-batches has no end; a sampler says which to take")
 
-    def global_batch(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Epochs and row numbers of global batch ``step``, int64 [train_batch_size] each."""
+    def _choose_rows(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         first = step * self.batch.train_batch_size
         epochs, places = np.divmod(np.arange(first, first + self.batch.train_batch_size), len(self.rows))
         rows = np.empty_like(places)
@@ -123,15 +156,17 @@ class MicroBatches(Dataset[MicroBatch]):
             mask_row(ids, int(self.real_tokens[row]), self.rule, self.seed, int(epoch), int(row))
             for ids, epoch, row in zip(stored.input_ids, epochs[mine], rows[mine], strict=True)
         ]
+        labels = np.stack([labels for _, labels in masked])
         return MicroBatch(
             input_ids=torch.from_numpy(np.stack([ids for ids, _ in masked])),
-            labels=torch.from_numpy(np.stack([labels for _, labels in masked])),
+            labels=torch.from_numpy(labels),
             document_ids=torch.from_numpy(document_ids),
             position_ids=torch.from_numpy(position_ids),
             row_ids=torch.from_numpy(rows[mine]),
             real_tokens=torch.tensor(self.real_tokens[rows].sum(), dtype=torch.float32),
             # At least 1: rows of nothing but special tokens have no masked ones, and a loss of 0, not 0 / 0.
             masked_tokens=torch.tensor(max(1, self.masked_tokens[rows].sum()), dtype=torch.float32),
+            masked_places=torch.from_numpy(masked_places(labels)),
         )
 
     def loader(self, first_step: int, last_step: int, num_workers: int) -> DataLoader[MicroBatch]:
@@ -142,5 +177,28 @@ class MicroBatches(Dataset[MicroBatch]):
             batch_size=None,
             sampler=range(first_step * accumulation_steps, last_step * accumulation_steps),
             num_workers=num_workers,
+            generator=torch.Generator(),  # it draws a seed for its workers, which must not come out of dropout's
+            prefetch_factor=PREFETCH_FACTOR if num_workers else None,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def on_device(batches: Iterable[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
+    """The micro-batches on the device; to a GPU each is copied on a stream of its own, while the one before is used."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    copies = torch.cuda.Stream(device)
+    ahead: MicroBatch | None = None
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            copied = batch.to(device)
+        if ahead is not None:
+            yield ahead
+        # What is computed next waits for the copy, and the memory is not given to others before it is done with it.
+        torch.cuda.current_stream(device).wait_stream(copies)
+        for tensor in copied:
+            tensor.record_stream(torch.cuda.current_stream(device))
+        ahead = copied
+    if ahead is not None:
+        yield ahead

@@ -47,6 +47,7 @@ class TrainArguments:
     save_total_limit: int = 2
     logging_steps: int = 10
     dataloader_num_workers: int = 0
+    compile: bool = False
     resume: bool = False
     plan: bool = False
 

@@ -10,11 +10,14 @@ with student logits z, teacher logits u, hidden states h (Sanh et al. 2019). Eve
 global batch. DeepSpeed averages gradients over ranks and accumulation steps, so a micro-batch's sums
 are divided by the global counts and multiplied by ranks x accumulation steps.
 
+Where logits are wanted of masked tokens alone (no soft targets, or ``restrict_ce_to_mask``), the MLM heads of both
+models see masked tokens alone. The vocabulary is that of the models' configs; projections may be padded beyond it
+(families.py), and padding counts for nothing.
+
 The losses must stay inside the module that DeepSpeed wraps, and it must return this one scalar:
 DeepSpeed 0.18.3 to 0.18.9 divides gradients by the accumulation steps once per output tensor.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,10 +26,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from distilspeed.kernels.cosine_loss import cosine_loss
-from distilspeed.kernels.distillation_loss import distillation_loss
+from distilspeed.kernels.weighted_distillation_loss import weighted_distillation_loss
+from distilspeed.trainer.attention import document_mask
 from distilspeed.trainer.batches import PADDING_DOCUMENT, MicroBatch
 from distilspeed.trainer.families import mlm_head
-from distilspeed.trainer.masking import IGNORE_INDEX, MASKED_FRACTION
+from distilspeed.trainer.masking import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,15 @@ class Objective:
     temperature: float
     restrict_ce_to_mask: bool
 
+    def scored_places(self, batch: MicroBatch) -> torch.Tensor | None:
+        """Where distillation needs logits of both models: everywhere (None), or at the masked tokens."""
+        return batch.masked_places if self.restrict_ce_to_mask else None
+
 
 class ModelOutputs(NamedTuple):
     """What the losses need of a model on packed rows."""
 
-    logits: torch.Tensor  # [rows, length, vocabulary]
+    logits: torch.Tensor  # [rows, length, vocabulary], or of the tokens asked for [tokens, vocabulary]
     hidden_states: torch.Tensor  # [rows, length, hidden size], of the last layer
 
 
@@ -62,20 +70,26 @@ class LossParts(NamedTuple):
 def encode_packed(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
     """Last hidden states [rows, length, hidden size] of packed rows, no token having seen another document.
 
-    A packed row gives the hidden states that its documents would give alone. Padding attends to
-    padding: a row of the attention mask with nothing in it would give NaN.
+    A packed row gives the hidden states that its documents would give alone.
     """
-    same_document = batch.document_ids[:, :, None] == batch.document_ids[:, None, :]
+    mask = document_mask(batch.document_ids, model.config._attn_implementation)
     encoder = model.base_model
     return encoder(
-        input_ids=batch.input_ids, attention_mask=same_document[:, None], position_ids=batch.position_ids
+        input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids
     ).last_hidden_state
 
 
-def forward_packed(model: PreTrainedModel, batch: MicroBatch) -> ModelOutputs:
-    """Run a masked language model on packed rows; see :func:`encode_packed`."""
+def forward_packed(
+    model: PreTrainedModel, batch: MicroBatch, places: torch.Tensor | None = None
+) -> ModelOutputs:
+    """Run a masked language model on packed rows; see :func:`encode_packed`.
+
+    Args:
+        places: int64 [tokens], where in the flattened rows logits are wanted; None: everywhere.
+    """
     hidden_states = encode_packed(model, batch)
-    return ModelOutputs(mlm_head(model, hidden_states), hidden_states)
+    scored = hidden_states if places is None else hidden_states.flatten(0, 1)[places]
+    return ModelOutputs(mlm_head(model, scored), hidden_states)
 
 
 class Distillation(nn.Module):
@@ -84,67 +98,80 @@ class Distillation(nn.Module):
     Args:
         student: the masked language model that is trained.
         objective: loss weights and temperature.
-        gradient_shares: ranks x accumulation steps, over which DeepSpeed averages gradients.
+        world_size, accumulation_steps: over which DeepSpeed averages gradients.
 
     Attributes:
-        last_parts: the loss parts of the last forward pass, detached, not multiplied by the shares.
+        last_parts: the loss parts of the last forward pass, detached, not multiplied by ranks x accumulation steps.
     """
 
     last_parts: LossParts
 
-    def __init__(self, student: PreTrainedModel, objective: Objective, gradient_shares: int) -> None:
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        objective: Objective,
+        world_size: int,
+        accumulation_steps: int,
+    ) -> None:
         super().__init__()
         self.student = student
         self.objective = objective
-        self.gradient_shares = gradient_shares
+        self.vocab_size = student.config.vocab_size
+        self.world_size = world_size
+        self.accumulation_steps = accumulation_steps
 
-    def forward(self, batch: MicroBatch, targets: ModelOutputs | None) -> torch.Tensor:
-        """Loss of one micro-batch; ``targets`` are the teacher's outputs on it, None without a teacher."""
+    def forward(
+        self, batch: MicroBatch, targets: ModelOutputs | None, loss_scale: float = 1.0
+    ) -> torch.Tensor:
+        """Loss of one micro-batch.
+
+        Args:
+            targets: the teacher's outputs on it, with logits at ``objective.scored_places(batch)``; None without
+                a teacher.
+            loss_scale: of fp16, which the engine's backward multiplies by.
+        """
         if targets is None:
             parts = self.mlm_loss(batch)
         else:
-            parts = self.distillation_losses(forward_packed(self.student, batch), batch, targets)
+            outputs = forward_packed(self.student, batch, self.objective.scored_places(batch))
+            parts = self.distillation_losses(outputs, batch, targets, loss_scale)
         self.last_parts = LossParts(*(part.detach() for part in parts))
-        return parts.loss * self.gradient_shares
+        return parts.loss * (self.world_size * self.accumulation_steps)
 
     def distillation_losses(
-        self, outputs: ModelOutputs, batch: MicroBatch, targets: ModelOutputs
+        self, outputs: ModelOutputs, batch: MicroBatch, targets: ModelOutputs, loss_scale: float
     ) -> LossParts:
         weights = self.objective
-        masked, real = batch.labels != IGNORE_INDEX, batch.document_ids != PADDING_DOCUMENT
-        restricted = weights.restrict_ce_to_mask
-        fused = distillation_loss(
+        real = batch.document_ids != PADDING_DOCUMENT
+        labels, soft_mask, soft_normalizer = batch.labels, real, batch.real_tokens
+        if weights.restrict_ce_to_mask:
+            labels = labels.flatten()[batch.masked_places]
+            soft_mask, soft_normalizer = labels != IGNORE_INDEX, batch.masked_tokens
+        fused = weighted_distillation_loss(
             outputs.logits,
             targets.logits,
-            batch.labels,
+            labels,
+            alpha_ce=weights.alpha_ce,
+            alpha_mlm=weights.alpha_mlm,
+            # The engine divides by the accumulation steps, which forward has multiplied by.
+            loss_scale=self.world_size * loss_scale,
             temperature=weights.temperature,
-            soft_mask=masked if restricted else real,
-            soft_normalizer=batch.masked_tokens if restricted else batch.real_tokens,
+            soft_mask=soft_mask,
+            soft_normalizer=soft_normalizer,
             hard_normalizer=batch.masked_tokens,
+            vocab_size=self.vocab_size,
+            inplace=True,
         )
         cos = cosine_loss(
             outputs.hidden_states, targets.hidden_states, mask=real, normalizer=batch.real_tokens
         )
-        loss = weights.alpha_ce * fused.kl + weights.alpha_mlm * fused.hard_ce + weights.alpha_cos * cos
-        return LossParts(loss, fused.kl, fused.hard_ce, cos)
+        return LossParts(fused.loss + weights.alpha_cos * cos, fused.kl, fused.hard_ce, cos)
 
     def mlm_loss(self, batch: MicroBatch) -> LossParts:
-        hidden_states, labels = masked_tokens(encode_packed(self.student, batch), batch.labels)
-        logits = mlm_head(self.student, hidden_states).float()
-        total = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+        logits = forward_packed(self.student, batch, batch.masked_places).logits[:, : self.vocab_size]
+        labels = batch.labels.flatten()[batch.masked_places]
+        total = nn.functional.cross_entropy(
+            logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum"
+        )
         mlm, zero = total / batch.masked_tokens, total.new_zeros(())
         return LossParts(self.objective.alpha_mlm * mlm, zero, mlm, zero)
-
-
-def masked_tokens(hidden_states: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states and labels of the masked tokens, and a few others (label -100) up to a constant number.
-
-    The number depends on the shape alone, so that nothing waits for the device to count.
-
-    Returns:
-        [tokens, hidden size] and int64 [tokens], with tokens = rows x 15 % of the length, rounded up.
-    """
-    rows, length = labels.shape
-    most = rows * math.ceil(MASKED_FRACTION * length)
-    chosen = (labels.flatten() != IGNORE_INDEX).int().topk(most).indices
-    return hidden_states.flatten(0, 1)[chosen], labels.flatten()[chosen]

@@ -88,9 +88,15 @@ def _free_port() -> int:
 
 
 def _share_cores(process: Process) -> None:
-    if "OMP_NUM_THREADS" not in os.environ:
-        ranks_here = int(os.environ.get("LOCAL_SIZE", process.world_size))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    """Give each rank of this host cores of its own, unless the launcher has (--bind_cores_to_rank) or a person."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    ranks_here = int(os.environ.get("LOCAL_SIZE", process.world_size))
+    each = len(cores) // ranks_here
+    if ranks_here > 1 and each:
+        os.sched_setaffinity(0, cores[process.local_rank * each : (process.local_rank + 1) * each])
+    torch.set_num_threads(max(1, each))
 
 
 def _skip_compiling_shared_memory_collectives() -> None:
@@ -128,8 +134,9 @@ class Teacher:
         self.model = nn.Module.to(model, device=device, dtype=dtype).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def __call__(self, batch: MicroBatch) -> ModelOutputs:
-        return forward_packed(self.model, batch)
+    def __call__(self, batch: MicroBatch, places: torch.Tensor | None) -> ModelOutputs:
+        """Its outputs on packed rows, with logits at ``places`` of them; None: everywhere."""
+        return forward_packed(self.model, batch, places)
 
 
 def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> float | torch.Tensor | None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
-from distilspeed.trainer.batches import MicroBatch, corpus_masking_rule, document_layout
+from distilspeed.trainer.batches import MicroBatch, corpus_masking_rule, document_layout, masked_places
 from distilspeed.trainer.corpus import Corpus, read_rows
 from distilspeed.trainer.distillation import forward_packed
 from distilspeed.trainer.errors import NumericalError
@@ -105,6 +105,7 @@ def held_out_batches(corpus: Corpus, max_rows: int, batch_size: int, seed: int) 
             row_ids=torch.from_numpy(of_batch),
             real_tokens=torch.tensor(np.concatenate(stored.document_lengths).sum(), dtype=torch.float32),
             masked_tokens=torch.tensor((labels != IGNORE_INDEX).sum(), dtype=torch.float32),
+            masked_places=torch.from_numpy(masked_places(labels)),
         )
 
 

@@ -46,14 +46,14 @@ class TrainingRecord:
 
 
 def whole_student(student: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
-    """The student as one ordinary float32 model on the CPU, from its gathered weights.
+    """The student as one ordinary float32 model on the CPU, from its gathered weights, without vocabulary padding.
 
     ``student`` itself gives only its config: under ZeRO-3 its parameters are partitioned.
     """
     model = type(student)._from_config(student.config, dtype=torch.float32, attn_implementation="sdpa")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
+            parameter.copy_(weights[name][: len(parameter)])
     return model.eval()
 
 

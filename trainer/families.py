@@ -6,6 +6,7 @@ One family today: BERT -> DistilBERT. DistilBERT is BERT without token-type embe
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -16,6 +17,9 @@ from transformers import (
 )
 
 from distilspeed.trainer.errors import UserError
+
+# Tensor cores need rows of a multiple of 8 numbers in half precision and work best on 64: 30522 is neither.
+VOCABULARY_MULTIPLE = 64
 
 # DistilBERT's layer norms have this epsilon in code, not in their config.
 DISTILBERT_LAYER_NORM_EPS = 1e-12
@@ -117,8 +121,30 @@ def check_architecture(model: PreTrainedModel, name: str) -> None:
         )
 
 
+def pad_vocabulary(model: PreTrainedModel) -> None:
+    """Widen word embeddings and vocabulary projection to a multiple of 64 with zeros, in place.
+
+    The config keeps the vocabulary's size: whoever reads logits leaves the padding out, so that it gets no gradient.
+    """
+    embeddings, projection = model.get_input_embeddings(), model.get_output_embeddings()
+    missing = -embeddings.weight.shape[0] % VOCABULARY_MULTIPLE
+    if not missing:
+        return
+    is_tied = projection.weight is embeddings.weight
+    embeddings.weight = _padded(embeddings.weight, missing)
+    projection.weight = embeddings.weight if is_tied else _padded(projection.weight, missing)
+    projection.bias = _padded(projection.bias, missing)
+    if isinstance(model, BertForMaskedLM):
+        model.cls.predictions.bias = projection.bias
+
+
+def _padded(parameter: nn.Parameter, rows: int) -> nn.Parameter:
+    zeros = parameter.new_zeros(rows, *parameter.shape[1:])
+    return nn.Parameter(torch.cat([parameter.detach(), zeros]), parameter.requires_grad)
+
+
 def mlm_head(model: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Apply the MLM head of BERT or DistilBERT: [..., hidden size] to logits [..., vocabulary]."""
+    """Apply the MLM head of BERT or DistilBERT: [..., hidden size] to logits [..., vocabulary, padded as the model]."""
     if isinstance(model, BertForMaskedLM):
         return model.cls(hidden_states)
     if isinstance(model, DistilBertForMaskedLM):

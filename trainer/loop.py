@@ -6,16 +6,16 @@ import torch.distributed
 from torch import nn
 from tqdm import tqdm
 
-from distilspeed.trainer.batches import DROPOUT_STREAM, MicroBatches
+from distilspeed.trainer.batches import DROPOUT_STREAM, MicroBatches, on_device
 from distilspeed.trainer.checkpoint import Checkpoints, Progress
 from distilspeed.trainer.distillation import Distillation, Objective
-from distilspeed.trainer.engines import DTYPES, Teacher, join_job, optimizer_step, student_engine
+from distilspeed.trainer.engines import DTYPES, Teacher, join_job, loss_scale, optimizer_step, student_engine
 from distilspeed.trainer.evaluation import masked_token_quality
 from distilspeed.trainer.export import TrainingRecord, export_student, gather_weights, whole_student
 from distilspeed.trainer.masking import philox
 from distilspeed.trainer.metrics import Metrics, plot_losses, read_metrics
 from distilspeed.trainer.plan import flops_per_token, measure_matmul_flops, model_shape
-from distilspeed.trainer.run import Run, record_run
+from distilspeed.trainer.run import Run, record_run, settle_attention
 
 HELD_OUT_ROWS_FOR_CARD = 200
 
@@ -29,8 +29,14 @@ def train(run: Run) -> None:
         return
     join_job(process)
     checkpoints = Checkpoints(arguments.output_dir / "checkpoints", arguments.save_total_limit)
-    record_run(run, resuming=checkpoints.any())
+    resuming = checkpoints.any()
+    batches = MicroBatches(run.corpus, run.batch, process.rank, arguments.seed)
+    attention = settle_attention(run, batches[0], resuming)
+    record_run(run, attention, resuming)
 
+    if arguments.compile:
+        for model in (run.student, run.teacher) if run.teacher else (run.student,):
+            model.base_model.compile()
     objective = Objective(
         arguments.alpha_ce,
         arguments.alpha_mlm,
@@ -38,15 +44,17 @@ def train(run: Run) -> None:
         arguments.temperature,
         arguments.restrict_ce_to_mask,
     )
-    gradient_shares = run.batch.world_size * run.batch.gradient_accumulation_steps
-    distillation = Distillation(run.student, objective, gradient_shares)
+    distillation = Distillation(
+        run.student, objective, run.batch.world_size, run.batch.gradient_accumulation_steps
+    )
     engine = student_engine(distillation, run.deepspeed_config)
     dtype = DTYPES[run.precision]
     teacher = Teacher(run.teacher, dtype, process.device) if run.teacher else None
-    progress = checkpoints.resume(engine) if checkpoints.any() else Progress()
+    progress = checkpoints.resume(engine) if resuming else Progress()
 
-    batches = MicroBatches(run.corpus, run.batch, process.rank, arguments.seed)
-    loader = iter(batches.loader(progress.step, run.total_steps, arguments.dataloader_num_workers))
+    loader = on_device(
+        batches.loader(progress.step, run.total_steps, arguments.dataloader_num_workers), process.device
+    )
     metrics = _start_metrics(run, engine, dtype, progress)
 
     engine.train()
@@ -54,9 +62,9 @@ def train(run: Run) -> None:
         seed_dropout(arguments.seed, progress.step, process.rank)
         learning_rate = engine.get_lr()[0]
         for _ in range(run.batch.gradient_accumulation_steps):
-            batch = next(loader).to(process.device)
-            targets = teacher(batch) if teacher else None
-            loss = engine(batch, targets)
+            batch = next(loader)
+            targets = teacher(batch, objective.scored_places(batch)) if teacher else None
+            loss = engine(batch, targets, loss_scale(engine))
             engine.backward(loss)
             metrics.add(distillation.last_parts)
             grad_norm = optimizer_step(engine)

@@ -9,7 +9,8 @@ from typing import Any
 import torch.distributed
 from transformers import BertForMaskedLM, PreTrainedModel
 
-from distilspeed.trainer.batches import total_steps
+from distilspeed.trainer.attention import choose_attention
+from distilspeed.trainer.batches import MicroBatch, total_steps
 from distilspeed.trainer.config import (
     BatchEquation,
     TrainArguments,
@@ -19,8 +20,9 @@ from distilspeed.trainer.config import (
     resolve_precision,
 )
 from distilspeed.trainer.corpus import Corpus, open_corpus
-from distilspeed.trainer.engines import Process, check_precision, this_process
+from distilspeed.trainer.engines import DTYPES, Process, check_precision, this_process
 from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.families import pad_vocabulary
 from distilspeed.trainer.files import write_text
 from distilspeed.trainer.plan import describe, estimate_memory, flops_per_token, model_shape
 from distilspeed.trainer.student import (
@@ -84,6 +86,8 @@ def prepare_run(arguments: TrainArguments) -> Run:
     else:
         student = model_from_config(arguments.student_config, arguments.seed)
         check_fits_corpus("student's config", arguments.student_config, student, corpus)
+    for model in (student, teacher) if teacher else (student,):
+        pad_vocabulary(model)
     return Run(
         arguments, process, corpus, batch, precision, deepspeed_config, steps, teacher, layers, student
     )
@@ -112,7 +116,45 @@ def print_plan(run: Run) -> None:
         print(describe(run.batch, run.total_steps, rows, seq_length, flops, memory, run.precision, stage))
 
 
-def record_run(run: Run, resuming: bool) -> None:
+def settle_attention(run: Run, first_batch: MicroBatch, resuming: bool) -> dict[str, str]:
+    """Set the attention that both models run with, the same on every rank; called by every rank.
+
+    Rank 0 measures on the first micro-batch; a resumed run takes what the run was started with, so that it computes
+    the same bits.
+
+    Returns:
+        transformers' name of the implementation, for "student" and "teacher".
+    """
+    models: dict[str, PreTrainedModel] = {"student": run.student}
+    if run.teacher:
+        models["teacher"] = run.teacher
+    chosen: list[dict[str, str]] = [{}]
+    if resuming:
+        chosen = [_read_record(run)["attention"]]
+    elif run.process.rank == 0:
+        choices = {
+            role: choose_attention(
+                model,
+                first_batch.document_ids,
+                DTYPES[run.precision],
+                run.process.device,
+                is_trained=role == "student",
+            )
+            for role, model in models.items()
+        }
+        print("attention: " + ", ".join(f"{role} {choice}" for role, choice in choices.items()))
+        chosen = [{role: choice.implementation for role, choice in choices.items()}]
+    torch.distributed.broadcast_object_list(chosen, device=run.process.device)
+    for role, model in models.items():
+        model.set_attn_implementation(chosen[0][role])
+    return chosen[0]
+
+
+def _read_record(run: Run) -> dict[str, Any]:
+    return json.loads((run.arguments.output_dir / "train_config.json").read_text(encoding="utf-8"))
+
+
+def record_run(run: Run, attention: dict[str, str], resuming: bool) -> None:
     """Write ``train_config.json``, or on resuming compare with the one there.
 
     Raises:
@@ -121,7 +163,7 @@ def record_run(run: Run, resuming: bool) -> None:
     path = run.arguments.output_dir / "train_config.json"
     record = _identity(run)
     if resuming and path.exists():
-        started = json.loads(path.read_text(encoding="utf-8"))["identity"]
+        started = _read_record(run)["identity"]
         for name, value in record.items():
             if started.get(name) != value:
                 raise UserError(
@@ -135,6 +177,7 @@ def record_run(run: Run, resuming: bool) -> None:
             "arguments": {name: _plain(value) for name, value in asdict(run.arguments).items()},
             "deepspeed_config": run.deepspeed_config,
             "student_layers": run.layers,
+            "attention": attention,
             "versions": {package: version(package) for package in RECORDED_PACKAGES},
         }
         try:

@@ -1,5 +1,6 @@
 """Which rows make a batch does not depend on how it is split, nor on where a run was resumed."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,9 @@ def corpus(small_corpus_dir: Path) -> Corpus:
     return open_corpus(small_corpus_dir)
 
 
+OF_ROWS, COUNTS = MicroBatch._fields[:5], ("real_tokens", "masked_tokens")
+
+
 def global_batch(corpus: Corpus, micro: int, accumulation: int, world: int, step: int, seed: int = 5) -> dict:
     """All rows of one global batch, in the order of their row ids."""
     equation = BatchEquation(micro * accumulation * world, micro, accumulation, world)
@@ -26,9 +30,9 @@ def global_batch(corpus: Corpus, micro: int, accumulation: int, world: int, step
     for rank in range(world):
         loader = MicroBatches(corpus, equation, rank, seed).loader(step, step + 1, num_workers=0)
         parts += list(loader)
-    rows = {name: torch.cat([getattr(part, name) for part in parts]) for name in MicroBatch._fields[:5]}
+    rows = {name: torch.cat([getattr(part, name) for part in parts]) for name in OF_ROWS}
     order = rows["row_ids"].argsort(stable=True)
-    counts = {name: {float(getattr(part, name)) for part in parts} for name in MicroBatch._fields[5:]}
+    counts = {name: {float(getattr(part, name)) for part in parts} for name in COUNTS}
     return {name: rows[name][order] for name in rows} | counts
 
 
@@ -36,9 +40,9 @@ def global_batch(corpus: Corpus, micro: int, accumulation: int, world: int, step
 def test_a_global_batch_is_the_same_however_it_is_split(corpus: Corpus, split: tuple[int, int, int]) -> None:
     for step in (0, 3):
         whole, divided = global_batch(corpus, *SPLITS[0], step=step), global_batch(corpus, *split, step=step)
-        for name in MicroBatch._fields[:5]:
+        for name in OF_ROWS:
             assert torch.equal(whole[name], divided[name]), name
-        for name in MicroBatch._fields[5:]:
+        for name in COUNTS:
             assert whole[name] == divided[name], name
 
 
@@ -71,6 +75,16 @@ def test_resuming_at_a_step_gives_the_batches_that_come_there(corpus: Corpus) ->
     resumed = list(MicroBatches(corpus, equation, rank=1, seed=3).loader(4, 6, num_workers=2))
     for expected, found in zip(straight[8:], resumed, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_the_masked_places_are_every_masked_token_and_constant_in_number(corpus: Corpus) -> None:
+    equation = BatchEquation(6, 6, 1, 1)
+    for batch in MicroBatches(corpus, equation, rank=0, seed=0).loader(0, 4, num_workers=0):
+        rows, length = batch.labels.shape
+        assert batch.masked_places.shape == (rows * math.ceil(0.15 * length),)
+        assert len(set(batch.masked_places.tolist())) == len(batch.masked_places)
+        found = batch.labels.flatten()[batch.masked_places]
+        assert (found != IGNORE_INDEX).sum() == (batch.labels != IGNORE_INDEX).sum()
 
 
 def test_documents_are_numbered_and_positions_restart_in_each() -> None:

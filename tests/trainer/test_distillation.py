@@ -45,7 +45,14 @@ def packed(corpus: Corpus, rows: list[int]) -> tuple[MicroBatch, list[np.ndarray
     ids = torch.from_numpy(stored.input_ids)
     one = torch.ones(())
     batch = MicroBatch(
-        ids, ids, torch.from_numpy(document_ids), torch.from_numpy(position_ids), torch.tensor(rows), one, one
+        ids,
+        ids,
+        torch.from_numpy(document_ids),
+        torch.from_numpy(position_ids),
+        torch.tensor(rows),
+        one,
+        one,
+        torch.tensor([0]),
     )
     return batch, stored.document_lengths
 
@@ -99,11 +106,12 @@ def test_loss_and_gradient_are_the_definitions_over_the_global_batch(
 
     shares = ROWS // micro
     objective = Objective(5, 2, 1, 2, restrict_ce_to_mask=restrict)
-    module = Distillation(make_student(teacher, (0, 3)), objective, gradient_shares=shares)
+    student = make_student(teacher, (0, 3))
+    module = Distillation(student, objective, world, accumulation_steps=shares // world)
     parts = torch.zeros(4)
     for batch in micro_batches(corpus, micro, world):
         with torch.no_grad():
-            targets = forward_packed(teacher, batch)
+            targets = forward_packed(teacher, batch, objective.scored_places(batch))
         (module(batch, targets) / shares).backward()  # DeepSpeed's average over ranks and accumulation steps
         parts += torch.stack(module.last_parts)
 
@@ -119,7 +127,7 @@ def flat_gradient(model: torch.nn.Module) -> torch.Tensor:
 def test_the_module_returns_one_scalar(teacher: BertForMaskedLM, corpus: Corpus) -> None:
     # More than one output tensor is what DeepSpeed 0.18.3 to 0.18.9 scales wrongly.
     (batch,) = micro_batches(corpus, ROWS, 1)
-    module = Distillation(make_student(teacher, (0, 3)), OBJECTIVE, gradient_shares=1)
+    module = Distillation(make_student(teacher, (0, 3)), OBJECTIVE, world_size=1, accumulation_steps=1)
     loss = module(batch, forward_packed(teacher, batch))
     assert isinstance(loss, torch.Tensor)
     assert loss.shape == ()
@@ -131,7 +139,7 @@ def test_without_a_teacher_the_loss_is_masked_language_modelling(
 ) -> None:
     (batch,) = micro_batches(corpus, ROWS, 1)
     student = make_student(teacher, (0, 3))
-    module = Distillation(student, Objective(5, 2, 1, 2, False), gradient_shares=1)
+    module = Distillation(student, Objective(5, 2, 1, 2, False), world_size=1, accumulation_steps=1)
     masked = batch.labels >= 0
     logits = forward_packed(student, batch).logits
     expected = 2 * functional.cross_entropy(logits[masked], batch.labels[masked])
