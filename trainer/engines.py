@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from distilspeed.trainer.batches import MicroBatch
 from distilspeed.trainer.distillation import ModelOutputs, forward_packed
 from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.optimizers import forget_dummy_step, own_optimizer
 
 # Older versions divide gradients by the accumulation steps once per output tensor of the module.
 OLDEST_DEEPSPEED = Version("0.19.8")
@@ -109,15 +110,23 @@ def student_engine(module: nn.Module, deepspeed_config: dict[str, Any]) -> deeps
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     try:
-        engine, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=deepspeed_config)
-    except (deepspeed.DeepSpeedConfigError, ValueError, AssertionError, TypeError) as error:
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            model_parameters=parameters,
+            config=deepspeed_config,
+            optimizer=own_optimizer(deepspeed_config, get_accelerator().device_name()),
+        )
+    except (
+        deepspeed.DeepSpeedConfigError,
+        ValueError,
+        AssertionError,
+        TypeError,
+        NotImplementedError,
+    ) as error:
         raise UserError(f"DeepSpeed refuses the config: {error}; correct --deepspeed_config") from error
     if engine.optimizer is None or not engine.optimizer_name():
         raise UserError('the DeepSpeed config names no "optimizer"; give it one, for example "AdamW"')
-    if engine.zero_optimization_stage() == 0:
-        # In half precision without ZeRO, DeepSpeed fills the optimiser's states by a step with zero gradients,
-        # which Adam counts: its first updates would be 10 to 50 % too small.
-        engine.basic_optimizer.state.clear()
+    forget_dummy_step(engine)
     return engine
 
 

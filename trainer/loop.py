@@ -14,6 +14,7 @@ from distilspeed.trainer.evaluation import masked_token_quality
 from distilspeed.trainer.export import TrainingRecord, export_student, gather_weights, whole_student
 from distilspeed.trainer.masking import philox
 from distilspeed.trainer.metrics import Metrics, plot_losses, read_metrics
+from distilspeed.trainer.optimizers import describe_fused_parts
 from distilspeed.trainer.plan import flops_per_token, measure_matmul_flops, model_shape
 from distilspeed.trainer.run import Run, record_run
 
@@ -41,6 +42,8 @@ def train(run: Run) -> None:
     gradient_shares = run.batch.world_size * run.batch.gradient_accumulation_steps
     distillation = Distillation(run.student, objective, gradient_shares)
     engine = student_engine(distillation, run.deepspeed_config)
+    if process.rank == 0:
+        print(describe_fused_parts(engine))
     dtype = DTYPES[run.precision]
     teacher = Teacher(run.teacher, dtype, process.device) if run.teacher else None
     progress = checkpoints.resume(engine) if checkpoints.any() else Progress()

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed
 from transformers import BertForMaskedLM, PreTrainedModel
 
@@ -22,6 +23,7 @@ from distilspeed.trainer.corpus import Corpus, open_corpus
 from distilspeed.trainer.engines import Process, check_precision, this_process
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.files import write_text
+from distilspeed.trainer.optimizers import choose_optimizer
 from distilspeed.trainer.plan import describe, estimate_memory, flops_per_token, model_shape
 from distilspeed.trainer.student import (
     check_fits_corpus,
@@ -57,7 +59,10 @@ def prepare_run(arguments: TrainArguments) -> Run:
         UserError: for anything the caller can put right; nothing has been written then.
     """
     process = this_process()
-    config = read_deepspeed_config(arguments.deepspeed_config)
+    config = choose_optimizer(
+        read_deepspeed_config(arguments.deepspeed_config),
+        torch.device("cpu") if arguments.plan else process.device,  # a plan compiles nothing
+    )
     batch = resolve_batch_equation(
         config, process.world_size, arguments.train_batch_size, arguments.per_device_train_batch_size
     )
