@@ -57,18 +57,23 @@ def find_apex() -> Apex | None:
     )
 
 
-def check_layer_norm(device: torch.device) -> None:
-    """Raise a UserError unless apex's FusedLayerNorm can run on ``device``."""
+def fused_layer_norm(device: torch.device) -> Any:
+    """apex's FusedLayerNorm, a class of ``nn.Module``.
+
+    Raises:
+        UserError: it cannot run on ``device``, or is not installed.
+    """
     if device.type != "cuda":
         raise UserError(f"--apex_layer_norm needs a GPU, and this run is on {device}; leave it out")
     apex = find_apex()
     if apex is None or apex.fused_layer_norm is None:
         what = "apex is not installed" if apex is None else f"apex lacks its extension {LAYER_NORM_EXTENSION}"
         raise UserError(f"--apex_layer_norm: {what}; {HOW_TO_INSTALL} with CUDA extensions, or leave it out")
+    return apex.fused_layer_norm
 
 
-def replace_layer_norms(model: nn.Module, fused_layer_norm: Any) -> int:
-    """Put ``fused_layer_norm(shape, eps=…)`` in the place of every ``nn.LayerNorm`` of a model.
+def replace_layer_norms(model: nn.Module, replacement: Any) -> int:
+    """Put ``replacement(shape, eps=…)`` in the place of every ``nn.LayerNorm`` of a model.
 
     The parameters stay the same objects under the same names: optimisers, checkpoints and exports see no change.
 
@@ -79,7 +84,7 @@ def replace_layer_norms(model: nn.Module, fused_layer_norm: Any) -> int:
     for parent in list(model.modules()):
         for name, layer_norm in list(parent.named_children()):
             if type(layer_norm) is nn.LayerNorm and layer_norm.bias is not None:
-                fused = fused_layer_norm(layer_norm.normalized_shape, eps=layer_norm.eps)
+                fused = replacement(layer_norm.normalized_shape, eps=layer_norm.eps)
                 fused.weight, fused.bias = layer_norm.weight, layer_norm.bias
                 fused.train(layer_norm.training)
                 setattr(parent, name, fused)

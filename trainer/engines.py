@@ -1,4 +1,4 @@
-"""DeepSpeed: the processes, the student's engine, the teacher's place; what the device can do, checked first."""
+"""DeepSpeed: the processes, the student's engine; what the device can do, checked first."""
 
 import os
 import socket
@@ -10,10 +10,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from packaging.version import Version
 from torch import nn
-from transformers import PreTrainedModel
 
-from distilspeed.trainer.batches import MicroBatch
-from distilspeed.trainer.distillation import ModelOutputs, forward_packed
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.optimizers import forget_dummy_step, own_optimizer
 
@@ -128,17 +125,6 @@ def student_engine(module: nn.Module, deepspeed_config: dict[str, Any]) -> deeps
         raise UserError('the DeepSpeed config names no "optimizer"; give it one, for example "AdamW"')
     forget_dummy_step(engine)
     return engine
-
-
-class Teacher:
-    """The frozen teacher on this rank's device; it has no gradients and no optimiser states."""
-
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
-        self.model = nn.Module.to(model, device=device, dtype=dtype).eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def __call__(self, batch: MicroBatch) -> ModelOutputs:
-        return forward_packed(self.model, batch)
 
 
 def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> float | torch.Tensor | None:

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from distilspeed.trainer.batches import DROPOUT_STREAM, MicroBatches
 from distilspeed.trainer.checkpoint import Checkpoints, Progress
 from distilspeed.trainer.distillation import Distillation, Objective
-from distilspeed.trainer.engines import DTYPES, Teacher, join_job, optimizer_step, student_engine
+from distilspeed.trainer.engines import DTYPES, join_job, optimizer_step, student_engine
 from distilspeed.trainer.evaluation import masked_token_quality
 from distilspeed.trainer.export import TrainingRecord, export_student, gather_weights, whole_student
 from distilspeed.trainer.masking import philox
@@ -17,6 +17,7 @@ from distilspeed.trainer.metrics import Metrics, plot_losses, read_metrics
 from distilspeed.trainer.optimizers import describe_fused_parts
 from distilspeed.trainer.plan import flops_per_token, measure_matmul_flops, model_shape
 from distilspeed.trainer.run import Run, record_run
+from distilspeed.trainer.teacher import make_teacher
 
 HELD_OUT_ROWS_FOR_CARD = 200
 
@@ -45,7 +46,7 @@ def train(run: Run) -> None:
     if process.rank == 0:
         print(describe_fused_parts(engine))
     dtype = DTYPES[run.precision]
-    teacher = Teacher(run.teacher, dtype, process.device) if run.teacher else None
+    teacher = make_teacher(run) if run.teacher else None
     progress = checkpoints.resume(engine) if checkpoints.any() else Progress()
 
     batches = MicroBatches(run.corpus, run.batch, process.rank, arguments.seed)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed
 from transformers import BertForMaskedLM, PreTrainedModel
 
+from distilspeed.trainer.apex import fused_layer_norm, replace_layer_norms
 from distilspeed.trainer.batches import total_steps
 from distilspeed.trainer.config import (
     BatchEquation,
@@ -69,6 +70,8 @@ def prepare_run(arguments: TrainArguments) -> Run:
     precision = resolve_precision(config)
     if not arguments.plan:  # a plan is made anywhere, for machines that are elsewhere
         check_precision(precision, process.device)
+    use_apex = arguments.apex_layer_norm and not arguments.plan
+    layer_norm = fused_layer_norm(process.device) if use_apex else None
     _check_output_dir(arguments)
     corpus = open_corpus(arguments.data_dir)
     steps = total_steps(
@@ -89,6 +92,9 @@ def prepare_run(arguments: TrainArguments) -> Run:
     else:
         student = model_from_config(arguments.student_config, arguments.seed)
         check_fits_corpus("student's config", arguments.student_config, student, corpus)
+    if layer_norm is not None:
+        for model in (student, teacher) if teacher else (student,):
+            replace_layer_norms(model, layer_norm)
     return Run(
         arguments, process, corpus, batch, precision, deepspeed_config, steps, teacher, layers, student
     )
