@@ -29,6 +29,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output_dir", type=Path, required=True, help="gets student/, checkpoints/, metrics.jsonl, loss.png")
     add("--student_config", help="with --teacher none: config file, folder or hub id of the model to train")
     add("--student_layers", type=layer_list, help="teacher layers to start from, for example 0,2,4,7,9,11")
+    add(
+        "--teacher_zero3",
+        action="store_true",
+        help="share the teacher's weights out over the GPUs (ZeRO-3)",
+    )
+    add(
+        "--apex_layer_norm",
+        action="store_true",
+        help="NVIDIA apex's FusedLayerNorm in student and teacher (GPU)",
+    )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--max_steps", type=int, help="optimiser steps")
     length.add_argument("--num_train_epochs", type=float, default=3.0, help="default 3")

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -112,17 +113,18 @@ def choose_attention(
     return AttentionChoice(fastest, seconds)
 
 
-def first_attention(model: PreTrainedModel) -> nn.Module:
-    """The module that computes the first layer's attention, projections of queries, keys and values included."""
+def first_attention(model: PreTrainedModel) -> Any:
+    """The module of transformers that computes the first layer's attention, projections of its inputs included."""
+    encoder: Any = model.base_model
     if isinstance(model, BertForMaskedLM):
-        return model.bert.encoder.layer[0].attention.self
+        return encoder.encoder.layer[0].attention.self
     if isinstance(model, DistilBertForMaskedLM):
-        return model.distilbert.transformer.layer[0].attention
+        return encoder.transformer.layer[0].attention
     raise TypeError(f"{type(model).__name__} has passed no check_architecture")
 
 
 def _timed_attention(
-    attention: nn.Module, name: str, hidden_states: torch.Tensor, document_ids: torch.Tensor
+    attention: Any, name: str, hidden_states: torch.Tensor, document_ids: torch.Tensor
 ) -> tuple[torch.Tensor, float]:
     attention.config._attn_implementation = name
     attention.train(hidden_states.requires_grad)

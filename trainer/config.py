@@ -32,6 +32,8 @@ class TrainArguments:
     output_dir: Path
     student_config: str | None = None
     student_layers: tuple[int, ...] | None = None
+    teacher_zero3: bool = False
+    apex_layer_norm: bool = False
     max_steps: int | None = None
     num_train_epochs: float = 3.0
     train_batch_size: int | None = None
@@ -90,6 +92,10 @@ class TrainArguments:
             (
                 has_teacher or self.student_layers is None,
                 "--student_layers picks layers of a teacher; it has no meaning with --teacher none",
+            ),
+            (
+                has_teacher or not self.teacher_zero3,
+                "--teacher_zero3 shares out a teacher's weights; it has no meaning with --teacher none",
             ),
         ]
         for holds, message in checks:

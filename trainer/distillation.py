@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.profiler import record_function
 from transformers import PreTrainedModel
 
 from distilspeed.kernels.cosine_loss import cosine_loss
@@ -31,6 +32,9 @@ from distilspeed.trainer.attention import document_mask
 from distilspeed.trainer.batches import PADDING_DOCUMENT, MicroBatch
 from distilspeed.trainer.families import mlm_head
 from distilspeed.trainer.masking import IGNORE_INDEX
+
+# What a step's time goes to, as profilers show it; the others: step.py.
+STUDENT, LOSSES = "student forward", "losses"
 
 
 @dataclass(frozen=True)
@@ -130,11 +134,14 @@ class Distillation(nn.Module):
                 a teacher.
             loss_scale: of fp16, which the engine's backward multiplies by.
         """
-        if targets is None:
-            parts = self.mlm_loss(batch)
-        else:
-            outputs = forward_packed(self.student, batch, self.objective.scored_places(batch))
-            parts = self.distillation_losses(outputs, batch, targets, loss_scale)
+        places = batch.masked_places if targets is None else self.objective.scored_places(batch)
+        with record_function(STUDENT):
+            outputs = forward_packed(self.student, batch, places)
+        with record_function(LOSSES):
+            if targets is None:
+                parts = self.mlm_loss(outputs, batch)
+            else:
+                parts = self.distillation_losses(outputs, batch, targets, loss_scale)
         self.last_parts = LossParts(*(part.detach() for part in parts))
         return parts.loss * (self.world_size * self.accumulation_steps)
 
@@ -167,8 +174,8 @@ class Distillation(nn.Module):
         )
         return LossParts(fused.loss + weights.alpha_cos * cos, fused.kl, fused.hard_ce, cos)
 
-    def mlm_loss(self, batch: MicroBatch) -> LossParts:
-        logits = forward_packed(self.student, batch, batch.masked_places).logits[:, : self.vocab_size]
+    def mlm_loss(self, outputs: ModelOutputs, batch: MicroBatch) -> LossParts:
+        logits = outputs.logits[:, : self.vocab_size]
         labels = batch.labels.flatten()[batch.masked_places]
         total = nn.functional.cross_entropy(
             logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum"

@@ -1,4 +1,4 @@
-"""DeepSpeed: the processes, the student's engine, the teacher's place; what the device can do, checked first."""
+"""DeepSpeed: the processes, the student's engine; what the device can do, checked first."""
 
 import os
 import socket
@@ -10,11 +10,9 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from packaging.version import Version
 from torch import nn
-from transformers import PreTrainedModel
 
-from distilspeed.trainer.batches import MicroBatch
-from distilspeed.trainer.distillation import ModelOutputs, forward_packed
 from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.optimizers import forget_dummy_step, own_optimizer
 
 # Older versions divide gradients by the accumulation steps once per output tensor of the module.
 OLDEST_DEEPSPEED = Version("0.19.8")
@@ -115,28 +113,24 @@ def student_engine(module: nn.Module, deepspeed_config: dict[str, Any]) -> deeps
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     try:
-        engine, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=deepspeed_config)
-    except (deepspeed.DeepSpeedConfigError, ValueError, AssertionError, TypeError) as error:
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            model_parameters=parameters,
+            config=deepspeed_config,
+            optimizer=own_optimizer(deepspeed_config, get_accelerator().device_name()),
+        )
+    except (
+        deepspeed.DeepSpeedConfigError,
+        ValueError,
+        AssertionError,
+        TypeError,
+        NotImplementedError,
+    ) as error:
         raise UserError(f"DeepSpeed refuses the config: {error}; correct --deepspeed_config") from error
     if engine.optimizer is None or not engine.optimizer_name():
         raise UserError('the DeepSpeed config names no "optimizer"; give it one, for example "AdamW"')
-    if engine.zero_optimization_stage() == 0:
-        # In half precision without ZeRO, DeepSpeed fills the optimiser's states by a step with zero gradients,
-        # which Adam counts: its first updates would be 10 to 50 % too small.
-        engine.basic_optimizer.state.clear()
+    forget_dummy_step(engine)
     return engine
-
-
-class Teacher:
-    """The frozen teacher on this rank's device; it has no gradients and no optimiser states."""
-
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
-        self.model = nn.Module.to(model, device=device, dtype=dtype).eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def __call__(self, batch: MicroBatch, places: torch.Tensor | None) -> ModelOutputs:
-        """Its outputs on packed rows, with logits at ``places`` of them; None: everywhere."""
-        return forward_packed(self.model, batch, places)
 
 
 def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> float | torch.Tensor | None:

@@ -127,7 +127,9 @@ def pad_vocabulary(model: PreTrainedModel) -> None:
     The config keeps the vocabulary's size: whoever reads logits leaves the padding out, so that it gets no gradient.
     """
     embeddings, projection = model.get_input_embeddings(), model.get_output_embeddings()
-    missing = -embeddings.weight.shape[0] % VOCABULARY_MULTIPLE
+    assert isinstance(embeddings, nn.Embedding)
+    assert isinstance(projection, nn.Linear)
+    missing = -len(embeddings.weight) % VOCABULARY_MULTIPLE
     if not missing:
         return
     is_tied = projection.weight is embeddings.weight
@@ -138,7 +140,7 @@ def pad_vocabulary(model: PreTrainedModel) -> None:
         model.cls.predictions.bias = projection.bias
 
 
-def _padded(parameter: nn.Parameter, rows: int) -> nn.Parameter:
+def _padded(parameter: torch.Tensor, rows: int) -> nn.Parameter:
     zeros = parameter.new_zeros(rows, *parameter.shape[1:])
     return nn.Parameter(torch.cat([parameter.detach(), zeros]), parameter.requires_grad)
 

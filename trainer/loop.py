@@ -1,21 +1,20 @@
 """The training loop, and the student that comes out of it."""
 
 import deepspeed
-import torch
 import torch.distributed
 from torch import nn
 from tqdm import tqdm
 
-from distilspeed.trainer.batches import DROPOUT_STREAM, MicroBatches, on_device
+from distilspeed.trainer.batches import MicroBatches, on_device
 from distilspeed.trainer.checkpoint import Checkpoints, Progress
-from distilspeed.trainer.distillation import Distillation, Objective
-from distilspeed.trainer.engines import DTYPES, Teacher, join_job, loss_scale, optimizer_step, student_engine
+from distilspeed.trainer.engines import DTYPES, join_job
 from distilspeed.trainer.evaluation import masked_token_quality
 from distilspeed.trainer.export import TrainingRecord, export_student, gather_weights, whole_student
-from distilspeed.trainer.masking import philox
 from distilspeed.trainer.metrics import Metrics, plot_losses, read_metrics
+from distilspeed.trainer.optimizers import describe_fused_parts
 from distilspeed.trainer.plan import flops_per_token, measure_matmul_flops, model_shape
 from distilspeed.trainer.run import Run, record_run, settle_attention
+from distilspeed.trainer.step import TrainingStep
 
 HELD_OUT_ROWS_FOR_CARD = 200
 
@@ -34,42 +33,24 @@ def train(run: Run) -> None:
     attention = settle_attention(run, batches[0], resuming)
     record_run(run, attention, resuming)
 
-    if arguments.compile:
-        for model in (run.student, run.teacher) if run.teacher else (run.student,):
-            model.base_model.compile()
-    objective = Objective(
-        arguments.alpha_ce,
-        arguments.alpha_mlm,
-        arguments.alpha_cos,
-        arguments.temperature,
-        arguments.restrict_ce_to_mask,
-    )
-    distillation = Distillation(
-        run.student, objective, run.batch.world_size, run.batch.gradient_accumulation_steps
-    )
-    engine = student_engine(distillation, run.deepspeed_config)
-    dtype = DTYPES[run.precision]
-    teacher = Teacher(run.teacher, dtype, process.device) if run.teacher else None
+    step = TrainingStep(run)
+    engine = step.engine
+    if process.rank == 0:
+        print(describe_fused_parts(engine))
     progress = checkpoints.resume(engine) if resuming else Progress()
 
     loader = on_device(
         batches.loader(progress.step, run.total_steps, arguments.dataloader_num_workers), process.device
     )
-    metrics = _start_metrics(run, engine, dtype, progress)
+    metrics = _start_metrics(run, engine, progress)
 
-    engine.train()
     while progress.step < run.total_steps:
-        seed_dropout(arguments.seed, progress.step, process.rank)
         learning_rate = engine.get_lr()[0]
-        for _ in range(run.batch.gradient_accumulation_steps):
-            batch = next(loader)
-            targets = teacher(batch, objective.scored_places(batch)) if teacher else None
-            loss = engine(batch, targets, loss_scale(engine))
-            engine.backward(loss)
-            metrics.add(distillation.last_parts)
-            grad_norm = optimizer_step(engine)
+        shares, grad_norm = step.take(progress.step, loader)
         progress = Progress(progress.step + 1, progress.tokens + batches.count_tokens(progress.step))
-        metrics.end_step(progress.step, _epoch(run, progress), progress.tokens, grad_norm, learning_rate)
+        metrics.end_step(
+            progress.step, _epoch(run, progress), progress.tokens, shares, grad_norm, learning_rate
+        )
         if progress.step % arguments.save_steps == 0 or progress.step == run.total_steps:
             metrics.flush()
             checkpoints.save(engine, progress)
@@ -77,18 +58,11 @@ def train(run: Run) -> None:
     _finish(run, engine)
 
 
-def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Seed dropout as a function of (seed, step, rank): a resumed run draws what an uninterrupted one draws."""
-    torch.manual_seed(int(philox(seed, step, stream=(DROPOUT_STREAM, rank)).random_raw()))
-
-
 def _epoch(run: Run, progress: Progress) -> float:
     return progress.step * run.batch.train_batch_size / run.corpus.manifest.counts.train_rows
 
 
-def _start_metrics(
-    run: Run, engine: deepspeed.DeepSpeedEngine, dtype: torch.dtype, progress: Progress
-) -> Metrics:
+def _start_metrics(run: Run, engine: deepspeed.DeepSpeedEngine, progress: Progress) -> Metrics:
     teacher = model_shape(run.teacher.config) if run.teacher else None
     seq_length = run.corpus.manifest.seq_length
     progress_bar = tqdm(
@@ -104,7 +78,7 @@ def _start_metrics(
         progress_bar,
         run.arguments.logging_steps,
         flops_per_token=flops_per_token(model_shape(run.student.config), teacher, seq_length),
-        peak_flops=measure_matmul_flops(run.process.device, dtype) * run.process.world_size,
+        peak_flops=measure_matmul_flops(run.process.device, DTYPES[run.precision]) * run.process.world_size,
         first_step=progress.step,
         first_tokens=progress.tokens,
     )

@@ -83,32 +83,36 @@ class Metrics:
         self.peak_flops = peak_flops
         self.is_writer = torch.distributed.get_rank() == 0
         self.pending: list[_PendingStep] = []
-        self.shares = torch.zeros(len(LossParts._fields), device=engine.device)
         self.since, self.tokens_before = time.perf_counter(), first_tokens
         if self.is_writer:
             _keep_lines_up_to(path, first_step)
 
-    def add(self, parts: LossParts) -> None:
-        """Add a micro-batch's share of the loss parts; stays on the device."""
-        self.shares += torch.stack(parts)
-
     def end_step(
-        self, step: int, epoch: float, tokens: int, grad_norm: float | torch.Tensor | None, lr: float
+        self,
+        step: int,
+        epoch: float,
+        tokens: int,
+        parts: torch.Tensor,
+        grad_norm: float | torch.Tensor | None,
+        lr: float,
     ) -> None:
-        """Close optimiser step ``step`` (counted from 1)."""
+        """Close optimiser step ``step`` (counted from 1).
+
+        Args:
+            parts: float32 [4] on the device, this rank's share of the loss parts.
+        """
         self.pending.append(
             _PendingStep(
                 step=step,
                 epoch=epoch,
                 tokens=tokens,
-                parts=self.shares,
+                parts=parts,
                 grad_norm=grad_norm,
                 lr=lr,
                 loss_scale=loss_scale(self.engine),
                 skipped=self.engine.skipped_steps,
             )
         )
-        self.shares = torch.zeros_like(self.shares)
         self.progress_bar.update()
         if step % self.logging_steps == 0:
             self.flush()

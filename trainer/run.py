@@ -6,9 +6,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed
 from transformers import BertForMaskedLM, PreTrainedModel
 
+from distilspeed.trainer.apex import fused_layer_norm, replace_layer_norms
 from distilspeed.trainer.attention import choose_attention
 from distilspeed.trainer.batches import MicroBatch, total_steps
 from distilspeed.trainer.config import (
@@ -24,6 +26,7 @@ from distilspeed.trainer.engines import DTYPES, Process, check_precision, this_p
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.families import pad_vocabulary
 from distilspeed.trainer.files import write_text
+from distilspeed.trainer.optimizers import choose_optimizer
 from distilspeed.trainer.plan import describe, estimate_memory, flops_per_token, model_shape
 from distilspeed.trainer.student import (
     check_fits_corpus,
@@ -51,6 +54,10 @@ class Run:
     layers: tuple[int, ...]
     student: PreTrainedModel
 
+    def models(self) -> dict[str, PreTrainedModel]:
+        """Student and, if there is one, teacher, by these names."""
+        return {"student": self.student} | ({"teacher": self.teacher} if self.teacher else {})
+
 
 def prepare_run(arguments: TrainArguments) -> Run:
     """Check every argument against every other and load the models.
@@ -59,13 +66,18 @@ def prepare_run(arguments: TrainArguments) -> Run:
         UserError: for anything the caller can put right; nothing has been written then.
     """
     process = this_process()
-    config = read_deepspeed_config(arguments.deepspeed_config)
+    config = choose_optimizer(
+        read_deepspeed_config(arguments.deepspeed_config),
+        torch.device("cpu") if arguments.plan else process.device,  # a plan compiles nothing
+    )
     batch = resolve_batch_equation(
         config, process.world_size, arguments.train_batch_size, arguments.per_device_train_batch_size
     )
     precision = resolve_precision(config)
     if not arguments.plan:  # a plan is made anywhere, for machines that are elsewhere
         check_precision(precision, process.device)
+    use_apex = arguments.apex_layer_norm and not arguments.plan
+    layer_norm = fused_layer_norm(process.device) if use_apex else None
     _check_output_dir(arguments)
     corpus = open_corpus(arguments.data_dir)
     steps = total_steps(
@@ -88,6 +100,8 @@ def prepare_run(arguments: TrainArguments) -> Run:
         check_fits_corpus("student's config", arguments.student_config, student, corpus)
     for model in (student, teacher) if teacher else (student,):
         pad_vocabulary(model)
+        if layer_norm is not None:
+            replace_layer_norms(model, layer_norm)
     return Run(
         arguments, process, corpus, batch, precision, deepspeed_config, steps, teacher, layers, student
     )
@@ -125,9 +139,6 @@ def settle_attention(run: Run, first_batch: MicroBatch, resuming: bool) -> dict[
     Returns:
         transformers' name of the implementation, for "student" and "teacher".
     """
-    models: dict[str, PreTrainedModel] = {"student": run.student}
-    if run.teacher:
-        models["teacher"] = run.teacher
     chosen: list[dict[str, str]] = [{}]
     if resuming:
         chosen = [_read_record(run)["attention"]]
@@ -140,12 +151,12 @@ def settle_attention(run: Run, first_batch: MicroBatch, resuming: bool) -> dict[
                 run.process.device,
                 is_trained=role == "student",
             )
-            for role, model in models.items()
+            for role, model in run.models().items()
         }
         print("attention: " + ", ".join(f"{role} {choice}" for role, choice in choices.items()))
         chosen = [{role: choice.implementation for role, choice in choices.items()}]
     torch.distributed.broadcast_object_list(chosen, device=run.process.device)
-    for role, model in models.items():
+    for role, model in run.models().items():
         model.set_attn_implementation(chosen[0][role])
     return chosen[0]
 

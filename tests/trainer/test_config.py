@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from distilspeed.trainer.config import (
     BatchEquation,
@@ -15,6 +16,7 @@ from distilspeed.trainer.config import (
     resolve_precision,
 )
 from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.optimizers import choose_optimizer
 
 CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 
@@ -64,7 +66,7 @@ def test_a_batch_size_that_is_no_number_is_refused(value: object) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_resolves_to_the_recipe_of_the_original(path: Path) -> None:
-    config = read_deepspeed_config(path)
+    config = choose_optimizer(read_deepspeed_config(path), torch.device("cpu"))
     batch = resolve_batch_equation(config, 8)
     resolved = resolve_deepspeed_config(config, batch, total_steps=1000, learning_rate=None)
     assert "auto" not in json.dumps(resolved)
@@ -122,6 +124,7 @@ def test_precision_is_one_of_three() -> None:
         {"student_config": "config.json"},
         {"teacher": "none", "student_config": "config.json", "student_layers": (0, 1)},
         {"teacher": "none", "student_config": "config.json", "alpha_mlm": 0.0},
+        {"teacher": "none", "student_config": "config.json", "teacher_zero3": True},
     ],
     ids=str,
 )

@@ -1,0 +1,140 @@
+"""A job for the launcher: look into the engines of student and teacher; each rank writes what it sees.
+
+deepspeed engines_job.py CORPUS FOLDER      writes FOLDER/seen0.json, FOLDER/seen1.json, …
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BertConfig, BertForMaskedLM
+
+from distilspeed.trainer.batches import MicroBatches
+from distilspeed.trainer.config import BatchEquation, read_deepspeed_config, resolve_deepspeed_config
+from distilspeed.trainer.corpus import Corpus, open_corpus
+from distilspeed.trainer.engines import DTYPES, join_job, optimizer_step, student_engine, this_process
+from distilspeed.trainer.optimizers import choose_optimizer
+from distilspeed.trainer.teacher import ReplicatedTeacher, ShardedTeacher
+
+CONFIG = Path(__file__).parents[2] / "ds_configs" / "cpu.json"
+ACCUMULATION, STEPS, WIDTH = 3, 2, 64
+HIDDEN_SIZE = 512
+
+
+@dataclass(frozen=True)
+class SeenTeacher:
+    """A sharded teacher beside a replicated one, on one rank."""
+
+    same_outputs: bool
+    replicated_elements: int
+    sharded_elements: int
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the operations that reach a process group while it is entered, at PyTorch's dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.namespace == "c10d"
+        return func(*args, **(kwargs or {}))
+
+
+class Loss(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.layers(rows).square().mean()
+
+
+def config_for(stage: int, precision: str, optimizer: dict[str, Any] | None = None) -> dict[str, Any]:
+    config = read_deepspeed_config(CONFIG)
+    # Without a threshold of 0, ZeRO-3 keeps parameters as small as these whole on every rank.
+    config["zero_optimization"] = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    config["bf16"] = {"enabled": precision == "bf16"}
+    config["optimizer"] = optimizer or config["optimizer"]
+    process = this_process()
+    batch = BatchEquation(ACCUMULATION * process.world_size, 1, ACCUMULATION, process.world_size)
+    return resolve_deepspeed_config(choose_optimizer(config, process.device), batch, 10, None)
+
+
+def collectives_of_micro_steps(stage: int, precision: str) -> list[int]:
+    """Of ``STEPS`` optimiser steps with ``ACCUMULATION`` micro-steps each, in order."""
+    engine = student_engine(Loss(), config_for(stage, precision))
+    counts = []
+    for _ in range(STEPS * ACCUMULATION):
+        with Collectives() as collectives:
+            engine.backward(engine(torch.ones(1, WIDTH, dtype=DTYPES[precision])))
+            optimizer_step(engine)
+        counts.append(collectives.count)
+    return counts
+
+
+def starts_untouched(optimizer: str) -> bool:
+    """Whether an optimiser in bf16 without ZeRO begins with the student's weights and no states."""
+    params = {"lr": 0.1, "weight_decay": 0.5} | ({"torch_adam": True} if optimizer == "AdamW" else {})
+    torch.manual_seed(0)
+    module = Loss()
+    weights = [parameter.detach().bfloat16().float() for parameter in module.parameters()]
+    engine = student_engine(module, config_for(0, "bf16", {"type": optimizer, "params": params}))
+    (group,) = engine.basic_optimizer.param_groups
+    same = all(torch.equal(copy, weight) for copy, weight in zip(group["params"], weights, strict=True))
+    return same and not engine.basic_optimizer.state and "step" not in group
+
+
+def see_teacher(precision: str, corpus: Corpus) -> SeenTeacher:
+    process = this_process()
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=corpus.manifest.vocab_size,
+        hidden_size=HIDDEN_SIZE,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=2 * HIDDEN_SIZE,
+        max_position_embeddings=corpus.manifest.seq_length,
+    )
+    models = [BertForMaskedLM._from_config(config, attn_implementation="sdpa").eval() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    dtype = DTYPES[precision]
+    replicated = ReplicatedTeacher(models[0], dtype, process.device)
+    sharded = ShardedTeacher(models[1], dtype, config_for(1, precision))
+    same = True
+    equation = BatchEquation(process.world_size, 1, 1, process.world_size)
+    batches = MicroBatches(corpus, equation, process.rank, seed=0)
+    # ZeRO-3 records the order of the layers in the first, and fetches ahead in the others.
+    for batch in batches.loader(0, 3, num_workers=0):
+        same &= all(map(torch.equal, replicated(batch), sharded(batch)))
+    return SeenTeacher(same, resident_elements(models[0]), resident_elements(models[1]))
+
+
+def resident_elements(model: nn.Module) -> int:
+    """Elements of a model's weights that this rank holds now: whole ones, and its pieces of the others."""
+    whole = sum(parameter.data.numel() for parameter in model.parameters())
+    return whole + sum(
+        parameter.ds_tensor.numel() for parameter in model.parameters() if hasattr(parameter, "ds_tensor")
+    )
+
+
+if __name__ == "__main__":
+    corpus_dir, folder = map(Path, sys.argv[-2:])
+    join_job(this_process())
+    corpus = open_corpus(corpus_dir)
+    seen = {
+        "collectives": {
+            f"zero{stage}_{precision}": collectives_of_micro_steps(stage, precision)
+            for precision in ("fp32", "bf16")
+            for stage in (0, 1, 2, 3)
+        },
+        "starts_untouched": {optimizer: starts_untouched(optimizer) for optimizer in ("AdamW", "Lamb")},
+        "teacher": {precision: asdict(see_teacher(precision, corpus)) for precision in ("fp32", "bf16")},
+    }
+    (folder / f"seen{this_process().rank}.json").write_text(json.dumps(seen))

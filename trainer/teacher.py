@@ -1,0 +1,76 @@
+"""The frozen teacher: whole on every rank, or its weights shared out over the ranks by ZeRO-3."""
+
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from distilspeed.trainer.batches import MicroBatch
+from distilspeed.trainer.distillation import ModelOutputs, forward_packed
+from distilspeed.trainer.engines import DTYPES
+from distilspeed.trainer.run import Run
+
+
+def make_teacher(run: Run) -> "ReplicatedTeacher | ShardedTeacher":
+    """Put the run's teacher where ``--teacher_zero3`` says; it takes a micro-batch and gives its outputs.
+
+    Called by every rank; the model that ``run`` holds becomes this teacher's.
+    """
+    assert run.teacher is not None
+    dtype = DTYPES[run.precision]
+    if run.arguments.teacher_zero3:
+        return ShardedTeacher(run.teacher, dtype, run.deepspeed_config)
+    return ReplicatedTeacher(run.teacher, dtype, run.process.device)
+
+
+class ReplicatedTeacher:
+    """The whole teacher on this rank's device; it has no gradients and no optimiser states."""
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
+        self.model = nn.Module.to(model, device=device, dtype=dtype).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, batch: MicroBatch, places: torch.Tensor | None = None) -> ModelOutputs:
+        """Its outputs on packed rows, with logits at ``places`` of them; None: everywhere."""
+        return forward_packed(self.model, batch, places)
+
+
+class ShardedTeacher:
+    """The teacher with each weight in pieces on all ranks, gathered layer by layer while it runs (ZeRO-3).
+
+    Its outputs are the replicated teacher's, to the bit. Every rank must call it equally often.
+
+    Args:
+        model: the whole teacher on the CPU; it comes to the devices weight by weight, never whole.
+        dtype: of its weights.
+        deepspeed_config: the student's, resolved; the teacher takes its precision and micro-batch.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, deepspeed_config: dict[str, Any]) -> None:
+        config = teacher_config(deepspeed_config)
+        module = _PackedForward(nn.Module.to(model, dtype=dtype).requires_grad_(False))
+        deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=dtype)
+        self.engine, *_ = deepspeed.initialize(model=module, config=config)
+        self.engine.eval()
+
+    @torch.no_grad()
+    def __call__(self, batch: MicroBatch, places: torch.Tensor | None = None) -> ModelOutputs:
+        """As the replicated teacher's."""
+        return self.engine(batch, places)
+
+
+class _PackedForward(nn.Module):
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: MicroBatch, places: torch.Tensor | None) -> ModelOutputs:
+        return forward_packed(self.model, batch, places)
+
+
+def teacher_config(student: dict[str, Any]) -> dict[str, Any]:
+    """The DeepSpeed config of a sharded teacher: ZeRO-3 without an optimiser, in the precision of the student."""
+    kept = ("train_micro_batch_size_per_gpu", "fp16", "bf16")
+    return {key: student[key] for key in kept if key in student} | {"zero_optimization": {"stage": 3}}
