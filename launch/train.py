@@ -4,9 +4,9 @@ deepspeed launch/train.py --deepspeed_config ds_configs/cpu.json --teacher DIR -
 """
 
 import argparse
-import os
 from pathlib import Path
 
+from distilspeed.trainer.environment import prepare_environment
 from distilspeed.trainer.errors import CommandParser, quiet_libraries, run_command
 
 
@@ -87,13 +87,7 @@ def main() -> None:
     for not_an_argument in ("debug", "local_rank"):
         options.pop(not_an_argument)
 
-    # OpenMP reads this when torch is imported. Threads that wait by spinning keep the one they wait for off its core
-    # where anything else runs: the losses took 3.75 s instead of 0.13 on 2 cores beside one busy process, and 0.05
-    # instead of 0.04 on idle ones (November 2026).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # torch's: large pages for its large tensors on CPUs, where logits of a new micro-batch cost as much in page faults
-    # as in writing them: a step of a small BERT took 0.88 of the time (November 2026).
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    prepare_environment()
     # After the parsing, because importing torch and DeepSpeed takes seconds.
     from distilspeed.trainer.config import TrainArguments
     from distilspeed.trainer.loop import train

@@ -23,7 +23,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.profiler import record_function
 from transformers import PreTrainedModel
 
 from distilspeed.kernels.cosine_loss import cosine_loss
@@ -32,9 +31,7 @@ from distilspeed.trainer.attention import document_mask
 from distilspeed.trainer.batches import PADDING_DOCUMENT, MicroBatch
 from distilspeed.trainer.families import mlm_head
 from distilspeed.trainer.masking import IGNORE_INDEX
-
-# What a step's time goes to, as profilers show it; the others: step.py.
-STUDENT, LOSSES = "student forward", "losses"
+from distilspeed.trainer.phases import LOSSES, STUDENT, phase
 
 
 @dataclass(frozen=True)
@@ -135,9 +132,9 @@ class Distillation(nn.Module):
             loss_scale: of fp16, which the engine's backward multiplies by.
         """
         places = batch.masked_places if targets is None else self.objective.scored_places(batch)
-        with record_function(STUDENT):
+        with phase(STUDENT):
             outputs = forward_packed(self.student, batch, places)
-        with record_function(LOSSES):
+        with phase(LOSSES):
             if targets is None:
                 parts = self.mlm_loss(outputs, batch)
             else:

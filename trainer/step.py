@@ -3,17 +3,15 @@
 from collections.abc import Iterator
 
 import torch
-from torch.profiler import record_function
 
 from distilspeed.trainer.batches import DROPOUT_STREAM, MicroBatch
+from distilspeed.trainer.config import TrainArguments
 from distilspeed.trainer.distillation import Distillation, LossParts, Objective
 from distilspeed.trainer.engines import loss_scale, optimizer_step, student_engine
 from distilspeed.trainer.masking import philox
+from distilspeed.trainer.phases import BACKWARD, DATA, TEACHER, UPDATE, phase
 from distilspeed.trainer.run import Run
 from distilspeed.trainer.teacher import make_teacher
-
-# What a step's time goes to, as profilers show it; student and losses: distillation.py.
-DATA, TEACHER, BACKWARD, UPDATE = "data", "teacher", "backward", "gradient reduction and update"
 
 
 class TrainingStep:
@@ -28,13 +26,7 @@ class TrainingStep:
         self.rank = run.process.rank
         self.seed = arguments.seed
         self.accumulation_steps = batch.gradient_accumulation_steps
-        self.objective = Objective(
-            arguments.alpha_ce,
-            arguments.alpha_mlm,
-            arguments.alpha_cos,
-            arguments.temperature,
-            arguments.restrict_ce_to_mask,
-        )
+        self.objective = objective_of(arguments)
         if arguments.compile:
             for model in run.models().values():
                 model.base_model.compile()
@@ -58,17 +50,27 @@ class TrainingStep:
         shares = torch.zeros(len(LossParts._fields), device=self.engine.device)
         grad_norm = None
         for _ in range(self.accumulation_steps):
-            with record_function(DATA):
+            with phase(DATA):
                 batch = next(micro_batches)
-            with record_function(TEACHER):
+            with phase(TEACHER):
                 targets = self.teacher(batch, self.objective.scored_places(batch)) if self.teacher else None
             loss = self.engine(batch, targets, loss_scale(self.engine))
-            with record_function(BACKWARD):
+            with phase(BACKWARD):
                 self.engine.backward(loss)
             shares += torch.stack(self.distillation.last_parts)
-            with record_function(UPDATE):
+            with phase(UPDATE):
                 grad_norm = optimizer_step(self.engine)
         return shares, grad_norm
+
+
+def objective_of(arguments: TrainArguments) -> Objective:
+    return Objective(
+        arguments.alpha_ce,
+        arguments.alpha_mlm,
+        arguments.alpha_cos,
+        arguments.temperature,
+        arguments.restrict_ce_to_mask,
+    )
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:

@@ -1,0 +1,191 @@
+"""The baseline: DistilBERT's original training recipe in eager PyTorch (Sanh et al. 2019), without DeepSpeed.
+
+As in the training code published with the paper: each piece of text is a row of its own, rows of about the same
+length form a batch and are padded to its longest; masks are drawn over the whole batch; the losses select real
+tokens out of the logits with ``masked_select`` and go through PyTorch's ``log_softmax``, ``softmax``, ``KLDivLoss``,
+``CrossEntropyLoss`` and ``CosineEmbeddingLoss``; every micro-batch reads its losses with ``.item()``. The models are
+transformers' own, called as anybody calls them.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from distilspeed.trainer.batches import corpus_masking_rule
+from distilspeed.trainer.config import ADAM_BETAS, ADAM_EPS, GRADIENT_CLIPPING, LEARNING_RATE
+from distilspeed.trainer.corpus import Corpus, read_rows
+from distilspeed.trainer.distillation import Objective
+from distilspeed.trainer.masking import (
+    IGNORE_INDEX,
+    KEEP_SHARE,
+    MASK_SHARE,
+    MASKED_FRACTION,
+    MaskingRule,
+)
+
+# Lengths within this many tokens of each other share batches.
+LENGTH_BUCKET = 4
+ROWS_READ_AT_A_TIME = 1024
+
+
+class PaddedBatch(NamedTuple):
+    """Pieces padded to the longest; before masking."""
+
+    input_ids: Tensor  # int64 [rows, longest]
+    attention_mask: Tensor  # bool [rows, longest]
+
+
+@dataclass(frozen=True)
+class BucketedPieces:
+    """The pieces of a corpus's first rows, in batches of one length bucket each, in random order.
+
+    A batch holds as many pieces as fill ``tokens_per_batch`` best, at least one.
+    """
+
+    corpus: Corpus
+    rows: int
+    tokens_per_batch: int
+    seed: int
+
+    def batches(self) -> Iterator[PaddedBatch]:
+        """Batches without end, every piece once an epoch; the last ones of each bucket may be small."""
+        pieces = self._pieces()
+        generator = np.random.default_rng(self.seed)
+        while True:
+            order = generator.permutation(len(pieces))
+            buckets: dict[int, list[int]] = {}
+            for index in order:
+                buckets.setdefault(len(pieces[index]) // LENGTH_BUCKET, []).append(index)
+            groups = [
+                bucket[first : first + size]
+                for bucket in buckets.values()
+                for size in [max(1, round(self.tokens_per_batch / len(pieces[bucket[0]])))]
+                for first in range(0, len(bucket), size)
+            ]
+            for group in generator.permutation(len(groups)):
+                yield self._padded([pieces[index] for index in groups[group]])
+
+    def _pieces(self) -> list[NDArray[np.int64]]:
+        pieces: list[NDArray[np.int64]] = []
+        for first in range(0, self.rows, ROWS_READ_AT_A_TIME):
+            stored = read_rows(self.corpus.train, range(first, min(first + ROWS_READ_AT_A_TIME, self.rows)))
+            for row, lengths in zip(stored.input_ids, stored.document_lengths, strict=True):
+                pieces += np.split(row[: lengths.sum()], np.cumsum(lengths)[:-1])
+        return pieces
+
+    def _padded(self, pieces: list[NDArray[np.int64]]) -> PaddedBatch:
+        longest = max(map(len, pieces))
+        padding = self.corpus.manifest.pad_id
+        input_ids = [piece.tolist() + [padding] * (longest - len(piece)) for piece in pieces]
+        lengths = torch.tensor([len(piece) for piece in pieces])
+        return PaddedBatch(torch.tensor(input_ids), torch.arange(longest) < lengths[:, None])
+
+
+class EagerRecipe:
+    """Teacher, student and optimiser of the baseline on one device; weights and moments are in the models' dtype.
+
+    Args:
+        student, teacher: on ``device``; the student in training mode, the teacher in evaluation mode.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        pieces: BucketedPieces,
+        objective: Objective,
+        accumulation_steps: int,
+        device: torch.device,
+    ) -> None:
+        self.student = student
+        self.teacher = teacher
+        self.objective = objective
+        self.accumulation_steps = accumulation_steps
+        self.device = device
+        self.batches = pieces.batches()
+        self.rule = corpus_masking_rule(pieces.corpus)
+        self.weights = torch.from_numpy(self.rule.sampling_weights).float().to(device)
+        self.optimizer = torch.optim.AdamW(
+            student.parameters(), lr=LEARNING_RATE, betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=0.0
+        )
+
+    def step(self) -> tuple[int, float]:
+        """One optimiser step; returns the real tokens it saw and the last micro-batch's loss."""
+        tokens = 0
+        for _ in range(self.accumulation_steps):
+            batch = PaddedBatch(*(tensor.to(self.device) for tensor in next(self.batches)))
+            tokens += int(batch.attention_mask.sum().item())
+            input_ids, labels = mask_batch(batch, self.weights, self.rule)
+            loss = self.loss(input_ids, batch.attention_mask, labels)
+            if loss.isnan().any():
+                raise FloatingPointError("the eager recipe's loss is not a number")
+            (loss / self.accumulation_steps).backward()
+            last = loss.item()
+        nn.utils.clip_grad_norm_(self.student.parameters(), GRADIENT_CLIPPING)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return tokens, last
+
+    def loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        """The weighted sum over one micro-batch, every mean over this micro-batch alone."""
+        weights = self.objective
+        arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "output_hidden_states": True}
+        student = self.student(**arguments)
+        with torch.no_grad():
+            teacher = self.teacher(**arguments)
+        vocab_size = student.logits.shape[-1]
+        over_logits = attention_mask[:, :, None].expand_as(student.logits)
+        student_logits = student.logits.masked_select(over_logits).view(-1, vocab_size)
+        teacher_logits = teacher.logits.masked_select(over_logits).view(-1, vocab_size)
+        loss_ce = weights.temperature**2 * nn.functional.kl_div(
+            nn.functional.log_softmax(student_logits / weights.temperature, dim=-1),
+            nn.functional.softmax(teacher_logits / weights.temperature, dim=-1),
+            reduction="batchmean",
+        )
+        loss_mlm = nn.functional.cross_entropy(student.logits.view(-1, vocab_size), labels.view(-1))
+        student_states, teacher_states = student.hidden_states[-1], teacher.hidden_states[-1]
+        over_states = attention_mask[:, :, None].expand_as(student_states)
+        size = student_states.shape[-1]
+        student_states = student_states.masked_select(over_states).view(-1, size)
+        teacher_states = teacher_states.masked_select(over_states).view(-1, size)
+        loss_cos = nn.functional.cosine_embedding_loss(
+            student_states, teacher_states, student_states.new_ones(len(student_states))
+        )
+        parts = ((weights.alpha_ce, loss_ce), (weights.alpha_mlm, loss_mlm), (weights.alpha_cos, loss_cos))
+        for _, part in parts:
+            part.item()  # the recipe logs each of them for each micro-batch
+        return torch.stack([weight * part for weight, part in parts]).sum()
+
+
+def mask_batch(batch: PaddedBatch, weights: Tensor, rule: MaskingRule) -> tuple[Tensor, Tensor]:
+    """Draw 15 % of a batch's tokens by weight: 80 % become [MASK], 10 % stay, 10 % become a random token.
+
+    Args:
+        weights: float32 [vocabulary], zero for special tokens.
+
+    Returns:
+        masked ids and labels (-100 where nothing was drawn), int64 [rows, longest].
+    """
+    drawable = weights[batch.input_ids] * batch.attention_mask
+    count = math.ceil(MASKED_FRACTION * int(batch.attention_mask.sum().item()))
+    count = min(count, int((drawable > 0).sum().item()))
+    drawn = torch.multinomial(drawable.flatten() / drawable.sum(), count, replacement=False)
+    chosen = torch.zeros_like(batch.attention_mask).flatten()
+    chosen[drawn] = True
+    chosen = chosen.view_as(batch.attention_mask)
+
+    real = batch.input_ids[chosen]
+    shares = torch.tensor([MASK_SHARE, KEEP_SHARE, 1 - MASK_SHARE - KEEP_SHARE], device=real.device)
+    action = torch.multinomial(shares, len(real), replacement=True)
+    random = torch.randint_like(real, rule.vocab_size)
+    replacement = torch.full_like(real, rule.mask_token_id) * (action == 0)
+    replacement += real * (action == 1) + random * (action == 2)
+    labels = batch.input_ids.masked_fill(~chosen, IGNORE_INDEX)
+    return batch.input_ids.masked_scatter(chosen, replacement), labels

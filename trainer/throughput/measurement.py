@@ -1,0 +1,130 @@
+"""Running both contestants in turns on one machine, and the trainer on several ranks."""
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.throughput.contestants import ANSWER, EAGER, OURS, Footprint, Lap
+
+# Each turn lasts about so long: many steps where they are short, at least one where they are long.
+SECONDS_PER_TURN = 6.0
+LAPS_ON_RANKS = 5
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the contestants said: laps of the same index were taken one right after the other."""
+
+    laps: dict[str, list[Lap]]
+    footprints: dict[str, Footprint]
+
+
+class Process:
+    """A contestant in a process of its own, which works only while it is asked."""
+
+    def __init__(self, name: str, command: Sequence[str]) -> None:
+        self.name = name
+        self._process = subprocess.Popen(
+            [*command, "--contestant", name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            # A terminal's Ctrl-C is for the parent, which ends it.
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def first_lap(self) -> Lap:
+        """Wait until it is warm: one step."""
+        return Lap(**self._answer())
+
+    def lap(self, steps: int) -> Lap:
+        return Lap(**self._ask(str(steps)))
+
+    def footprint(self) -> Footprint:
+        return Footprint(**self._ask(""))
+
+    def _ask(self, line: str) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(f"{line}\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended; reading tells how
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(ANSWER):
+                return json.loads(line.removeprefix(ANSWER))
+        status = self._process.wait()
+        if status == UserError.status:  # it has said why
+            raise UserError(f"the process that runs {self.name!r} could not start; see above")
+        raise UserError(f"the process that runs {self.name!r} ended with status {status}; see above")
+
+
+def compare(command: Sequence[str], rounds: int, names: Sequence[str] = (OURS, EAGER)) -> Comparison:
+    """Let the contestants take steps in turns, each round in the other order.
+
+    Args:
+        command: what starts a contestant, but for ``--contestant NAME``.
+    """
+    with ExitStack() as stack:
+        processes = [stack.enter_context(Process(name, command)) for name in names]
+        # One after the other: a process that warms up would disturb one that is being measured.
+        steps = {
+            process.name: max(1, round(SECONDS_PER_TURN / process.first_lap().seconds))
+            for process in processes
+        }
+        laps: dict[str, list[Lap]] = {name: [] for name in names}
+        for number in range(rounds):
+            for process in processes if number % 2 else reversed(processes):
+                laps[process.name].append(process.lap(steps[process.name]))
+        footprints = {process.name: process.footprint() for process in processes}
+    return Comparison(laps, footprints)
+
+
+def measure_scaling(arguments: Sequence[str], ranks: Sequence[int]) -> dict[str, float]:
+    """Tokens per second of the trainer's own step on several ranks of this host, over those of one rank.
+
+    All under DeepSpeed's launcher, cores shared out among the ranks; of each the fastest lap.
+
+    Args:
+        arguments: script and arguments that make a contestant of every rank, but for which one and what to do.
+    """
+    if not ranks:
+        return {}
+    alone = _fastest(arguments, 1).tokens_per_s
+    return {str(count): _fastest(arguments, count).tokens_per_s / alone for count in ranks}
+
+
+def _fastest(arguments: Sequence[str], ranks: int) -> Lap:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = Path(sys.executable).with_name("deepspeed")
+    what = ["--contestant", OURS, "--laps", ",".join(["1"] * LAPS_ON_RANKS)]
+    command = [launcher, "--num_gpus", ranks, "--master_port", port, *arguments, *what]
+    result = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, check=False)
+    lines = [line for line in result.stdout.splitlines() if line.startswith(ANSWER)]
+    if result.returncode or not lines:
+        raise UserError(f"the trainer on {ranks} ranks ended with status {result.returncode}; see above")
+    laps = [Lap(**json.loads(line.removeprefix(ANSWER))) for line in lines]
+    return max(laps, key=lambda lap: lap.tokens_per_s)

@@ -1,0 +1,136 @@
+"""What a benchmark found: table, JSON, and the check against an earlier one."""
+
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distilspeed.kernels.profiling.machine import Machine
+from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.phases import COMMUNICATION
+from distilspeed.trainer.plan import flops_per_token, model_shape
+from distilspeed.trainer.run import Run
+from distilspeed.trainer.throughput.contestants import EAGER, OURS
+from distilspeed.trainer.throughput.measurement import Comparison
+
+MIB = 2**20
+# A stored ratio may be missed by so much before the check fails.
+TOLERATED_LOSS = 0.10
+# The paper's run: 8 V100s for 90 hours, three epochs of Wikipedia and BookCorpus (Sanh et al. 2019).
+PAPER_TOKENS = 13e9
+
+
+@dataclass(frozen=True)
+class BenchmarkReport:
+    """A benchmark, as it is stored.
+
+    setting            what was trained: models, rows, batch, precision, ZeRO stage
+    machine            where, with which versions, when, by which command
+    ratio              real tokens per second of ours over the eager recipe's, median over the rounds
+    ratios             of each round, in which both ran one right after the other
+    tokens_per_s       median over the rounds
+    flops_per_token    of the method: student forward and backward, teacher forward
+    mfu                FLOP/s of the method over those of a large matrix product in the same process
+    resident, peak     bytes of tensors between steps, and at most
+    phases             share of our step's time in each phase
+    scaling            ranks -> tokens per second over those of one rank, both under the launcher
+    """
+
+    setting: dict[str, Any]
+    machine: dict[str, Any]
+    ratio: float
+    ratios: list[float]
+    tokens_per_s: dict[str, float]
+    flops_per_token: float
+    mfu: dict[str, float]
+    resident: dict[str, int]
+    peak: dict[str, int]
+    phases: dict[str, float]
+    scaling: dict[str, float]
+
+    @classmethod
+    def of(cls, run: Run, comparison: Comparison, scaling: dict[str, float]) -> "BenchmarkReport":
+        """Work out the report of a run that was prepared, not trained."""
+        student, teacher = (model_shape(model.config) for model in run.models().values())
+        seq_length = run.corpus.manifest.seq_length
+        flops = flops_per_token(student, teacher, seq_length)
+        rates = {name: [lap.tokens_per_s for lap in laps] for name, laps in comparison.laps.items()}
+        ratios = np.divide(rates[OURS], rates[EAGER]).tolist()
+        medians = {name: float(np.median(of_laps)) for name, of_laps in rates.items()}
+        footprints = comparison.footprints
+        in_phases = {
+            name: seconds for name, seconds in footprints[OURS].phases.items() if name != COMMUNICATION
+        }
+        in_all = sum(in_phases.values())
+        return cls(
+            setting={
+                "layers": f"{teacher.layers} -> {student.layers}",
+                "hidden_size": student.hidden_size,
+                "vocab_size": student.vocab_size,
+                "seq_length": seq_length,
+                "micro_batch_size": run.batch.micro_batch_size,
+                "accumulation_steps": run.batch.gradient_accumulation_steps,
+                "precision": run.precision,
+                "zero_stage": run.deepspeed_config.get("zero_optimization", {}).get("stage", 0),
+                "compile": run.arguments.compile,
+                "restrict_ce_to_mask": run.arguments.restrict_ce_to_mask,
+                "padding_of_corpus": round(run.corpus.manifest.padding_fraction, 4),
+            },
+            machine=asdict(Machine.here(run.process.device))
+            | {f"{package}_version": version(package) for package in ("deepspeed", "transformers")},
+            ratio=float(np.median(ratios)),
+            ratios=ratios,
+            tokens_per_s=medians,
+            flops_per_token=flops,
+            mfu={name: medians[name] * flops / footprints[name].matmul_flops for name in medians},
+            resident={name: print_.resident for name, print_ in footprints.items()},
+            peak={name: print_.peak for name, print_ in footprints.items()},
+            phases={name: seconds / in_all for name, seconds in footprints[OURS].phases.items()},
+            scaling=scaling,
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    def table(self) -> str:
+        """Tokens per second only on a GPU: on a CPU they say more of the machine's other work than of ours."""
+        lines = [
+            f"{self.machine['device']}; {self.machine['date']}",
+            ", ".join(f"{name} {value}" for name, value in self.setting.items()),
+            "",
+            f"{'':14}{'real tokens/s':>15}{'of eager':>10}{'MFU':>8}{'tensors, peak':>15}",
+        ]
+        for name in (OURS, EAGER):
+            relative = self.ratio if name == OURS else 1.0
+            lines.append(
+                f"{name:14}{self.tokens_per_s[name]:15,.0f}{relative:9.2f}x{self.mfu[name]:8.1%}"
+                f"{self.peak[name] / MIB:11,.0f} MiB"
+            )
+        lines += [f"ratio of each round: {', '.join(f'{ratio:.2f}' for ratio in self.ratios)}", ""]
+        lines += [f"{name:42}{share:7.1%}" for name, share in self.phases.items()]
+        lines += [f"{ranks} ranks: {ratio:.2f}x one rank" for ranks, ratio in self.scaling.items()]
+        hours = PAPER_TOKENS / self.tokens_per_s[OURS] / 3600
+        lines.append(f"the paper's run (13 G tokens) at this rate: {hours:,.0f} hours")
+        return "\n".join(lines)
+
+
+def check_against(stored: Path, report: BenchmarkReport) -> None:
+    """Raise a UserError where the ratio is more than 10 % below that of a stored report of the same setting."""
+    try:
+        earlier = json.loads(stored.read_text(encoding="utf-8"))
+        ratio, setting = float(earlier["ratio"]), earlier["setting"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{stored} is no stored benchmark ({error}); give a file that --output wrote"
+        ) from error
+    different = [name for name, value in report.setting.items() if setting.get(name) != value]
+    if different:
+        raise UserError(f"{stored} was measured with another {', '.join(different)}; compare with the same")
+    if report.ratio < (1 - TOLERATED_LOSS) * ratio:
+        raise UserError(
+            f"the trainer is {report.ratio:.2f} times as fast as the eager recipe and was {ratio:.2f} times "
+            f"({stored}); find out what made it slower"
+        )
