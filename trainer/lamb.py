@@ -103,7 +103,7 @@ def _update(tensors: _Tensors, group: dict[str, Any]) -> None:
     root = torch._foreach_sqrt(second)
     torch._foreach_div_(root, (1 - beta2**step) ** 0.5)
     torch._foreach_add_(root, group["eps"])
-    updates = torch._foreach_div(first, root)
+    updates = list(torch._foreach_div(first, root))
     torch._foreach_div_(updates, 1 - beta1**step)
     if group["weight_decay"]:
         torch._foreach_add_(updates, parameters, alpha=group["weight_decay"])

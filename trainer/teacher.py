@@ -73,4 +73,7 @@ class _PackedForward(nn.Module):
 def teacher_config(student: dict[str, Any]) -> dict[str, Any]:
     """The DeepSpeed config of a sharded teacher: ZeRO-3 without an optimiser, in the precision of the student."""
     kept = ("train_micro_batch_size_per_gpu", "fp16", "bf16")
-    return {key: student[key] for key in kept if key in student} | {"zero_optimization": {"stage": 3}}
+    # Else DeepSpeed puts a linear layer of its own, which adds the bias after rounding, in the place of PyTorch's for
+    # the whole process: the student's too. It spares backward passes memory, and the teacher has none.
+    zero = {"stage": 3, "memory_efficient_linear": False}
+    return {key: student[key] for key in kept if key in student} | {"zero_optimization": zero}

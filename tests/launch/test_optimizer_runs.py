@@ -1,4 +1,4 @@
-"""Training with LAMB and with a sharded teacher: real runs on two ranks."""
+"""Training with LAMB, with a sharded teacher and with offload: real runs on two ranks."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
-from launcher import deepspeed, write_config
+from launcher import ROOT, deepspeed, write_config
 from safetensors.torch import load_file
 
 from distilspeed.trainer.engines import DTYPES
@@ -18,7 +18,7 @@ from distilspeed.trainer.student import load_teacher, make_student
 STEPS, SAVE_STEPS, BATCH, LAYERS, LEARNING_RATE = 4, 2, 8, (0, 3), 0.01
 LAMB = {"optimizer": {"type": "Lamb", "params": {"lr": LEARNING_RATE, "betas": [0.9, 0.98], "eps": 1e-6}}}
 PRECISIONS = ["fp32", "bf16", *(["fp16"] if get_accelerator().is_fp16_supported() else [])]
-# ZeRO stage of the student, precision.
+# ZeRO stage of the student, precision. Stage 3 last: from then on DeepSpeed's linear layer serves the whole process.
 TEACHER_CASES = [(0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
 
 
@@ -63,9 +63,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, sm
     for stage, precision in TEACHER_CASES:
         for sharded in (False, True):
             output = folder / f"zero{stage}_{precision}_{'sharded' if sharded else 'replicated'}"
-            # Without a threshold of 0 a teacher as small as this stays whole on every rank.
             settings = {"zero_optimization": {"stage": stage}}
             runs.append(arguments(output, settings, *models, precision, teacher_zero3=sharded))
+    offload = json.loads((ROOT / "ds_configs" / "zero3_offload.json").read_text())
+    settings = {"zero_optimization": offload["zero_optimization"]}
+    runs.append(arguments(folder / "offload", settings, *models, "bf16"))
     (folder / "printed.txt").write_text(run_all(folder, runs))
     return folder
 
@@ -125,8 +127,14 @@ def test_a_sharded_teacher_trains_the_same_student(trained: Path, stage: int, pr
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+def test_offloaded_states_train_the_same_student(trained: Path) -> None:
+    runs = [trained / name for name in ("zero3_bf16_replicated", "offload")]
+    losses = [[line.loss for line in read_metrics(run / "metrics.jsonl")] for run in runs]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 def test_the_optimizer_that_runs_is_said_once(trained: Path) -> None:
     said = [line for line in (trained / "printed.txt").read_text().splitlines() if "optimiser:" in line]
-    assert len(said) == 2 * len(PRECISIONS) + 2 * len(TEACHER_CASES)
+    assert len(said) == 2 * len(PRECISIONS) + 2 * len(TEACHER_CASES) + 1
     assert said[0].endswith("optimiser: distilspeed Lamb, ZeRO-0; layer norms: torch LayerNorm")
     assert said[-1].endswith("optimiser: torch AdamW, fused, ZeRO-3; layer norms: torch LayerNorm")

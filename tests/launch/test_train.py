@@ -198,6 +198,7 @@ def refusals(tmp_path: Path, teacher: Path, corpus: Path) -> dict[str, tuple[lis
     broken = tmp_path / "broken.json"
     broken.write_text("{")
     both = write_config(tmp_path / "both.json", {"fp16": {"enabled": True}, "bf16": {"enabled": True}})
+    lamb = write_config(tmp_path / "lamb.json", {"optimizer": {"type": "Lamb"}})
     good = command(teacher, corpus, output)
     return {
         "missing argument": ([TRAIN, "--teacher", teacher], "required"),
@@ -213,6 +214,12 @@ def refusals(tmp_path: Path, teacher: Path, corpus: Path) -> dict[str, tuple[lis
         "layer out of range": ([*good, "--student_layers", "0,9"], "0 to 3"),
         "layers are no numbers": ([*good, "--student_layers", "a,b"], "student_layers"),
         "temperature": ([*good, "--temperature", 0], "temperature"),
+        "lamb under ZeRO": (command(teacher, corpus, output, lamb), '"stage": 0'),
+        "apex on a CPU": ([*good, "--apex_layer_norm"], "needs a GPU"),
+        "no teacher to share out": (
+            [*command(Path("none"), corpus, output), "--student_config", teacher, "--teacher_zero3"],
+            "--teacher_zero3",
+        ),
     }
 
 

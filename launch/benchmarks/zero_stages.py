@@ -1,0 +1,72 @@
+"""What a micro-step and an optimiser step cost under a ZeRO stage, for a 66 million parameter student.
+
+    deepspeed --num_gpus 2 launch/benchmarks/zero_stages.py STAGE [fp32|bf16]
+
+DistilBERT-base learns from few tokens, so that the optimiser and the communication weigh most. Prints one JSON
+line from rank 0: medians in seconds of the micro-steps inside an accumulation and of those that end one.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+import torch.distributed
+from torch import nn
+from transformers import DistilBertConfig, DistilBertForMaskedLM
+
+from distilspeed.trainer.config import BatchEquation, read_deepspeed_config, resolve_deepspeed_config
+from distilspeed.trainer.engines import join_job, optimizer_step, student_engine, this_process
+from distilspeed.trainer.optimizers import choose_optimizer
+
+CONFIG = Path(__file__).parents[2] / "ds_configs" / "cpu.json"
+ROWS, LENGTH, ACCUMULATION, STEPS = 1, 32, 4, 5
+
+
+class MaskedLanguageModelling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = DistilBertForMaskedLM(DistilBertConfig())
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.student(tokens, labels=tokens).loss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--local_rank", type=int)
+    parser.add_argument("stage", type=int)
+    parser.add_argument("precision", nargs="?", default="fp32", choices=("fp32", "bf16"))
+    asked = parser.parse_args()
+    process = this_process()
+    join_job(process)
+    config = choose_optimizer(read_deepspeed_config(CONFIG), process.device)
+    config["zero_optimization"] = {"stage": asked.stage}
+    config["bf16"] = {"enabled": asked.precision == "bf16"}
+    batch = BatchEquation(ROWS * ACCUMULATION * process.world_size, ROWS, ACCUMULATION, process.world_size)
+    engine = student_engine(MaskedLanguageModelling(), resolve_deepspeed_config(config, batch, STEPS, None))
+    tokens = torch.randint(1000, (ROWS, LENGTH), device=process.device)
+    inside: list[float] = []
+    ending: list[float] = []
+    for micro_step in range(STEPS * ACCUMULATION):
+        start = time.perf_counter()
+        engine.backward(engine(tokens))
+        optimizer_step(engine)
+        if process.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        if micro_step >= ACCUMULATION:  # the first optimiser step makes states, buckets and traces
+            (ending if (micro_step + 1) % ACCUMULATION == 0 else inside).append(seconds)
+    if process.rank == 0:
+        times = {"inside": statistics.median(inside), "ending": statistics.median(ending)}
+        print(json.dumps({**vars(asked), "ranks": process.world_size, **times}), flush=True)
+    torch.distributed.barrier()
+
+
+if __name__ == "__main__":
+    main()
