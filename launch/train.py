@@ -76,7 +76,17 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="continue the newest checkpoint in --output_dir, if there is one",
     )
-    add("--plan", action="store_true", help="print batch equation, memory estimate and FLOPs, and exit")
+    add(
+        "--plan",
+        action="store_true",
+        help="print batch equation, memory estimate and FLOPs, and exit",
+    )
+    add(
+        "--gpu_memory",
+        type=float,
+        metavar="GIB",
+        help="with --plan: memory of the card it must fit; default that of the GPU here, if there is one",
+    )
     add("--debug", action="store_true", help="show the traceback of an error")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it; LOCAL_RANK says the same
     return parser
@@ -91,7 +101,8 @@ def main() -> None:
     # After the parsing, because importing torch and DeepSpeed takes seconds.
     from distilspeed.trainer.config import TrainArguments
     from distilspeed.trainer.loop import train
-    from distilspeed.trainer.run import prepare_run, print_plan
+    from distilspeed.trainer.planning import print_plan
+    from distilspeed.trainer.run import prepare_run
 
     quiet_libraries()
     run = prepare_run(TrainArguments(**options))

@@ -52,6 +52,7 @@ class TrainArguments:
     compile: bool = False
     resume: bool = False
     plan: bool = False
+    gpu_memory: float | None = None
 
     def __post_init__(self) -> None:
         has_teacher = self.teacher != "none"
@@ -72,6 +73,11 @@ class TrainArguments:
             (self.save_total_limit > 0, "--save_total_limit must be above 0"),
             (self.logging_steps > 0, "--logging_steps must be above 0"),
             (self.dataloader_num_workers >= 0, "--dataloader_num_workers must not be negative"),
+            (self.gpu_memory is None or self.gpu_memory > 0, "--gpu_memory must be above 0"),
+            (
+                self.gpu_memory is None or self.plan,
+                "--gpu_memory says what card a plan is for; give --plan, too",
+            ),
             (self.learning_rate is None or self.learning_rate > 0, "--learning_rate must be above 0"),
             (
                 self.train_batch_size is None or self.train_batch_size > 0,

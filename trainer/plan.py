@@ -1,29 +1,16 @@
-"""What a run will need before it starts: FLOPs per step and memory per GPU."""
+"""What a run will need before it starts, of FLOPs (memory: memory.py), and the device's own FLOP/s."""
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
-from distilspeed.trainer.config import BatchEquation
 from distilspeed.trainer.masking import MASKED_FRACTION
 
 FLOPS_PER_MULTIPLY_ADD = 2
 # Backward computes two matrix products for each one of forward.
 TRAINING_OVER_FORWARD = 3
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-# AdamW keeps two float32 moments; half-precision training adds a float32 copy of the parameters.
-ADAM_BYTES_PER_PARAMETER = 8
-MASTER_BYTES_PER_PARAMETER = 4
-# Tensors of [tokens, hidden size] that a Transformer layer keeps for its backward pass: the inputs of its
-# matrix products, norms and activation, counting the four times wider feed-forward ones as four each.
-ACTIVATIONS_PER_LAYER = 18
-# Logits of student and teacher, and the gradient of the student's.
-LOGITS_TENSORS = 3
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -35,6 +22,7 @@ class ModelShape:
     intermediate_size: int
     vocab_size: int
     positions: int
+    heads: int
 
     @property
     def parameters(self) -> int:
@@ -64,6 +52,7 @@ def model_shape(config: PreTrainedConfig) -> ModelShape:
         intermediate_size=getattr(config, "intermediate_size", None) or config.hidden_dim,
         vocab_size=config.vocab_size,
         positions=config.max_position_embeddings,
+        heads=config.num_attention_heads,
     )
 
 
@@ -76,81 +65,6 @@ def flops_per_token(student: ModelShape, teacher: ModelShape | None, seq_length:
         return TRAINING_OVER_FORWARD * student.forward_flops_per_token(seq_length, MASKED_FRACTION)
     forward = student.forward_flops_per_token(seq_length)
     return TRAINING_OVER_FORWARD * forward + teacher.forward_flops_per_token(seq_length)
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Estimated bytes per GPU."""
-
-    parameters: int
-    gradients: int
-    optimizer_states: int
-    teacher: int
-    activations: int
-    logits: int
-
-    @property
-    def total(self) -> int:
-        return sum(vars(self).values())
-
-
-def estimate_memory(
-    student: ModelShape,
-    teacher: ModelShape | None,
-    batch: BatchEquation,
-    seq_length: int,
-    precision: str,
-    deepspeed_config: Mapping[str, Any],
-) -> MemoryPlan:
-    """Estimate the memory of one rank from shapes, ZeRO stage, offload and micro-batch."""
-    zero = deepspeed_config.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
-
-    def shard(from_stage: int) -> int:
-        return batch.world_size if stage >= from_stage else 1
-
-    half = precision != "fp32"
-    width = BYTES[precision]
-    states = ADAM_BYTES_PER_PARAMETER + (MASTER_BYTES_PER_PARAMETER if half else 0)
-    tokens = batch.micro_batch_size * seq_length
-    offloaded = "offload_optimizer" in zero and zero["offload_optimizer"].get("device") != "none"
-    return MemoryPlan(
-        parameters=student.parameters * width // shard(3),
-        gradients=student.parameters * width // shard(2),
-        optimizer_states=0 if offloaded else student.parameters * states // shard(1),
-        teacher=teacher.parameters * width if teacher else 0,
-        activations=tokens * student.hidden_size * student.layers * ACTIVATIONS_PER_LAYER * width,
-        logits=round(
-            tokens
-            * student.vocab_size
-            * width
-            * (LOGITS_TENSORS if teacher else MASKED_FRACTION * LOGITS_TENSORS)
-        ),
-    )
-
-
-def describe(
-    batch: BatchEquation,
-    steps: int,
-    num_rows: int,
-    seq_length: int,
-    flops: float,
-    memory: MemoryPlan,
-    precision: str,
-    stage: int,
-) -> str:
-    """The text that ``--plan`` prints."""
-    tokens_per_step = batch.train_batch_size * seq_length
-    parts = ", ".join(f"{name.replace('_', ' ')} {size / GIB:.2f}" for name, size in vars(memory).items())
-    return "\n".join(
-        [
-            f"batch:   {batch}",
-            f"steps:   {steps} of {tokens_per_step:,} tokens, "
-            f"{steps * batch.train_batch_size / num_rows:.2f} epochs of {num_rows:,} rows",
-            f"FLOPs:   {flops * tokens_per_step:.3g} per step, {flops * tokens_per_step * steps:.3g} in all",
-            f"memory:  {memory.total / GIB:.2f} GiB per GPU, estimated, {precision}, ZeRO-{stage} ({parts})",
-        ]
-    )
 
 
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:

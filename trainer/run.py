@@ -27,7 +27,6 @@ from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.families import pad_vocabulary
 from distilspeed.trainer.files import write_text
 from distilspeed.trainer.optimizers import choose_optimizer
-from distilspeed.trainer.plan import describe, estimate_memory, flops_per_token, model_shape
 from distilspeed.trainer.student import (
     check_fits_corpus,
     load_teacher,
@@ -115,19 +114,6 @@ def _check_output_dir(arguments: TrainArguments) -> None:
         raise UserError(
             f"{folder} holds files already; continue it with --resume or choose another --output_dir"
         )
-
-
-def print_plan(run: Run) -> None:
-    """Print the batch equation, FLOPs per step and estimated memory per GPU; rank 0 only."""
-    if run.process.rank == 0:
-        student = model_shape(run.student.config)
-        teacher = model_shape(run.teacher.config) if run.teacher else None
-        seq_length = run.corpus.manifest.seq_length
-        stage = run.deepspeed_config.get("zero_optimization", {}).get("stage", 0)
-        memory = estimate_memory(student, teacher, run.batch, seq_length, run.precision, run.deepspeed_config)
-        flops = flops_per_token(student, teacher, seq_length)
-        rows = run.corpus.manifest.counts.train_rows
-        print(describe(run.batch, run.total_steps, rows, seq_length, flops, memory, run.precision, stage))
 
 
 def settle_attention(run: Run, first_batch: MicroBatch, resuming: bool) -> dict[str, str]:

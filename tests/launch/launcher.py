@@ -39,14 +39,18 @@ def write_config(path: Path, changes: Mapping[str, Any], remove: tuple[str, ...]
     return path
 
 
+def environment() -> dict[str, str]:
+    """What the commands run in: the CPU, and no network."""
+    return {**os.environ, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+
+
 def _run(command: list[object]) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [str(part) for part in command],
         capture_output=True,
         text=True,
         timeout=SECONDS,
-        env=environment,
+        env=environment(),
         cwd=ROOT,
         check=False,
     )

@@ -1,4 +1,4 @@
-"""FLOPs and memory of a run, against PyTorch's own count and the published sizes."""
+"""FLOPs and memory of a run, against PyTorch's own count and the published sizes (measured peaks: tests/launch)."""
 
 import pytest
 import torch
@@ -7,7 +7,8 @@ from transformers import BertConfig, BertForMaskedLM
 
 from distilspeed.trainer.config import BatchEquation
 from distilspeed.trainer.families import student_config
-from distilspeed.trainer.plan import estimate_memory, flops_per_token, model_shape
+from distilspeed.trainer.memory import estimate_memory
+from distilspeed.trainer.plan import flops_per_token, model_shape
 
 BERT_BASE = BertConfig()
 
@@ -48,7 +49,20 @@ def test_zero_divides_what_its_stage_says() -> None:
     assert plans[1].optimizer_states == plans[0].optimizer_states // 8
     assert plans[1].gradients == plans[0].gradients
     assert plans[2].gradients == plans[0].gradients // 8
-    assert plans[2].parameters == plans[0].parameters
-    assert plans[3].parameters == plans[0].parameters // 8
+    assert plans[2].weights == plans[0].weights
+    assert plans[3].weights == plans[0].weights // 8
     offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     assert estimate_memory(student, teacher, batch, 512, "fp16", offload).optimizer_states == 0
+
+
+def test_a_reduction_bucket_counts_whole_and_its_default_is_deepspeeds() -> None:
+    student = model_shape(student_config(BERT_BASE, 6))
+    batch = BatchEquation(64, 8, 1, 8)
+
+    def buckets(**zero: object) -> int:
+        return estimate_memory(student, None, batch, 128, "fp16", {"zero_optimization": zero}).buckets
+
+    assert buckets(stage=0) == 0
+    assert buckets(stage=1) == 1_000_000_000
+    assert buckets(stage=1, reduce_bucket_size=1000) == 2000
+    assert buckets(stage=1, reduce_bucket_size=1000, overlap_comm=True) == 4000

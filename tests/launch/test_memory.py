@@ -1,0 +1,103 @@
+"""The memory that --plan estimates is what a training run measures, and a plan over the card's memory is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launcher import ROOT, environment, error_lines, python, write_config
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+
+from distilspeed.trainer.config import TrainArguments
+from distilspeed.trainer.planning import plan_memory
+from distilspeed.trainer.run import prepare_run
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path) -> Path:
+    """Large enough that weights, activations and logits each count, with dropout."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_teacher_dir)
+    config = BertConfig(
+        vocab_size=max(4000, len(tokenizer)),
+        hidden_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=768,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("teacher")
+    BertForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "micro", "accumulation"),
+    [(0, "fp32", 32, 2), (1, "fp32", 64, 1), (2, "bf16", 32, 2), (3, "fp32", 16, 2)],
+)
+def test_the_estimate_is_within_15_percent_of_the_measured_peak(
+    tmp_path: Path,
+    teacher: Path,
+    small_corpus_dir: Path,
+    stage: int,
+    precision: str,
+    micro: int,
+    accumulation: int,
+) -> None:
+    zero = {"stage": stage, "reduce_bucket_size": 1_000_000}
+    changes = {"zero_optimization": zero, "bf16": {"enabled": precision == "bf16"}}
+    config = write_config(tmp_path / "config.json", changes)
+    options = {
+        "deepspeed_config": config,
+        "teacher": str(teacher),
+        "data_dir": small_corpus_dir,
+        "train_batch_size": micro * accumulation,
+        "per_device_train_batch_size": micro,
+    }
+    flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    answers = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "benchmark.py"), *flags, "--contestant", "ours"],
+        input="\n",
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        check=True,
+    ).stdout
+    footprint = json.loads(answers.rpartition("BENCHMARK ")[2].splitlines()[0])
+
+    run = prepare_run(TrainArguments(**options, output_dir=tmp_path / "none", max_steps=10))
+    estimate = plan_memory(run, run.batch).total
+    assert estimate == pytest.approx(footprint["peak"], rel=0.15), (estimate / MIB, footprint["peak"] / MIB)
+
+
+def test_a_plan_over_the_cards_memory_is_refused_and_names_what_fits(
+    tmp_path: Path, tiny_teacher_dir: Path, small_corpus_dir: Path
+) -> None:
+    def plan(gib: float) -> subprocess.CompletedProcess[str]:
+        return python(
+            ROOT / "launch" / "train.py",
+            *("--plan", "--gpu_memory", gib, "--deepspeed_config", ROOT / "ds_configs" / "cpu.json"),
+            *(
+                "--teacher",
+                tiny_teacher_dir,
+                "--data_dir",
+                small_corpus_dir,
+                "--output_dir",
+                tmp_path / "run",
+            ),
+            *("--train_batch_size", 4096, "--per_device_train_batch_size", 4096),
+        )
+
+    refused = plan(2.0)
+    assert refused.returncode == 2
+    (line,) = error_lines(refused)
+    fitting = int(line.split("a micro-batch of ")[1].split()[0])
+    assert fitting < 4096
+    assert 4096 % fitting == 0
+    assert plan(16.0).returncode == 0
+    assert not (tmp_path / "run").exists()
