@@ -24,7 +24,7 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
-    _sync_one(path.parent)
+    sync(path.parent)
 
 
 @contextmanager
@@ -33,24 +33,26 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
     beside = Path(tempfile.mkdtemp(prefix=f"{path.name}.incomplete-", dir=path.parent))
     try:
         yield beside
-        _sync(beside)
+        sync_tree(beside)
         # mkdtemp makes folders that only their owner may read; an output folder follows the umask.
         umask = os.umask(0)
         os.umask(umask)
         beside.chmod(0o777 & ~umask)
         beside.rename(path)
-        _sync_one(path.parent)
+        sync(path.parent)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
 
 
-def _sync(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """Have a folder and all that is in it on disk."""
     for path in [folder, *folder.rglob("*")]:
-        _sync_one(path)
+        sync(path)
 
 
-def _sync_one(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have one file, or a folder's list of files, on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
