@@ -1,5 +1,6 @@
 """Writing files so that a reader never sees half of one."""
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -25,6 +26,21 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     beside.replace(path)
     sync(path.parent)
+
+
+@contextmanager
+def parents_made(output_dir: Path) -> Iterator[None]:
+    """Make the folders above an output folder; those that stay empty go again. ``OSError`` becomes UserError."""
+    made = [folder for folder in output_dir.absolute().parents if not folder.exists()]
+    try:
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {output_dir}: {error}; check free space and permissions") from error
+    finally:
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
 
 
 @contextmanager

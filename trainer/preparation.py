@@ -2,9 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -15,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from distilspeed.trainer.corpus import WHOLE, Corpus, Shard, load_tokenizer, open_corpus, tokenizer_hash
 from distilspeed.trainer.corpus_writer import RowWriter, finish_corpus, installed_versions, row_rules
 from distilspeed.trainer.errors import UserError
-from distilspeed.trainer.files import check_unoccupied
+from distilspeed.trainer.files import check_unoccupied, parents_made
 from distilspeed.trainer.sources import Source, dataset_source, file_source
 from distilspeed.trainer.unfinished import Recipe, UnfinishedCorpus, unfinished_corpus
 from distilspeed.trainer.workers import pack_documents
@@ -74,11 +72,16 @@ def prepare_corpus(arguments: CorpusArguments) -> Corpus:
         shard=shard,
         versions=installed_versions(),
     )
-    with (
-        _parents_made(arguments.output_dir),
-        unfinished_corpus(arguments.output_dir, recipe, arguments.resume) as build,
-    ):
-        _write_corpus(build, arguments, sources, tokenizer)
+    try:
+        with (
+            parents_made(arguments.output_dir),
+            unfinished_corpus(arguments.output_dir, recipe, arguments.resume) as build,
+        ):
+            _write_corpus(build, arguments, sources, tokenizer)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a tokenising process died, most often for lack of memory; try again with a smaller --num_proc"
+        ) from error
     return open_corpus(arguments.output_dir)
 
 
@@ -113,25 +116,6 @@ def _check_holds_text(source: Source) -> None:
     with contextlib.closing(source.documents()) as documents:
         if next(documents, None) is None:
             raise UserError(f"{source.record.name} holds no text; leave it out or fill it")
-
-
-@contextmanager
-def _parents_made(output_dir: Path) -> Iterator[None]:
-    """Make the folders above an output folder; those that stay empty go again. Failures become UserErrors."""
-    made = [folder for folder in output_dir.absolute().parents if not folder.exists()]
-    try:
-        output_dir.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {output_dir}: {error}; check free space and permissions") from error
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a tokenising process died, most often for lack of memory; try again with a smaller --num_proc"
-        ) from error
-    finally:
-        for parent in made:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
 
 
 def _write_corpus(
