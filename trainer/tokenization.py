@@ -24,7 +24,7 @@ _words = re.compile(r"[^ \n\t!-/:-@\[-`{-~]+|[!-/:-@\[-`{-~]").findall
 
 # Words remembered at most, and their characters; then it starts afresh. 94 MB of Gutenberg prose have 20 million
 # words: the library is asked for 3.5 % of them with 32768, 2.0 % with 65536, 1.2 % with 131072 and 0.8 % with
-# all remembered (November 2026). A remembered word costs about 200 bytes.
+# all remembered (November 2026).
 REMEMBERED_WORDS = 65_536
 REMEMBERED_CHARACTERS = 16 * REMEMBERED_WORDS
 # Words of letters and digits are encoded joined, this many at a time: a call costs more than a word.
