@@ -2,7 +2,8 @@
 
 Every source can be read in shards, each document in exactly one of them. Files of lines are divided by bytes, at
 line ends, and Parquet files by rows: a shard reads no text of the others. Of 94 MB of Gutenberg prose in 16 shards
-the largest is 0.5 % above the mean by bytes; by numbers of lines it would be 20 % (November 2026). Saved datasets are divided by rows and streamed ones as `datasets` divides them between nodes.
+the largest is 0.5 % above the mean by bytes; by numbers of lines it would be 20 % (November 2026). Saved
+datasets are divided by rows and streamed ones as `datasets` divides them between nodes.
 """
 
 import codecs
