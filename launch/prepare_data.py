@@ -4,6 +4,14 @@
         --seq_length 512 --output_dir corpora/mine
     python launch/prepare_data.py --dataset wikimedia/wikipedia:20231101.en --dataset bookcorpus/bookcorpus \\
         --tokenizer google-bert/bert-base-uncased --output_dir corpora/wikipedia_bookcorpus
+
+A build that is stopped or killed goes on with the same command and --resume. On a cluster, each task of a Slurm
+array (sbatch --array=0-15) prepares a shard, and a job after it merges them:
+
+    python launch/prepare_data.py --dataset wikimedia/wikipedia:20231101.en --resume \\
+        --tokenizer google-bert/bert-base-uncased --shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT \\
+        --output_dir corpora/wikipedia_shards/$SLURM_ARRAY_TASK_ID
+    python launch/prepare_data.py --merge corpora/wikipedia_shards/* --output_dir corpora/wikipedia
 """
 
 import argparse
@@ -11,8 +19,9 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from distilspeed.trainer.errors import CommandParser, quiet_libraries, run_command
+from distilspeed.trainer.errors import CommandParser, UserError, quiet_libraries, run_command
 
 
 def main() -> None:
@@ -20,11 +29,17 @@ def main() -> None:
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, _exit_and_clean_up)
     # Imported here because every tokenising process imports this file again, and has no use for torch.
-    from distilspeed.trainer.corpus import Corpus
+    from distilspeed.trainer.corpus import Shard
+    from distilspeed.trainer.merging import merge_shards
     from distilspeed.trainer.preparation import CorpusArguments, prepare_corpus
 
     quiet_libraries()
-    corpus: Corpus = prepare_corpus(CorpusArguments(**arguments))
+    if "merge" in arguments:
+        corpus = merge_shards(arguments["merge"], arguments["output_dir"])
+    else:
+        if "shard" in arguments:
+            arguments["shard"] = Shard(*arguments["shard"])
+        corpus = prepare_corpus(CorpusArguments(**arguments))
     counts, padding = corpus.manifest.counts, corpus.manifest.padding_fraction
     print(
         f"{corpus.path}: {counts.documents:,} documents in {counts.pieces:,} pieces; dropped "
@@ -35,7 +50,14 @@ def main() -> None:
     )
 
 
-def _parse_arguments() -> dict[str, object]:
+def _index_and_count(text: str) -> tuple[int, int]:
+    parts = text.split("/")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise UserError(f"--shard {text!r} is not I/N; give for example 0/16, the first of 16")
+    return int(parts[0]), int(parts[1])
+
+
+def _parse_arguments() -> dict[str, Any]:
     """The options given, by their names in ``CorpusArguments``; those left out keep its defaults."""
     parser = CommandParser(
         description=__doc__,
@@ -58,15 +80,30 @@ def _parse_arguments() -> dict[str, object]:
         metavar="NAME[:CONFIG[:SPLIT]]",
         help="hub dataset or local dataset folder; the split is train if not given; repeat to mix",
     )
-    add("--tokenizer", required=True, metavar="ID_OR_DIR", help="the teacher's: a hub name or a folder")
+    add("--tokenizer", metavar="ID_OR_DIR", help="the teacher's: a hub name or a folder")
     add("--seq_length", type=int, help="tokens a row (default 512)")
     add("--output_dir", required=True, type=Path, metavar="DIR", help="made by this command")
     add("--num_proc", type=int, metavar="N", help="tokenising processes (default: available cores)")
     add("--text_column", help="the field that holds the text (default text)")
     add("--held_out_fraction", type=float, help="share of the rows kept for evaluation (default 0.01)")
+    add(
+        "--shard",
+        type=_index_and_count,
+        metavar="I/N",
+        help="prepare part I, counted from 0, of N equal parts of every source",
+    )
+    add(
+        "--resume", action="store_true", help="go on with a build that was stopped or killed, if there is one"
+    )
+    add("--merge", nargs="+", type=Path, metavar="DIR", help="join all the shards of a corpus")
     add("--debug", action="store_true", help="show the traceback of an error")
     arguments = vars(parser.parse_args())
     arguments.pop("debug", None)
+    if "merge" in arguments:
+        if others := arguments.keys() - {"merge", "output_dir"}:
+            raise UserError(f"--merge takes --output_dir and nothing else; leave out --{min(others)}")
+    elif "tokenizer" not in arguments:
+        raise UserError("--tokenizer is missing; give the teacher's, a hub name or a folder")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
 
 

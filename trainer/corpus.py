@@ -44,6 +44,24 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class Shard:
+    """Part ``index`` (from 0) of the ``count`` that all sources are divided into; the default is all of them."""
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, things: int) -> range:
+        """Which of so many things, numbered from 0, are this shard's: every one is in exactly one shard."""
+        return range(things * self.index // self.count, things * (self.index + 1) // self.count)
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+WHOLE = Shard()
+
+
+@dataclass(frozen=True)
 class CorpusCounts:
     """How much was read and what became of it; tokens include ``[CLS]`` and ``[SEP]``, never padding."""
 
@@ -76,6 +94,7 @@ class Manifest:
     sources: tuple[SourceRecord, ...]
     versions: dict[str, str]
     files: tuple[FileRecord, ...]
+    shard: Shard = WHOLE  # what the first corpora of this format do not say
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
@@ -91,6 +110,7 @@ class Manifest:
                 "counts": CorpusCounts(**fields["counts"]),
                 "sources": tuple(SourceRecord(**source) for source in fields["sources"]),
                 "files": tuple(FileRecord(**file) for file in fields["files"]),
+                "shard": Shard(**fields.get("shard", {})),
             }
         )
 

@@ -1,5 +1,6 @@
 """Writing files so that a reader never sees half of one."""
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -24,7 +25,22 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
-    _sync_one(path.parent)
+    sync(path.parent)
+
+
+@contextmanager
+def parents_made(output_dir: Path) -> Iterator[None]:
+    """Make the folders above an output folder; those that stay empty go again. ``OSError`` becomes UserError."""
+    made = [folder for folder in output_dir.absolute().parents if not folder.exists()]
+    try:
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {output_dir}: {error}; check free space and permissions") from error
+    finally:
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
 
 
 @contextmanager
@@ -33,24 +49,26 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
     beside = Path(tempfile.mkdtemp(prefix=f"{path.name}.incomplete-", dir=path.parent))
     try:
         yield beside
-        _sync(beside)
+        sync_tree(beside)
         # mkdtemp makes folders that only their owner may read; an output folder follows the umask.
         umask = os.umask(0)
         os.umask(umask)
         beside.chmod(0o777 & ~umask)
         beside.rename(path)
-        _sync_one(path.parent)
+        sync(path.parent)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
 
 
-def _sync(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """Have a folder and all that is in it on disk."""
     for path in [folder, *folder.rglob("*")]:
-        _sync_one(path)
+        sync(path)
 
 
-def _sync_one(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have one file, or a folder's list of files, on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

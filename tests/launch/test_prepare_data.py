@@ -94,6 +94,49 @@ def test_text_becomes_a_corpus_and_a_summary(
     assert f"{manifest.padding_fraction:.2%}" in output
 
 
+def test_shards_are_prepared_and_merged(
+    reference_text: Path, small_tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    folders = [tmp_path / f"shard{index}" for index in range(2)]
+    for index, folder in enumerate(folders):
+        options = ["--shard", f"{index}/2", "--resume", "--output_dir", folder]
+        status, _, errors = run("--text", reference_text, "--tokenizer", small_tokenizer_dir, *options)
+        assert (status, errors) == (0, "")
+    status, output, errors = run("--merge", *folders, "--output_dir", tmp_path / "corpus")
+    assert (status, errors) == (0, "")
+    counts = open_corpus(tmp_path / "corpus", verify_checksums=True).manifest.counts
+    assert counts.documents == len(reference_text.read_text(encoding="utf-8").splitlines())
+    assert f"{counts.documents:,} documents" in output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--merge", "a", "b", "--seq_length", "64"],
+            "--merge takes --output_dir and nothing else; leave out --seq",
+        ),
+        (["--text", "a.txt"], "--tokenizer is missing; give the teacher's"),
+        (
+            ["--text", "a.txt", "--tokenizer", "b", "--shard", "/"],
+            "--shard '/' is not I/N; give for example 0/16",
+        ),
+        (
+            ["--text", "a.txt", "--tokenizer", "b", "--shard", "4/4"],
+            "there is no shard 4/4; shards are counted from 0",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    tmp_path: Path, options: list[str], message: str
+) -> None:
+    status, output, errors = run(*options, "--output_dir", tmp_path / "corpus")
+    assert (status, output) == (2, "")
+    assert errors.startswith(f"error: {message}")
+    assert errors.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -137,7 +180,7 @@ def test_killing_it_leaves_no_corpus_and_no_process(
     process.communicate(timeout=PATIENCE)
     wait_until(lambda: not any(map(is_running, workers)))
     [left] = output_dir.parent.iterdir()
-    assert left.name.startswith("corpus.incomplete-")
+    assert left.name == "corpus.incomplete"
     for folder in (output_dir, left):
         with pytest.raises(UserError, match="is not a prepared corpus"):
             open_corpus(folder)

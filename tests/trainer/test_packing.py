@@ -1,30 +1,21 @@
-"""Splitting documents into pieces, packing pieces into rows, and the processes that tokenise."""
+"""Cutting documents into pieces, and packing pieces into rows."""
 
-import contextlib
 import itertools
-import multiprocessing
-from collections.abc import Iterator
-from pathlib import Path
+from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
 
-from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.packing import (
-    CHARACTERS_PER_TASK,
-    DOCUMENTS_PER_TASK,
-    TASKS_PER_WORKER,
-    PieceBatch,
-    PieceRules,
-    keep_pieces,
+    Pieces,
+    RowRules,
+    cut_into_pieces,
     lay_out_rows,
     pack_best_fit_decreasing,
-    split_into_pieces,
-    tokenize_documents,
 )
+from distilspeed.trainer.tokenization import TokenizedDocuments
 
 CLS, SEP, UNK, PAD = 101, 102, 100, 0
 
@@ -33,8 +24,23 @@ capacities_and_lengths = st.integers(1, 600).flatmap(
 )
 
 
-def rules(seq_length: int) -> PieceRules:
-    return PieceRules(seq_length, cls_id=CLS, sep_id=SEP, unk_id=UNK, dtype="uint16")
+def rules(seq_length: int) -> RowRules:
+    return RowRules(seq_length, PAD, CLS, SEP, UNK, special_ids=(PAD, UNK, CLS, SEP), dtype="uint16")
+
+
+def tokenized(documents: list[list[int]]) -> TokenizedDocuments:
+    return TokenizedDocuments(
+        np.array([token for document in documents for token in document], dtype=np.int32),
+        np.array([len(document) for document in documents], dtype=np.int64),
+    )
+
+
+def as_lists(pieces: Pieces) -> list[list[int]]:
+    """Each piece without its brackets."""
+    return [
+        pieces.tokens[start : start + length - 2].tolist()
+        for start, length in zip(pieces.starts.tolist(), pieces.lengths.tolist(), strict=True)
+    ]
 
 
 @given(capacities_and_lengths)
@@ -84,109 +90,61 @@ def test_a_length_no_row_can_hold_is_refused(length: int) -> None:
         pack_best_fit_decreasing([length], 10)
 
 
-@given(st.lists(st.integers(200, 60_000), max_size=300), st.integers(16, 64))
-def test_a_long_document_is_cut_into_bracketed_pieces_that_lose_nothing(
-    document: list[int], seq_length: int
-) -> None:
-    pieces = split_into_pieces(document, rules(seq_length))
-    assert all(piece[0] == CLS and piece[-1] == SEP and len(piece) <= seq_length for piece in pieces)
-    assert all(len(piece) == seq_length for piece in pieces[:-1])
-    assert [token for piece in pieces for token in piece[1:-1]] == document
+@given(
+    st.lists(st.lists(st.sampled_from([UNK, 7, 8, 60_000]), max_size=200), max_size=20), st.integers(16, 64)
+)
+def test_documents_are_cut_and_dropped_by_the_definition(documents: list[list[int]], seq_length: int) -> None:
+    room = seq_length - 2
+    cut = [document[i : i + room] for document in documents for i in range(0, len(document), room)]
+    long_enough = [piece for piece in cut if len(piece) + 2 > 11]
+    known = [piece for piece in long_enough if piece.count(UNK) < (len(piece) + 2) / 2]
+    pieces = cut_into_pieces(tokenized(documents), rules(seq_length))
+    assert as_lists(pieces) == known
+    assert pieces.dropped_short == len(cut) - len(long_enough)
+    assert pieces.dropped_unknown == len(long_enough) - len(known)
 
 
 def test_pieces_of_up_to_eleven_tokens_are_dropped() -> None:
-    batch = keep_pieces([[7] * 9, [7] * 10, []], rules(64))
-    assert (batch.lengths.tolist(), batch.dropped_short, batch.dropped_unknown) == ([12], 1, 0)
-    assert batch.documents == 3
+    pieces = cut_into_pieces(tokenized([[7] * 9, [7] * 10, []]), rules(64))
+    assert (pieces.lengths.tolist(), pieces.dropped_short, pieces.dropped_unknown) == ([12], 1, 0)
 
 
 def test_pieces_at_least_half_unknown_are_dropped() -> None:
     half, less = [UNK] * 10 + [7] * 8, [UNK] * 9 + [7] * 9  # of 20 tokens, special ones counted
-    batch = keep_pieces([half, less], rules(64))
-    assert (batch.dropped_unknown, batch.dropped_short) == (1, 0)
-    assert batch.tokens.tolist() == [CLS, *less, SEP]
+    pieces = cut_into_pieces(tokenized([half, less]), rules(64))
+    assert (pieces.dropped_unknown, pieces.dropped_short) == (1, 0)
+    assert as_lists(pieces) == [less]
 
 
 def test_rows_hold_their_pieces_then_padding() -> None:
-    pieces = [np.array([CLS, 7, SEP], dtype=np.uint16), np.array([CLS, 8, 9, SEP], dtype=np.uint16)]
-    packed = lay_out_rows([[pieces[1], pieces[0]], [pieces[0]]], seq_length=8, pad_id=PAD)
+    pieces = Pieces(np.array([7, 8, UNK], dtype=np.int32), np.array([0, 1]), np.array([3, 4]), 0, 0)
+    packed = lay_out_rows(pieces, [[1, 0], [0]], rules(8))
     assert packed.input_ids.dtype == np.uint16
     assert packed.input_ids.tolist() == [
-        [CLS, 8, 9, SEP, CLS, 7, SEP, PAD],
+        [CLS, 8, UNK, SEP, CLS, 7, SEP, PAD],
         [CLS, 7, SEP, PAD, PAD, PAD, PAD, PAD],
     ]
     assert packed.piece_lengths.tolist() == [4, 3, 3]
     assert packed.pieces_per_row.tolist() == [2, 1]
     assert packed.real_tokens.tolist() == [7, 3]
+    assert packed.maskable_tokens.tolist() == [2, 1]
 
 
-# --- the processes --------------------------------------------------------------------------------------
-
-
-def tokenize(documents: Iterator[str] | list[str], tokenizer: Path, num_proc: int) -> list[PieceBatch]:
-    backend = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
-    small = PieceRules(64, *(backend.token_to_id(token) for token in ("[CLS]", "[SEP]", "[UNK]")), "uint16")
-    with contextlib.closing(tokenize_documents(documents, backend.to_str(), small, num_proc)) as batches:
-        return list(batches)
-
-
-def test_the_batches_are_the_same_however_many_processes(
-    reference_text: Path, small_tokenizer_dir: Path
+@given(st.lists(st.lists(st.integers(200, 300), min_size=10, max_size=100), max_size=30), st.data())
+def test_rows_hold_every_piece_once_and_any_of_them_can_be_selected(
+    documents: list[list[int]], data: st.DataObject
 ) -> None:
-    documents = reference_text.read_text(encoding="utf-8").splitlines()
-    one, three = (tokenize(documents, small_tokenizer_dir, num_proc) for num_proc in (1, 3))
-    assert len(one) == len(three) > 3
-    for single, parallel in zip(one, three, strict=True):
-        np.testing.assert_array_equal(single.tokens, parallel.tokens)
-        np.testing.assert_array_equal(single.lengths, parallel.lengths)
-
-
-@pytest.mark.parametrize("seq_length", [128, 512])
-def test_padding_of_real_prose_stays_under_two_percent(
-    reference_text: Path, small_tokenizer_dir: Path, seq_length: int
-) -> None:
-    backend = Tokenizer.from_file(str(small_tokenizer_dir / "tokenizer.json"))
-    encodings = backend.encode_batch_fast(reference_text.read_text().splitlines(), add_special_tokens=False)
-    lengths = keep_pieces((encoding.ids for encoding in encodings), rules(seq_length)).lengths.tolist()
-    rows = pack_best_fit_decreasing(lengths, seq_length)
-    assert 1 - sum(lengths) / (len(rows) * seq_length) < 0.02
-
-
-def test_special_tokens_spelled_in_a_text_stay_text(small_tokenizer_dir: Path) -> None:
-    backend = Tokenizer.from_file(str(small_tokenizer_dir / "tokenizer.json"))
-    [batch] = tokenize(["the [MASK] and the [PAD] of a [SEP] in a [CLS]"], small_tokenizer_dir, num_proc=1)
-    special = {backend.token_to_id(token) for token in ("[MASK]", "[PAD]", "[SEP]", "[CLS]")}
-    assert special.isdisjoint(batch.tokens[1:-1].tolist())
-
-
-def test_documents_are_read_no_further_than_the_queue_is_long(small_tokenizer_dir: Path) -> None:
-    read = 0
-
-    def endless() -> Iterator[str]:
-        nonlocal read
-        while True:
-            read += 1
-            yield "the statement is executed when the expression is found to be true"
-
-    backend = Tokenizer.from_file(str(small_tokenizer_dir / "tokenizer.json"))
-    batches = tokenize_documents(endless(), backend.to_str(), rules(64), num_proc=2)
-    with contextlib.closing(batches):
-        next(batches)
-        assert read <= DOCUMENTS_PER_TASK * TASKS_PER_WORKER * 2
-
-
-def test_a_task_is_bounded_in_characters_too(small_tokenizer_dir: Path) -> None:
-    batches = tokenize(["word " * (CHARACTERS_PER_TASK // 5)] * 3, small_tokenizer_dir, num_proc=1)
-    assert [batch.documents for batch in batches] == [1, 1, 1]
-
-
-def test_a_killed_process_ends_the_work_with_an_error(small_tokenizer_dir: Path) -> None:
-    def killing() -> Iterator[str]:
-        for number in range(100 * DOCUMENTS_PER_TASK):
-            if number == 10 * DOCUMENTS_PER_TASK:
-                for child in multiprocessing.active_children():
-                    child.kill()
-            yield "the statement is executed when the expression is found to be true"
-
-    with pytest.raises(UserError, match="process died"):
-        tokenize(killing(), small_tokenizer_dir, num_proc=2)
+    pieces = cut_into_pieces(tokenized(documents), rules(32))
+    packed = lay_out_rows(pieces, pack_best_fit_decreasing(pieces.lengths.tolist(), 32), rules(32))
+    rows = len(packed.input_ids)
+    chosen = np.array(data.draw(st.lists(st.booleans(), min_size=rows, max_size=rows)), dtype=bool)
+    found: Counter[tuple[int, ...]] = Counter()
+    for part in (packed.select(chosen), packed.select(~chosen)):
+        ends = np.cumsum(part.pieces_per_row)
+        for row, lengths, real in zip(
+            part.input_ids, np.split(part.piece_lengths, ends)[:-1], part.real_tokens, strict=True
+        ):
+            assert lengths.sum() == real
+            assert (row[real:] == PAD).all()
+            found.update(tuple(piece.tolist()) for piece in np.split(row, np.cumsum(lengths))[:-1])
+    assert found == Counter((CLS, *piece, SEP) for piece in as_lists(pieces))

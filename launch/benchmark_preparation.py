@@ -1,0 +1,242 @@
+"""Measure launch/prepare_data.py against DistilBERT's own preparation: time, tokens/s and memory of the same text.
+
+    python launch/benchmark_preparation.py --text gutenberg.txt --tokenizer google-bert/bert-base-uncased \\
+        --output launch/benchmarks/preparation.json
+
+The original recipe encodes a line at a time, keeps all of them, shuffles, pickles, and counts the tokens from the
+pickle. Both run as a command of their own, in turns: seconds are those of the whole command, imports included, and
+memory is the highest sum of its processes' resident sets, looked at ten times a second; a page that several of them
+share counts in each.
+"""
+
+import argparse
+import json
+import pickle
+import random
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from distilspeed.trainer.errors import CommandParser, UserError, run_command
+from distilspeed.trainer.files import write_text
+
+SECONDS_BETWEEN_LOOKS = 0.1
+SMALL_TEXT_BYTES = 10_000_000  # the text whose memory is compared with that of all the text
+
+
+@dataclass(frozen=True)
+class Round:
+    """One run of one command; ``of_counting``: seconds of the original's second script, token_counts.py."""
+
+    seconds: float
+    of_counting: float
+    tokens: int
+    peak_memory_bytes: int
+    tokenizer_class: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rounds of both on the same text, in turns."""
+
+    text_bytes: int
+    original: list[Round]
+    ours: list[Round]
+
+    def ratio(self) -> float:
+        """How many times faster ours is: the median of the rounds."""
+        return statistics.median(before.seconds / now.seconds for before, now in self._pairs())
+
+    def ratio_without_counting(self) -> float:
+        """The same, the original's counting left out of its seconds."""
+        return statistics.median(
+            (before.seconds - before.of_counting) / now.seconds for before, now in self._pairs()
+        )
+
+    def _pairs(self) -> list[tuple[Round, Round]]:
+        return list(zip(self.original, self.ours, strict=True))
+
+
+def original_recipe(text: Path, tokenizer_name: str, output_dir: Path) -> None:
+    """Lines to a pickle of token ids and one of counts; prints what :class:`Round` needs of it."""
+    import numpy as np
+    from transformers import BertTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # a warning that a line is longer than the model's rows
+    tokenizer = BertTokenizer.from_pretrained(tokenizer_name)
+    cls, sep = tokenizer.cls_token, tokenizer.sep_token
+    with text.open(encoding="utf-8") as file:
+        lines = file.readlines()
+    encoded = []
+    for line in lines:
+        encoded.append(tokenizer.encode(f"{cls} {line.strip()} {sep}", add_special_tokens=False))
+    sequences = [np.uint16(token_ids) for token_ids in encoded]
+    random.shuffle(sequences)
+    with (output_dir / "sequences.pickle").open("wb") as file:
+        pickle.dump(sequences, file, protocol=pickle.HIGHEST_PROTOCOL)
+
+    before_counting = time.perf_counter()
+    with (output_dir / "sequences.pickle").open("rb") as file:
+        sequences = pickle.load(file)
+    counter: Counter[int] = Counter()
+    for sequence in sequences:
+        counter.update(sequence)
+    counts = [counter[token] for token in range(tokenizer.vocab_size)]
+    with (output_dir / "counts.pickle").open("wb") as file:
+        pickle.dump(counts, file, protocol=pickle.HIGHEST_PROTOCOL)
+    print(json.dumps([sum(counts), time.perf_counter() - before_counting, class_of(tokenizer)]))
+
+
+def class_of(tokenizer: object) -> str:
+    bases = [base.__name__ for base in type(tokenizer).__mro__[1:3]]
+    return f"{type(tokenizer).__module__}.{type(tokenizer).__name__} ({', '.join(bases)})"
+
+
+def run_original(text: Path, tokenizer: str, folder: Path) -> Round:
+    seconds, peak, output = _run([str(Path(__file__)), "original", str(text), tokenizer, str(folder)])
+    tokens, of_counting, tokenizer_class = json.loads(output.splitlines()[-1])
+    return Round(seconds, of_counting, tokens, peak, tokenizer_class)
+
+
+def run_ours(text: Path, tokenizer: str, folder: Path, seq_length: int, num_proc: int) -> Round:
+    from distilspeed.trainer.corpus import open_corpus
+
+    command = [
+        str(Path(__file__).with_name("prepare_data.py")),
+        "--text",
+        str(text),
+        "--tokenizer",
+        tokenizer,
+    ]
+    command += ["--seq_length", str(seq_length), "--num_proc", str(num_proc)]
+    seconds, peak, _ = _run([*command, "--output_dir", str(folder / "corpus")])
+    corpus = open_corpus(folder / "corpus")
+    counts = corpus.manifest.counts
+    tokens = counts.train_tokens + counts.held_out_tokens
+    return Round(seconds, 0.0, tokens, peak, class_of(corpus.load_tokenizer()))
+
+
+def _run(command: list[str]) -> tuple[float, int, str]:
+    """Run a Python command; its seconds, the peak memory of its processes in bytes, what it printed."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, _memory_of_tree(process.pid))
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    seconds = time.perf_counter() - start
+    output = process.stdout.read() if process.stdout else ""
+    if process.returncode:
+        raise UserError(
+            f"{' '.join(command[:2])} failed with status {process.returncode}; see its error above"
+        )
+    return seconds, peak, output
+
+
+def _memory_of_tree(pid: int) -> int:
+    """Resident bytes of a process and all below it."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+        children = [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+    except OSError:  # it ended while it was looked at
+        return 0
+    return pages * resource.getpagesize() + sum(map(_memory_of_tree, children))
+
+
+def compare(options: argparse.Namespace) -> list[Comparison]:
+    with tempfile.TemporaryDirectory() as work:
+        small = Path(work) / "small.txt"
+        with options.text.open("rb") as file:
+            small.write_bytes(file.read(SMALL_TEXT_BYTES).rpartition(b"\n")[0] + b"\n")
+        texts = [small, options.text] if options.text.stat().st_size > SMALL_TEXT_BYTES else [options.text]
+        comparisons = [Comparison(text.stat().st_size, [], []) for text in texts]
+        for _ in range(options.rounds):
+            for text, comparison in zip(texts, comparisons, strict=True):
+                folder = Path(work) / "run"
+                folder.mkdir()
+                comparison.original.append(run_original(text, options.tokenizer, folder))
+                comparison.ours.append(
+                    run_ours(text, options.tokenizer, folder, options.seq_length, options.num_proc)
+                )
+                shutil.rmtree(folder)
+    return comparisons
+
+
+def table(comparisons: list[Comparison]) -> str:
+    lines = [f"{'text':>8} {'':9} {'seconds':>8} {'tokens':>12} {'tokens/s':>10} {'peak memory':>12}"]
+    for comparison in comparisons:
+        for name, rounds in (("original", comparison.original), ("ours", comparison.ours)):
+            seconds = statistics.median(one.seconds for one in rounds)
+            peak = max(one.peak_memory_bytes for one in rounds)
+            lines.append(
+                f"{comparison.text_bytes / 1e6:>5.0f} MB {name:9} {seconds:>8.1f} {rounds[0].tokens:>12,} "
+                f"{rounds[0].tokens / seconds:>10,.0f} {peak / 2**20:>8.0f} MiB"
+            )
+        lines.append(
+            f"{'':8} {comparison.ratio():.1f} times faster; {comparison.ratio_without_counting():.1f} times "
+            "without the original's counting"
+        )
+    classes = {one.tokenizer_class for comparison in comparisons for one in comparison.original}
+    return "\n".join([*lines, f"original's tokenizer: {', '.join(sorted(classes))}"])
+
+
+def main() -> None:
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--text", type=Path, required=True, metavar="FILE", help="text, a document a line")
+    add("--tokenizer", required=True, metavar="ID_OR_DIR", help="BERT's: a hub name or a folder")
+    add("--seq_length", type=int, default=128, help="of our rows (default 128)")
+    add("--num_proc", type=int, default=2, metavar="N", help="our processes (default 2)")
+    add("--rounds", type=int, default=3, metavar="N", help="of both, in turns (default 3)")
+    add("--output", type=Path, metavar="FILE", help="also write it as JSON")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args()
+    if not options.text.is_file():
+        raise UserError(f"the text file {options.text} does not exist; check --text")
+    if options.rounds < 1:
+        raise UserError(f"--rounds {options.rounds} is below 1; give at least 1")
+    # After the parsing, because importing torch takes seconds.
+    import torch
+
+    from distilspeed.kernels.profiling.machine import Machine
+    from distilspeed.trainer.corpus_writer import installed_versions
+
+    machine = Machine.here(torch.device("cpu"))
+    comparisons = compare(options)
+    print(f"{table(comparisons)}\n{machine.cpu}, {machine.cores} cores; {machine.date}")
+    if options.output:
+        record = {
+            "text": options.text.name,
+            "seq_length": options.seq_length,
+            "num_proc": options.num_proc,
+            "comparisons": [
+                asdict(comparison)
+                | {"ratio": comparison.ratio(), "ratio_without_counting": comparison.ratio_without_counting()}
+                for comparison in comparisons
+            ],
+            "seconds_are": "of the whole command, imports included",
+            "memory_is": f"highest sum of the processes' resident sets, every {SECONDS_BETWEEN_LOOKS} s",
+            "versions": installed_versions(),
+            "machine": asdict(machine) | {"command": _without_folders(machine.command)},
+        }
+        write_text(options.output, json.dumps(record, indent=2) + "\n")
+
+
+def _without_folders(command: str) -> str:
+    return " ".join(Path(word).name if word.startswith("/") else word for word in command.split())
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["original"]:
+        original_recipe(Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))
+    else:
+        run_command(main)

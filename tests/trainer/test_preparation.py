@@ -1,0 +1,258 @@
+"""Preparing a corpus: what is in it, what is refused, and that nothing half made is left."""
+
+import errno
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from transformers import AutoTokenizer, BertTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+
+from distilspeed.trainer import corpus_writer
+from distilspeed.trainer.corpus import Corpus
+from distilspeed.trainer.corpus_writer import is_held_out
+from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.preparation import CorpusArguments, prepare_corpus
+
+PiecesOf = Callable[[datasets.Dataset], list[tuple[int, ...]]]
+SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+TEACHER = SHARED_DATA / "teacher-minilm"
+needs_teacher = pytest.mark.skipif(not TEACHER.is_dir(), reason="needs ../shared/data/teacher-minilm")
+
+# --- what is in a corpus --------------------------------------------------------------------------------
+
+
+def test_train_and_held_out_hold_every_piece_of_the_text_once(
+    small_corpus_dir: Path, corpus: Corpus, pieces_of: PiecesOf
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(small_corpus_dir / "tokenizer")
+    expected: Counter[tuple[int, ...]] = Counter()
+    for line in (small_corpus_dir.parent / "reference.txt").read_text(encoding="utf-8").splitlines():
+        token_ids = tokenizer(line, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        for start in range(0, len(token_ids), 62):
+            part = token_ids[start : start + 62]
+            if len(part) >= 10:
+                expected[(tokenizer.cls_token_id, *part, tokenizer.sep_token_id)] += 1
+    assert corpus.manifest.counts.dropped_unknown == 0
+    assert Counter(pieces_of(corpus.train) + pieces_of(corpus.held_out)) == expected
+    assert corpus.manifest.counts.pieces == expected.total()
+
+
+def test_the_columns_of_a_row_agree(corpus: Corpus) -> None:
+    special = set(corpus.load_tokenizer().all_special_ids)
+    for row in [*corpus.train, *corpus.held_out]:
+        real = sum(row["document_lengths"])
+        assert row["real_tokens"] == real
+        assert row["input_ids"][real:] == [corpus.manifest.pad_id] * (64 - real)
+        assert corpus.manifest.pad_id not in row["input_ids"][:real]
+        assert row["maskable_tokens"] == sum(token not in special for token in row["input_ids"][:real])
+
+
+def test_rows_are_stored_small_and_read_by_datasets_alone(small_corpus_dir: Path) -> None:
+    train = datasets.load_from_disk(str(small_corpus_dir / "train"))
+    assert train.features["input_ids"] == datasets.List(datasets.Value("uint16"), length=64)
+    assert train.cache_files, "the rows are mapped from the file, not held in memory"
+
+
+def test_token_counts_are_those_of_the_real_tokens_of_train(corpus: Corpus, pieces_of: PiecesOf) -> None:
+    counted = Counter(token for piece in pieces_of(corpus.train) for token in piece)
+    assert corpus.token_counts.dtype == np.int64
+    assert corpus.token_counts.shape == (corpus.manifest.vocab_size,)
+    assert {token: count for token, count in enumerate(corpus.token_counts) if count} == counted
+
+
+def test_the_manifest_counts_what_is_there(corpus: Corpus) -> None:
+    counts = corpus.manifest.counts
+    assert (counts.train_rows, counts.held_out_rows) == (len(corpus.train), len(corpus.held_out))
+    assert counts.train_tokens == sum(corpus.train["real_tokens"]) == corpus.token_counts.sum()
+    assert counts.held_out_tokens == sum(corpus.held_out["real_tokens"])
+    real = counts.train_tokens + counts.held_out_tokens
+    places = 64 * (counts.train_rows + counts.held_out_rows)
+    assert corpus.manifest.padding_fraction == pytest.approx((places - real) / places)
+    assert corpus.manifest.padding_fraction < 0.02
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 1 / 3, 0.499])
+def test_held_out_rows_are_the_share_asked_for(fraction: float) -> None:
+    for rows in (2, 10, 999, 10_000):
+        held_out = sum(is_held_out(row, fraction) for row in range(rows))
+        assert 1 <= held_out < rows
+        assert abs(held_out - rows * fraction) <= 1
+
+
+def test_the_same_bytes_however_many_processes(arguments: CorpusArguments, tmp_path: Path) -> None:
+    prepare_corpus(arguments)
+    prepare_corpus(replace(arguments, num_proc=2, output_dir=tmp_path / "other"))
+    files = [path for path in arguments.output_dir.rglob("*") if path.is_file()]
+    assert len(files) >= 9
+    for path in files:
+        other = tmp_path / "other" / path.relative_to(arguments.output_dir)
+        assert path.read_bytes() == other.read_bytes(), path
+
+
+def test_a_corpus_says_nothing_about_the_machine(arguments: CorpusArguments, tmp_path: Path) -> None:
+    corpus = prepare_corpus(arguments)
+    assert corpus.manifest.sources[0].name == "some.txt"
+    assert corpus.manifest.sources[0].bytes == arguments.text[0].stat().st_size
+    for path in corpus.path.rglob("*"):
+        assert not path.is_file() or str(tmp_path.parent).encode() not in path.read_bytes(), path
+
+
+@needs_teacher
+@pytest.mark.parametrize("seq_length", [128, 512])
+def test_speeches_with_a_real_teachers_tokenizer_have_under_two_percent_padding(
+    tmp_path: Path, seq_length: int
+) -> None:
+    corpus = prepare_corpus(
+        CorpusArguments(
+            tokenizer=str(TEACHER),
+            text=(SHARED_DATA / "corpus" / "inaugural.txt",),
+            output_dir=tmp_path / "corpus",
+            seq_length=seq_length,
+        )
+    )
+    assert corpus.manifest.padding_fraction < 0.02
+    assert corpus.load_tokenizer().decode(corpus.train[0]["input_ids"]).startswith("[CLS] ")
+
+
+def test_a_large_vocabulary_gets_wider_ids(arguments: CorpusArguments, tmp_path: Path) -> None:
+    vocabulary = (Path(arguments.tokenizer) / "vocab.txt").read_text(encoding="utf-8")
+    unheard = "".join(f"unheard{number}\n" for number in range(66_000))
+    (tmp_path / "vocab.txt").write_text(vocabulary + unheard, encoding="utf-8")
+    BertTokenizer(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "large")
+    corpus = prepare_corpus(replace(arguments, tokenizer=str(tmp_path / "large")))
+    assert corpus.train.features["input_ids"] == datasets.List(datasets.Value("int32"), length=64)
+    assert len(corpus.token_counts) == corpus.manifest.vocab_size > 1 << 16
+
+
+def test_sources_are_mixed_in_the_order_given(arguments: CorpusArguments, tmp_path: Path) -> None:
+    [text] = arguments.text
+    folder = tmp_path / "more"
+    datasets.Dataset.from_dict(
+        {"text": ["a statement of which no other text knows anything " * 3]}
+    ).save_to_disk(str(folder))
+    corpus = prepare_corpus(replace(arguments, text=(text, text), dataset=(str(folder),)))
+    assert [source.name for source in corpus.manifest.sources] == ["some.txt", "some.txt", "more"]
+    assert corpus.manifest.counts.documents == 201
+
+
+# --- what is refused, leaving nothing behind --------------------------------------------------------------
+
+
+def check_refused(arguments: CorpusArguments, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare_corpus(arguments)
+    assert not arguments.output_dir.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text": ()}, "--text or --dataset"),
+        ({"num_proc": 0}, "--num_proc 0"),
+        ({"seq_length": 15}, "between 16 and .* 512"),
+        ({"seq_length": 513}, "between 16 and .* 512"),
+        ({"held_out_fraction": 0.0}, "held_out_fraction 0.0"),
+        ({"held_out_fraction": 0.5}, "held_out_fraction 0.5"),
+        ({"text": (Path("nowhere.txt"),)}, "nowhere.txt does not exist"),
+        ({"dataset": ("a:b:c:d",)}, r"not NAME\[:CONFIG\[:SPLIT\]\]"),
+        ({"dataset": ("",)}, "names no dataset"),
+        ({"tokenizer": "./nowhere"}, "tokenizer ./nowhere cannot be loaded"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(
+    arguments: CorpusArguments, changes: dict[str, object], message: str
+) -> None:
+    check_refused(replace(arguments, **changes), message)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"", "empty.txt is empty"),
+        ("blank.txt", b"\n \n", "blank.txt holds no text"),
+        (
+            "latin.txt",
+            b"a" * (1 << 20) + "Stra\xdfe".encode("latin-1"),
+            f"not UTF-8 at byte {(1 << 20) + 4};",
+        ),
+        ("cut.txt", b"abc\xe2\x82", "not UTF-8 at byte 3;"),
+        ("few.txt", b"one two three four five six seven eight nine ten eleven\n", "fills 1 row"),
+        ("other.jsonl", b'{"body": "a"}\n', "line 1 has no field 'text' but body;"),
+        ("other.json", b'[{"body": "a"}]', "record 1 has no field 'text' but body;"),
+        ("later.jsonl", b'{"text": "a"}\n{"body": "a"}\n', "line 2 has no field"),
+        ("number.jsonl", b'{"text": 3}\n', "holds int where text is expected"),
+        ("list.jsonl", b'"text"\n', "line 1 is not an object"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
+        ("broken.json", b'[{"text": "a"}', "broken.json is not JSON"),
+        ("broken.parquet", b"PAR1", "cannot be read as Parquet"),
+    ],
+)
+def test_files_that_hold_no_text_are_refused(
+    arguments: CorpusArguments, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    check_refused(replace(arguments, text=(tmp_path / name,)), message)
+
+
+def test_datasets_without_the_text_column_are_refused(arguments: CorpusArguments, tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    records = datasets.Dataset.from_dict({"body": ["a"]})
+    records.save_to_disk(str(folder))
+    records.to_parquet(tmp_path / "body.parquet")
+    check_refused(replace(arguments, dataset=(str(folder),)), "has no field 'text' but body")
+    check_refused(replace(arguments, dataset=(f"{folder}::test",)), "without splits")
+    check_refused(replace(arguments, text=(tmp_path / "body.parquet",)), "has no field 'text' but body")
+
+
+def test_datasets_that_cannot_be_read_are_refused(
+    arguments: CorpusArguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "void").mkdir()
+    check_refused(replace(arguments, dataset=("nobody/nothing",)), "dataset nobody/nothing cannot be read")
+    check_refused(replace(arguments, dataset=(str(tmp_path / "void"),)), "void cannot be read")
+    check_refused(replace(arguments, dataset=(str(arguments.text[0]),)), "is a file; give it as --text")
+
+
+def test_a_slow_tokenizer_is_refused(arguments: CorpusArguments, tmp_path: Path) -> None:
+    ByT5Tokenizer().save_pretrained(tmp_path / "slow")
+    check_refused(replace(arguments, tokenizer=str(tmp_path / "slow")), "no fast tokenizer")
+
+
+def test_a_tokenizer_without_a_mask_is_refused(arguments: CorpusArguments, tmp_path: Path) -> None:
+    bare = PreTrainedTokenizerFast(
+        tokenizer_file=str(Path(arguments.tokenizer) / "tokenizer.json"), unk_token="[UNK]", pad_token="[PAD]"
+    )
+    bare.save_pretrained(tmp_path / "bare")
+    check_refused(replace(arguments, tokenizer=str(tmp_path / "bare")), "no cls, sep, mask token")
+
+
+def test_an_output_folder_in_use_is_left_alone(arguments: CorpusArguments) -> None:
+    arguments.output_dir.mkdir(parents=True)
+    (arguments.output_dir / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        prepare_corpus(arguments)
+    assert [path.name for path in arguments.output_dir.parent.rglob("*")] == ["corpus", "notes.txt"]
+
+
+def test_an_empty_output_folder_is_filled(arguments: CorpusArguments) -> None:
+    arguments.output_dir.mkdir(parents=True)
+    assert prepare_corpus(arguments).path == arguments.output_dir
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_failure_while_writing_leaves_nothing(
+    arguments: CorpusArguments, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    def fail(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(corpus_writer.SplitWriter, "write", fail)
+    with pytest.raises(UserError if isinstance(failure, OSError) else KeyboardInterrupt):
+        prepare_corpus(arguments)
+    assert not arguments.output_dir.parent.exists()

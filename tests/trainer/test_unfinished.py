@@ -1,0 +1,208 @@
+"""Builds that are killed and gone on with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from distilspeed.trainer import unfinished, workers
+from distilspeed.trainer.corpus_writer import RowWriter
+from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.preparation import CorpusArguments, prepare_corpus
+
+PATIENCE = 60.0  # seconds until a test gives up waiting
+
+# The build in a process of its own, in small batches, recording its progress after each of them.
+BUILD = """
+import pathlib, sys
+from distilspeed.trainer import preparation, unfinished, workers
+
+if __name__ == "__main__":
+    workers.BATCH_CHARACTERS, unfinished.SECONDS_BETWEEN_RECORDS = 20_000, 0
+    text, tokenizer, output_dir, kill_at = sys.argv[1:]
+    if kill_at == "before the rename":
+        unfinished.sync_tree = lambda folder: __import__("os").kill(__import__("os").getpid(), 9)
+    preparation.prepare_corpus(
+        preparation.CorpusArguments(
+            text=(pathlib.Path(text),), tokenizer=tokenizer, output_dir=pathlib.Path(output_dir),
+            seq_length=64, held_out_fraction=0.1, num_proc=1, resume=True,
+        )
+    )
+"""
+
+
+@pytest.fixture
+def arguments(
+    arguments: CorpusArguments, reference_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> CorpusArguments:
+    """A build of some forty batches."""
+    monkeypatch.setattr(workers, "BATCH_CHARACTERS", 20_000)
+    monkeypatch.setattr(unfinished, "SECONDS_BETWEEN_RECORDS", 0.0)
+    return replace(arguments, text=(reference_text,))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def progress_of(output_dir: Path) -> dict[str, dict[str, object]]:
+    return json.loads((incomplete(output_dir) / "progress.json").read_text())
+
+
+def incomplete(output_dir: Path) -> Path:
+    return output_dir.with_name(f"{output_dir.name}.incomplete")
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, after: int, error: BaseException) -> None:
+    """Let the build fail at a batch, in the midst of writing it."""
+    add, batches = RowWriter.add, iter(range(1 << 30))
+
+    def failing(writer: RowWriter, batch: workers.PackedBatch) -> None:
+        add(writer, batch)
+        if next(batches) == after:
+            raise error
+
+    monkeypatch.setattr(RowWriter, "add", failing)
+
+
+@pytest.mark.parametrize("kill_at", [0, 1, 12, "before the rename"])
+def test_a_killed_build_goes_on_to_the_same_bytes(
+    arguments: CorpusArguments, tmp_path: Path, kill_at: int | str
+) -> None:
+    prepare_corpus(replace(arguments, output_dir=tmp_path / "whole"))
+    whole = contents(tmp_path / "whole")
+    script, output_dir = tmp_path / "build.py", tmp_path / "killed"
+    script.write_text(BUILD)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            str(script),
+            str(arguments.text[0]),
+            arguments.tokenizer,
+            str(output_dir),
+            str(kill_at),
+        ],
+        stderr=subprocess.PIPE,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    if isinstance(kill_at, int):
+        deadline = time.monotonic() + PATIENCE
+        data, records = incomplete(output_dir) / "train" / "data.arrow", 0
+        record = None
+        while records < kill_at or not data.is_file():
+            assert process.poll() is None, "the build ended before it was killed"
+            assert time.monotonic() < deadline, "waited in vain"
+            progress_file = data.parents[1] / "progress.json"
+            latest = progress_file.stat().st_mtime_ns if progress_file.is_file() else None
+            records, record = records + (latest != record), latest
+            time.sleep(0.001)
+        process.kill()
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode == -signal.SIGKILL
+    assert not output_dir.exists()
+    documents = progress_of(output_dir)["written"]["counts"]["documents"] if kill_at != 0 else 0
+    tokenized = count_tokenized(
+        lambda: prepare_corpus(replace(arguments, output_dir=output_dir, resume=True))
+    )
+    assert contents(output_dir) == whole
+    assert not incomplete(output_dir).exists()
+    if kill_at != 0:
+        assert 0 < documents == json.loads(whole["manifest.json"])["counts"]["documents"] - tokenized
+
+
+def count_tokenized(build: Callable[[], object]) -> int:
+    """How many documents a build hands to its workers."""
+    documents = 0
+
+    def counting(*arguments: object) -> object:
+        nonlocal documents
+        for batch in pack(*arguments):
+            documents += batch.documents
+            yield batch
+
+    from distilspeed.trainer import preparation
+
+    pack = preparation.pack_documents
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparation, "pack_documents", counting)
+        build()
+    return documents
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_what_was_prepared_stays_after_anything_but_bad_input(
+    arguments: CorpusArguments,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+) -> None:
+    prepare_corpus(replace(arguments, output_dir=tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        interrupt(patch, 5, error)
+        with pytest.raises((KeyboardInterrupt, UserError)):
+            prepare_corpus(arguments)
+    assert f"{incomplete(arguments.output_dir)} keeps what was prepared; --resume" in capsys.readouterr().err
+    prepare_corpus(replace(arguments, resume=True, num_proc=2))
+    assert contents(arguments.output_dir) == contents(tmp_path / "whole")
+
+
+def test_bad_input_leaves_nothing(arguments: CorpusArguments, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    lines = arguments.text[0].read_text(encoding="utf-8").splitlines()
+    bad.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines) + "{\n")
+    with pytest.raises(UserError, match="is not JSON"):
+        prepare_corpus(replace(arguments, text=(bad,)))
+    assert not arguments.output_dir.parent.exists()
+
+
+@pytest.fixture
+def interrupted(arguments: CorpusArguments, monkeypatch: pytest.MonkeyPatch) -> CorpusArguments:
+    with monkeypatch.context() as patch:
+        interrupt(patch, 5, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            prepare_corpus(arguments)
+    return arguments
+
+
+def check_refused_and_kept(arguments: CorpusArguments, message: str) -> None:
+    before = contents(incomplete(arguments.output_dir))
+    with pytest.raises(UserError, match=message):
+        prepare_corpus(arguments)
+    assert contents(incomplete(arguments.output_dir)) == before
+
+
+def test_an_unfinished_build_is_neither_lost_nor_mixed_with_another(interrupted: CorpusArguments) -> None:
+    check_refused_and_kept(interrupted, "holds an unfinished build; go on with --resume, or remove it")
+    resumed = replace(interrupted, resume=True)
+    check_refused_and_kept(replace(resumed, seq_length=32), "was begun with seq_length 64, not 32;")
+    check_refused_and_kept(replace(resumed, held_out_fraction=0.2), "with held_out_fraction 0.1, not 0.2;")
+    check_refused_and_kept(replace(resumed, text=interrupted.text * 2), "was begun with sources ")
+
+
+def test_two_builds_of_one_corpus_do_not_meet(interrupted: CorpusArguments) -> None:
+    import fcntl
+
+    descriptor = os.open(incomplete(interrupted.output_dir), os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    check_refused_and_kept(replace(interrupted, resume=True), "another process is preparing")
+    os.close(descriptor)
+    prepare_corpus(replace(interrupted, resume=True))
+
+
+@pytest.mark.parametrize("damage", ["cut", "record"])
+def test_a_damaged_unfinished_build_is_refused(interrupted: CorpusArguments, damage: str) -> None:
+    folder = incomplete(interrupted.output_dir)
+    if damage == "cut":
+        os.truncate(folder / "train" / "data.arrow", 1000)
+    else:
+        (folder / "progress.json").write_text('{"recipe": {}}')
+    message = "its rows are cut short" if damage == "cut" else "cannot be gone on with"
+    check_refused_and_kept(replace(interrupted, resume=True), message)
