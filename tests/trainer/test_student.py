@@ -9,12 +9,15 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    PreTrainedModel,
     RobertaConfig,
     RobertaForMaskedLM,
 )
 
 from distilspeed.trainer.corpus import open_corpus
 from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.export import whole_student
+from distilspeed.trainer.families import pad_vocabulary
 from distilspeed.trainer.student import (
     check_fits_corpus,
     load_teacher,
@@ -159,3 +162,29 @@ def test_a_model_from_a_config_has_the_seeds_weights(tiny_teacher_dir: Path, tmp
     assert any(not torch.equal(first[name], other[name]) for name in first)
     with pytest.raises(UserError, match="student's config"):
         model_from_config(str(tmp_path / "absent"), 0)
+
+
+@pytest.mark.parametrize("which", ["teacher", "student"])
+def test_padding_the_vocabulary_changes_no_logit_and_is_left_out_of_the_export(which: str) -> None:
+    config = BertConfig(
+        vocab_size=70, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    model: PreTrainedModel = BertForMaskedLM(config).eval()
+    if which == "student":
+        model = make_student(model, (0, 1)).eval()
+    ids = torch.arange(70)[None]
+    expected = model(ids).logits
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+    pad_vocabulary(model)
+    padded = model(ids).logits
+    assert padded.shape[-1] == 128
+    torch.testing.assert_close(padded[..., :70], expected)
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert model.config.vocab_size == 70
+
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    assert list(weights) == list(shapes)
+    exported = whole_student(model, weights)
+    assert {name: parameter.shape for name, parameter in exported.named_parameters()} == shapes
+    torch.testing.assert_close(exported(ids).logits, expected)

@@ -1,0 +1,67 @@
+"""A job that counts how often training steps wait for the device to hand a value over.
+
+python step_job.py CONFIG TEACHER CORPUS OUTPUT      prints {"1": [waits], "4": [waits]}, by accumulation steps
+"""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distilspeed.trainer.batches import MicroBatches, on_device
+from distilspeed.trainer.config import TrainArguments
+from distilspeed.trainer.engines import join_job
+from distilspeed.trainer.run import prepare_run, settle_attention
+from distilspeed.trainer.step import TrainingStep
+
+# Operators whose result, or its shape, the host has to read before it can go on.
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
+ON_CPUS_ONLY = ("distillation_loss_chunked.py", "cosine_loss_chunked.py", "distillation_loss_ops.py")
+MICRO_BATCH = 4
+
+
+class Waits(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.partition(".")[0]
+        if any(name.startswith(waiting) for waiting in WAITING):
+            stack = traceback.extract_stack()
+            # The losses, in their form for CPUs, read values where the kernels that GPUs run do not.
+            if not any(Path(frame.filename).name in ON_CPUS_ONLY for frame in stack):
+                caller = next(frame for frame in reversed(stack[:-1]) if "torch/" not in frame.filename)
+                self.names.append(f"{name} in {Path(caller.filename).name}:{caller.lineno}")
+        return func(*args, **(kwargs or {}))
+
+
+def waits_of_a_step(accumulation: int, arguments: list[str]) -> list[str]:
+    config, teacher, corpus, output = arguments
+    run = prepare_run(
+        TrainArguments(
+            Path(config),
+            teacher,
+            Path(corpus),
+            Path(output),
+            max_steps=10,
+            train_batch_size=MICRO_BATCH * accumulation,
+            per_device_train_batch_size=MICRO_BATCH,
+        )
+    )
+    join_job(run.process)
+    batches = MicroBatches(run.corpus, run.batch, 0, seed=0)
+    settle_attention(run, batches[0], resuming=False)
+    step = TrainingStep(run)
+    micro_batches = on_device(iter([batches[i] for i in range(2 * accumulation)]), run.process.device)
+    step.take(0, micro_batches)  # states and buffers are made
+    with Waits() as waits:
+        step.take(1, micro_batches)
+    return waits.names
+
+
+if __name__ == "__main__":
+    print(json.dumps({accumulation: waits_of_a_step(accumulation, sys.argv[1:]) for accumulation in (1, 4)}))

@@ -1,0 +1,50 @@
+"""The training step as the launcher starts it: what it waits for, and its other forms."""
+
+import json
+from pathlib import Path
+
+import pytest
+from launcher import CPU_CONFIG, ROOT, deepspeed, python
+
+from distilspeed.trainer.metrics import StepMetrics, read_metrics
+
+STEP_JOB = Path(__file__).with_name("step_job.py")
+STEPS = 3
+
+
+def test_nothing_waits_for_the_device_between_optimiser_steps(
+    tmp_path: Path, tiny_teacher_dir: Path, small_corpus_dir: Path
+) -> None:
+    result = python(STEP_JOB, CPU_CONFIG, tiny_teacher_dir, small_corpus_dir, tmp_path / "run")
+    assert result.returncode == 0, result.stderr[-3000:]
+    waits = json.loads(result.stdout.splitlines()[-1])
+    assert waits["4"] == waits["1"], "a micro-step waits"
+    # DeepSpeed's own look at the gradient's norm, once an optimiser step.
+    assert {wait.partition(" in ")[2].partition(":")[0] for wait in waits["1"]} <= {"utils.py"}
+
+
+def metrics_of(output: Path, teacher: Path, corpus: Path, *flags: object) -> list[StepMetrics]:
+    options = {
+        "--deepspeed_config": CPU_CONFIG,
+        "--teacher": teacher,
+        "--data_dir": corpus,
+        "--output_dir": output,
+        "--max_steps": STEPS,
+        "--train_batch_size": 16,
+        "--per_device_train_batch_size": 4,
+    }
+    arguments = [part for pair in options.items() for part in pair]
+    result = deepspeed(ROOT / "launch" / "train.py", *arguments, *flags, ranks=1)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return read_metrics(output / "metrics.jsonl")
+
+
+def test_compiled_and_loaded_by_workers_the_step_is_the_same(
+    tmp_path: Path, tiny_teacher_dir: Path, small_corpus_dir: Path
+) -> None:
+    plain = metrics_of(tmp_path / "plain", tiny_teacher_dir, small_corpus_dir)
+    flags = ("--compile", "--dataloader_num_workers", 2)
+    compiled = metrics_of(tmp_path / "compiled", tiny_teacher_dir, small_corpus_dir, *flags)
+    for one, other in zip(plain, compiled, strict=True):
+        assert other.loss == pytest.approx(one.loss, rel=1e-4)
+        assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-3)
