@@ -33,7 +33,7 @@ class BenchmarkReport:
     ratios             of each round, in which both ran one right after the other
     tokens_per_s       median over the rounds
     flops_per_token    of the method: student forward and backward, teacher forward
-    mfu                FLOP/s of the method over those of a large matrix product in the same process
+    mfu                FLOP/s of the method over those of a large matrix product, the fastest of the run's
     resident, peak     bytes of tensors between steps, and at most
     phases             share of our step's time in each phase
     scaling            ranks -> tokens per second over those of one rank, both under the launcher
@@ -61,6 +61,7 @@ class BenchmarkReport:
         ratios = np.divide(rates[OURS], rates[EAGER]).tolist()
         medians = {name: float(np.median(of_laps)) for name, of_laps in rates.items()}
         footprints = comparison.footprints
+        peak_flops = max(footprint.matmul_flops for footprint in footprints.values())
         in_phases = {
             name: seconds for name, seconds in footprints[OURS].phases.items() if name != COMMUNICATION
         }
@@ -85,9 +86,9 @@ class BenchmarkReport:
             ratios=ratios,
             tokens_per_s=medians,
             flops_per_token=flops,
-            mfu={name: medians[name] * flops / footprints[name].matmul_flops for name in medians},
-            resident={name: print_.resident for name, print_ in footprints.items()},
-            peak={name: print_.peak for name, print_ in footprints.items()},
+            mfu={name: medians[name] * flops / peak_flops for name in medians},
+            resident={name: footprint.resident for name, footprint in footprints.items()},
+            peak={name: footprint.peak for name, footprint in footprints.items()},
             phases={name: seconds / in_all for name, seconds in footprints[OURS].phases.items()},
             scaling=scaling,
         )
