@@ -83,7 +83,7 @@ host_program() {
   local launcher=("$python" -u -m deepspeed.launcher.launch --log_level=error
     --world_info="$(encode_world_info "{$world}")" --node_rank="$1" --master_addr="$address" --master_port="$port"
     "${recipe[@]}" "${arguments[@]}")
-  echo '{'
+  echo '{ set -m' # so that the launcher leads a process group, of which nothing is left when it has ended
   printf 'cd %q || exit 127\n' "$PWD"
   carried_environment
   printf '%q ' "${launcher[@]}"
@@ -97,6 +97,7 @@ line=$!
 wait "$launcher"
 status=$?
 kill "$line" 2>/dev/null
+kill -KILL -- -"$launcher" 2>/dev/null
 exit "$status"
 }
 PROGRAM
@@ -131,6 +132,7 @@ exec {ended}<>"$folder/ended"
 for rank in "${!hosts[@]}"; do
   mkfifo "$folder/$rank"
   {
+    trap '' INT TERM HUP # a Ctrl-C at the terminal is this script's to handle: ssh has to bring the hosts' end back
     hang_up # this host's process must not hold the others' lines open
     status=0
     "${ssh[@]}" "${hosts[rank]}" bash -s <"$folder/$rank" || status=$?

@@ -96,6 +96,13 @@ def processes_naming(text: object) -> Iterator[Path]:
             yield folder
 
 
+def works_in(process: Path, folder: Path) -> bool:
+    try:
+        return (process / "cwd").resolve() == folder
+    except OSError:  # ended meanwhile
+        return False
+
+
 def assert_same_end(run: Path, reference: Path) -> None:
     """The same losses step by step, and the same weights, bit for bit."""
     assert _curve(run) == _curve(reference)

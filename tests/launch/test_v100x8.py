@@ -15,6 +15,7 @@ from jobs import (
     training,
     wait_for_checkpoint,
     was_interrupted,
+    works_in,
 )
 from launcher import ROOT, error_lines
 
@@ -141,10 +142,3 @@ def with_torch(
         check=False,
         timeout=300,
     )
-
-
-def works_in(process: Path, folder: Path) -> bool:
-    try:
-        return (process / "cwd").resolve() == folder
-    except OSError:  # ended meanwhile
-        return False
