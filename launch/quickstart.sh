@@ -19,7 +19,7 @@ fail() {
   exit 2
 }
 
-out=runs/quickstart teacher= config= epochs=3 text=()
+out=runs/quickstart teacher='' config='' epochs=3 text=()
 while [ $# -gt 0 ]; do
   case $1 in
     --help | -h) echo "$usage" && exit 0 ;;

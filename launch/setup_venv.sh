@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh: makes .venv, installs torch first, then the project; does nothing twice.
 #
 #   setup_venv EXTRAS     EXTRAS: none, or for example [test]

@@ -1,6 +1,24 @@
-"""Makes ``launcher`` importable beside the tests."""
+"""Makes ``launcher`` and ``jobs`` importable beside the tests; the run that launch scripts are compared with."""
 
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def uninterrupted_run(
+    tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, small_corpus_dir: Path
+) -> Path:
+    """The training of ``jobs`` on two ranks of this machine, started by ``deepspeed``."""
+    from jobs import cpu_environment, finish, start, training
+    from launcher import DEEPSPEED, ROOT, free_port
+
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    arguments = training(tiny_teacher_dir, small_corpus_dir, folder / "run")
+    launcher = [DEEPSPEED, "--num_gpus", 2, "--master_port", free_port(), ROOT / "launch" / "train.py"]
+    status, _, errors = finish(start([*launcher, *arguments], cpu_environment(), folder))
+    assert status == 0, errors[-3000:]
+    return folder / "run"

@@ -17,7 +17,7 @@ SECONDS = 300
 
 def deepspeed(*arguments: object, ranks: int) -> subprocess.CompletedProcess[str]:
     """Run ``deepspeed --num_gpus RANKS ARGUMENTS`` on the CPU and wait for it."""
-    command = [DEEPSPEED, "--num_gpus", ranks, "--master_port", _free_port(), *arguments]
+    command = [DEEPSPEED, "--num_gpus", ranks, "--master_port", free_port(), *arguments]
     return _run(command)
 
 
@@ -56,7 +56,7 @@ def _run(command: list[object]) -> subprocess.CompletedProcess[str]:
     )
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

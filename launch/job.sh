@@ -1,0 +1,30 @@
+# shellcheck shell=bash
+# Sourced by v100x8.sh, multi_node.sh and slurm.sbatch; they set root, the project's folder.
+
+fail() {
+  echo "error: $1" >&2
+  exit 2
+}
+
+# What every one of these jobs is: 4096 rows a step in fp16 with dynamic loss scaling, continued where it was when it is
+# started again. The caller's arguments come after these, so that another --deepspeed_config wins.
+# shellcheck disable=SC2034,SC2154
+recipe=("$root/launch/train.py" --deepspeed_config "$root/ds_configs/v100x8_fp16.json" --resume)
+
+# Sets python: $PYTHON, or the one on PATH, or the one in .venv; whichever has the project installed.
+find_python() {
+  local candidate candidates=(python "$root/.venv/bin/python")
+  [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+  for candidate in "${candidates[@]}"; do
+    # shellcheck disable=SC2034
+    python=$("$candidate" -c 'import importlib.util, sys
+importlib.util.find_spec("distilspeed.trainer") or sys.exit(1)
+print(sys.executable)' 2>/dev/null) && return
+  done
+  fail "distilspeed is not installed for ${candidates[0]}; activate its environment, or name it with PYTHON=/path/to/python"
+}
+
+# What DeepSpeed's launch.py takes as --world_info: {"host": [GPU, ...], ...} in URL-safe base64.
+encode_world_info() {
+  printf '%s' "$1" | base64 -w0 | tr '+/' '-_'
+}

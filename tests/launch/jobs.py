@@ -1,0 +1,120 @@
+"""One small training, as every launch script is given it, and what a test sees of it from outside."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from launcher import CPU_CONFIG
+from safetensors.torch import load_file
+
+# Long enough for a kill after the first checkpoint to find it running: 4 seconds on 2 idle cores.
+STEPS, SAVE_STEPS, BATCH, MICRO_BATCH = 12, 2, 256, 16
+MEASURED = ("time", "tokens_per_s", "mfu")
+SECONDS = 400  # a machine with other work may be ten times slower than an idle one
+
+Job = subprocess.Popen[str]
+
+
+def training(teacher: Path, corpus: Path, output: Path) -> list[str]:
+    """Arguments for launch/train.py, on the CPU."""
+    options = {
+        "--deepspeed_config": CPU_CONFIG,
+        "--teacher": teacher,
+        "--data_dir": corpus,
+        "--output_dir": output,
+        "--max_steps": STEPS,
+        "--train_batch_size": BATCH,
+        "--per_device_train_batch_size": MICRO_BATCH,
+        "--save_steps": SAVE_STEPS,
+    }
+    return [str(part) for pair in options.items() for part in pair]
+
+
+def cpu_environment(**more: object) -> dict[str, str]:
+    # One thread per rank everywhere: sums of another number of threads round differently.
+    fixed = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **fixed, **{name: str(value) for name, value in more.items()}}
+
+
+def start(command: list[object], environment: dict[str, str], folder: Path) -> Job:
+    """Start a command in a process group of its own, as a shell does."""
+    return subprocess.Popen(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+        cwd=folder,
+        start_new_session=True,
+    )
+
+
+def finish(job: Job) -> tuple[int, str, str]:
+    """Wait for the end; exit status, standard output, standard error."""
+    try:
+        output, errors = job.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        kill(job)
+        raise
+    return job.returncode, output, errors
+
+
+def kill(job: Job) -> None:
+    """SIGKILL to the command and all that it started here."""
+    os.killpg(job.pid, signal.SIGKILL)
+    job.communicate()
+
+
+def wait_until(condition: Callable[[], bool], job: Job | None = None, seconds: float = SECONDS) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        if job is not None and job.poll() is not None:
+            raise AssertionError(f"ended with {job.returncode} too early: {job.communicate()[1][-3000:]}")
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def wait_for_checkpoint(run: Path, job: Job) -> None:
+    wait_until((run / "checkpoints" / "latest").is_file, job)
+
+
+def processes_naming(text: object) -> Iterator[Path]:
+    """The /proc folders of the processes in whose command lines the text stands."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes()
+        except OSError:  # ended meanwhile
+            continue
+        if str(text).encode() in command:
+            yield folder
+
+
+def works_in(process: Path, folder: Path) -> bool:
+    try:
+        return (process / "cwd").resolve() == folder
+    except OSError:  # ended meanwhile
+        return False
+
+
+def assert_same_end(run: Path, reference: Path) -> None:
+    """The same losses step by step, and the same weights, bit for bit."""
+    assert _curve(run) == _curve(reference)
+    ours, theirs = (load_file(folder / "student" / "model.safetensors") for folder in (run, reference))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def was_interrupted(run: Path) -> bool:
+    return (run / "checkpoints" / "latest").is_file() and not (run / "student").exists()
+
+
+def _curve(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == STEPS
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]

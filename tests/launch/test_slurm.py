@@ -1,0 +1,116 @@
+"""launch/slurm.sbatch under stand-ins for Slurm's commands: two nodes of one task each, which are this machine."""
+
+import os
+import shutil
+import signal
+import socket
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+from jobs import (
+    Job,
+    assert_same_end,
+    cpu_environment,
+    finish,
+    kill,
+    start,
+    training,
+    wait_for_checkpoint,
+    wait_until,
+    was_interrupted,
+)
+from launcher import ROOT
+
+SCRIPT = ROOT / "launch" / "slurm.sbatch"
+
+SRUN = """#!/usr/bin/env bash
+[ "$1" = --kill-on-bad-exit=1 ] || exit 64
+shift
+for SLURM_PROCID in 0 1; do
+  SLURM_LOCALID=0 SLURM_PROCID=$SLURM_PROCID "$@" &
+  tasks+=($!)
+done
+for _ in "${tasks[@]}"; do
+  wait -n || { status=$?; kill "${tasks[@]}" 2>/dev/null; wait; exit $status; }
+done
+"""
+SCONTROL = """#!/usr/bin/env bash
+case "$*" in
+  "show job $SLURM_JOB_ID") printf 'JobId=%s\\n   Command=%s --teacher x\\n   WorkDir=/\\n' "$3" "$SUBMITTED" ;;
+  "show hostnames node[1-2]") printf '%s\\n' 127.0.0.1 node2 ;;
+  "requeue $SLURM_JOB_ID") : >"$SUBMITTED_FROM/requeued" ;;
+  *) exit 64 ;;
+esac
+"""
+
+
+def test_requeued_before_its_time_limit_it_ends_as_an_uninterrupted_run(
+    uninterrupted_run: Path, tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "a run"
+    arguments = training(tiny_teacher_dir, small_corpus_dir, Path("a run"))
+    job = submit(tmp_path, arguments)
+    wait_for_checkpoint(run, job)
+    job.send_signal(signal.SIGUSR1)  # the USR1 that --signal asks for, to the batch shell alone
+    wait_until((tmp_path / "requeued").exists, job)
+    kill(job)  # what Slurm does to a job that goes back to the queue
+    assert was_interrupted(run)
+
+    status, _, errors = finish(submit(tmp_path, arguments))
+    assert status == 0, errors[-3000:]
+    assert_same_end(run, uninterrupted_run)
+
+
+def test_a_refusal_of_the_trainer_is_one_line_and_the_jobs_status(
+    tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
+) -> None:
+    arguments = [*training(tiny_teacher_dir, small_corpus_dir, Path("run")), "--train_batch_size", "129"]
+    status, _, errors = finish(submit(tmp_path, arguments))
+    assert status == 2
+    assert [line for line in errors.splitlines() if line.startswith("error: ")] == [
+        "error: train_batch_size 129 cannot be divided into micro-batch 16 x 2 ranks; the nearest that can: 128 and 160"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"), [(["--help"], 0, "sbatch"), (["--plan"], 2, "no Slurm job")]
+)
+def test_outside_slurm_it_explains_itself(
+    arguments: list[str], status: int, said: str, tmp_path: Path
+) -> None:
+    ended, output, errors = finish(start(["bash", SCRIPT, *arguments], cpu_environment(), tmp_path))
+    assert ended == status
+    assert said in output + errors
+
+
+def submit(folder: Path, arguments: list[str]) -> Job:
+    """What ``sbatch launch/slurm.sbatch ARGUMENTS`` in the folder leads to: a copy of the script runs there."""
+    commands = folder / "bin"
+    commands.mkdir(exist_ok=True)
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
+        (commands / name).write_text(text)
+        (commands / name).chmod(stat.S_IRWXU)
+    shutil.copy(SCRIPT, folder / "slurm_script")
+    environment = cpu_environment(
+        PATH=f"{commands}:{os.environ['PATH']}",
+        PYTHON=sys.executable,
+        SLURM_JOB_ID=_job_number(),
+        SLURM_JOB_NODELIST="node[1-2]",
+        SLURM_NTASKS=2,
+        SLURM_SUBMIT_DIR=folder,
+        SUBMITTED=SCRIPT,
+        SUBMITTED_FROM=folder,
+    )
+    return start(["bash", folder / "slurm_script", *arguments], environment, folder)
+
+
+def _job_number() -> int:
+    """A job's number whose port is free on this machine."""
+    number = 4_000_000 + os.getpid()
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", 15000 + number % 15000)):
+                return number
+        number += 1
