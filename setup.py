@@ -25,8 +25,14 @@ setup(
         "distilspeed.kernels": "kernels",
         "distilspeed.kernels.profiling": "kernels/profiling",
         "distilspeed.trainer": "trainer",
+        "distilspeed.trainer.throughput": "trainer/throughput",
     },
-    packages=["distilspeed.kernels", "distilspeed.kernels.profiling", "distilspeed.trainer"],
+    packages=[
+        "distilspeed.kernels",
+        "distilspeed.kernels.profiling",
+        "distilspeed.trainer",
+        "distilspeed.trainer.throughput",
+    ],
     package_data={"distilspeed.kernels": ["*.json"]},
     python_requires=">=3.11",
     install_requires=[

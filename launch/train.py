@@ -101,7 +101,7 @@ def main() -> None:
     # After the parsing, because importing torch and DeepSpeed takes seconds.
     from distilspeed.trainer.config import TrainArguments
     from distilspeed.trainer.loop import train
-    from distilspeed.trainer.planning import print_plan
+    from distilspeed.trainer.plan import print_plan
     from distilspeed.trainer.run import prepare_run
 
     quiet_libraries()

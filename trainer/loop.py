@@ -10,9 +10,9 @@ from distilspeed.trainer.checkpoint import Checkpoints, Progress
 from distilspeed.trainer.engines import DTYPES, join_job
 from distilspeed.trainer.evaluation import masked_token_quality
 from distilspeed.trainer.export import TrainingRecord, export_student, gather_weights, whole_student
+from distilspeed.trainer.flops import flops_per_token, measure_matmul_flops, model_shape
 from distilspeed.trainer.metrics import Metrics, plot_losses, read_metrics
 from distilspeed.trainer.optimizers import describe_fused_parts
-from distilspeed.trainer.plan import flops_per_token, measure_matmul_flops, model_shape
 from distilspeed.trainer.run import Run, record_run, settle_attention
 from distilspeed.trainer.step import TrainingStep
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from distilspeed.trainer.config import BatchEquation
+from distilspeed.trainer.flops import ModelShape
 from distilspeed.trainer.masking import MASKED_FRACTION
-from distilspeed.trainer.plan import ModelShape
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 # AdamW keeps two float32 moments; mixed precision and ZeRO add float32 copies of the weights that are updated.

@@ -1,92 +1,96 @@
-"""What a run will need before it starts, of FLOPs (memory: memory.py), and the device's own FLOP/s."""
-
-import time
-from dataclasses import dataclass
+"""``--plan``: what a run will need, printed before anything is trained; refused where it does not fit the card."""
 
 import torch
-from transformers import PreTrainedConfig
 
-from distilspeed.trainer.masking import MASKED_FRACTION
+from distilspeed.trainer.config import BatchEquation
+from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.flops import flops_per_token, model_shape
+from distilspeed.trainer.memory import GIB, MemoryPlan, estimate_memory
+from distilspeed.trainer.run import Run
 
-FLOPS_PER_MULTIPLY_ADD = 2
-# Backward computes two matrix products for each one of forward.
-TRAINING_OVER_FORWARD = 3
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes of an encoder that FLOPs and memory follow from."""
-
-    layers: int
-    hidden_size: int
-    intermediate_size: int
-    vocab_size: int
-    positions: int
-    heads: int
-
-    @property
-    def parameters(self) -> int:
-        """Weights of embeddings, layers and a tied MLM head; biases and norms (below 1 %) left out."""
-        embeddings = (self.vocab_size + self.positions) * self.hidden_size
-        return embeddings + self.layers * self._layer_weights + self.hidden_size**2
-
-    @property
-    def _layer_weights(self) -> int:
-        return 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
-
-    def forward_flops_per_token(self, seq_length: int, head_share: float = 1.0) -> float:
-        """Matrix products only: projections, attention over the whole row, feed-forward, MLM head.
-
-        ``head_share``: of the tokens, those that the MLM head is computed for.
-        """
-        attention = 2 * seq_length * self.hidden_size
-        head = head_share * (self.hidden_size**2 + self.hidden_size * self.vocab_size)
-        return FLOPS_PER_MULTIPLY_ADD * (self.layers * (self._layer_weights + attention) + head)
+# Beside the tensors: CUDA's context, libraries' workspaces, what the allocator cannot use. An allowance, not measured.
+RESERVE_BYTES = GIB
 
 
-def model_shape(config: PreTrainedConfig) -> ModelShape:
-    """Read the sizes from a Hugging Face config, whatever its architecture calls them."""
-    return ModelShape(
-        layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        intermediate_size=getattr(config, "intermediate_size", None) or config.hidden_dim,
-        vocab_size=config.vocab_size,
-        positions=config.max_position_embeddings,
-        heads=config.num_attention_heads,
+def print_plan(run: Run) -> None:
+    """Print the batch equation, FLOPs per step and estimated memory per GPU; rank 0 only.
+
+    Raises:
+        UserError: the memory of the card (``--gpu_memory``, or that of the GPU here) is too small; names the largest
+            micro-batch that fits.
+    """
+    student = model_shape(run.student.config)
+    teacher = model_shape(run.teacher.config) if run.teacher else None
+    seq_length = run.corpus.manifest.seq_length
+    flops = flops_per_token(student, teacher, seq_length)
+    tokens_per_step = run.batch.train_batch_size * seq_length
+    memory = plan_memory(run, run.batch)
+    if run.process.rank == 0:
+        parts = ", ".join(f"{name.replace('_', ' ')} {size / GIB:.2f}" for name, size in vars(memory).items())
+        epochs = run.total_steps * run.batch.train_batch_size / run.corpus.manifest.counts.train_rows
+        stage = run.deepspeed_config.get("zero_optimization", {}).get("stage", 0)
+        print(
+            f"batch:   {run.batch}\n"
+            f"steps:   {run.total_steps} of {tokens_per_step:,} tokens, "
+            f"{epochs:.2f} epochs of {run.corpus.manifest.counts.train_rows:,} rows\n"
+            f"FLOPs:   {flops * tokens_per_step:.3g} per step, {flops * tokens_per_step * run.total_steps:.3g} in all\n"
+            f"memory:  {memory.total / GIB:.2f} GiB of tensors per GPU, estimated, {run.precision}, ZeRO-{stage} "
+            f"({parts})"
+        )
+    _check_fits(run, memory)
+
+
+def plan_memory(run: Run, batch: BatchEquation) -> MemoryPlan:
+    """The estimate for a run, with its micro-batch or another."""
+    on_cpu = run.process.device.type == "cpu" and run.precision != "fp16"  # which no CPU is asked to train in
+    return estimate_memory(
+        model_shape(run.student.config),
+        model_shape(run.teacher.config) if run.teacher else None,
+        batch,
+        run.corpus.manifest.seq_length,
+        run.precision,
+        run.deepspeed_config,
+        teacher_zero3=run.arguments.teacher_zero3,
+        restrict_ce_to_mask=run.arguments.restrict_ce_to_mask,
+        keeps_attention_probabilities=on_cpu and _attention_dropout(run) > 0,
     )
 
 
-def flops_per_token(student: ModelShape, teacher: ModelShape | None, seq_length: int) -> float:
-    """FLOPs of one training step per token of a row: student forward and backward, teacher forward.
-
-    Without a teacher only the masked tokens pass through the MLM head.
-    """
-    if teacher is None:
-        return TRAINING_OVER_FORWARD * student.forward_flops_per_token(seq_length, MASKED_FRACTION)
-    forward = student.forward_flops_per_token(seq_length)
-    return TRAINING_OVER_FORWARD * forward + teacher.forward_flops_per_token(seq_length)
+def _attention_dropout(run: Run) -> float:
+    config = run.student.config
+    # DistilBERT's and BERT's names of it.
+    return float(getattr(config, "attention_dropout", getattr(config, "attention_probs_dropout_prob", 0.0)))
 
 
-def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product on this device now: the denominator of MFU.
+def _check_fits(run: Run, memory: MemoryPlan) -> None:
+    card = _card_bytes(run)
+    if card is None or memory.total + RESERVE_BYTES <= card:
+        return
+    batch = run.batch
+    fitting = [
+        micro
+        for micro in range(batch.micro_batch_size - 1, 0, -1)
+        if batch.train_batch_size % (micro * batch.world_size) == 0
+        and plan_memory(run, _with_micro_batch(batch, micro)).total + RESERVE_BYTES <= card
+    ]
+    advice = (
+        f"a micro-batch of {fitting[0]} fits (--per_device_train_batch_size)"
+        if fitting
+        else "raise the ZeRO stage, offload, or share out the teacher (--teacher_zero3)"
+    )
+    raise UserError(
+        f"the plan needs {memory.total / GIB:.1f} GiB of tensors and about {RESERVE_BYTES / GIB:.0f} GiB beside them, "
+        f"and the card has {card / GIB:.1f} GiB; {advice}"
+    )
 
-    A measured peak holds on any device; a table of data-sheet peaks does not.
-    """
-    size = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=device).to(dtype)
-    b = torch.randn(size, size, device=device).to(dtype)
-    seconds = min(_seconds_of_product(a, b) for _ in range(5))
-    return FLOPS_PER_MULTIPLY_ADD * size**3 / seconds
+
+def _with_micro_batch(batch: BatchEquation, micro: int) -> BatchEquation:
+    accumulation = batch.train_batch_size // (micro * batch.world_size)
+    return BatchEquation(batch.train_batch_size, micro, accumulation, batch.world_size)
 
 
-def _seconds_of_product(a: torch.Tensor, b: torch.Tensor) -> float:
-    if a.device.type == "cuda":
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        a @ b
-        end.record()
-        torch.cuda.synchronize(a.device)
-        return begin.elapsed_time(end) / 1000
-    start = time.perf_counter()
-    a @ b
-    return time.perf_counter() - start
+def _card_bytes(run: Run) -> int | None:
+    if run.arguments.gpu_memory is not None:
+        return int(run.arguments.gpu_memory * GIB)
+    device = run.process.device
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None

@@ -11,7 +11,7 @@ from launcher import ROOT, environment, error_lines, python, write_config
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 from distilspeed.trainer.config import TrainArguments
-from distilspeed.trainer.planning import plan_memory
+from distilspeed.trainer.plan import plan_memory
 from distilspeed.trainer.run import prepare_run
 
 MIB = 2**20

@@ -21,8 +21,8 @@ from torch import nn
 from distilspeed.kernels.profiling.measurement import peak_cpu_bytes
 from distilspeed.trainer.batches import MicroBatches, on_device
 from distilspeed.trainer.engines import DTYPES, join_job
+from distilspeed.trainer.flops import measure_matmul_flops
 from distilspeed.trainer.phases import PhaseProfile
-from distilspeed.trainer.plan import measure_matmul_flops
 from distilspeed.trainer.run import Run, settle_attention
 from distilspeed.trainer.step import TrainingStep, objective_of
 from distilspeed.trainer.throughput.eager_recipe import BucketedPieces, EagerRecipe

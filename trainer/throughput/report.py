@@ -10,8 +10,8 @@ import numpy as np
 
 from distilspeed.kernels.profiling.machine import Machine
 from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.flops import flops_per_token, model_shape
 from distilspeed.trainer.phases import COMMUNICATION
-from distilspeed.trainer.plan import flops_per_token, model_shape
 from distilspeed.trainer.run import Run
 from distilspeed.trainer.throughput.contestants import EAGER, OURS
 from distilspeed.trainer.throughput.measurement import Comparison

@@ -7,8 +7,8 @@ from transformers import BertConfig, BertForMaskedLM
 
 from distilspeed.trainer.config import BatchEquation
 from distilspeed.trainer.families import student_config
+from distilspeed.trainer.flops import flops_per_token, model_shape
 from distilspeed.trainer.memory import estimate_memory
-from distilspeed.trainer.plan import flops_per_token, model_shape
 
 BERT_BASE = BertConfig()
 
