@@ -74,7 +74,7 @@ def _check_fits(run: Run, memory: MemoryPlan) -> None:
         and plan_memory(run, _with_micro_batch(batch, micro)).total + RESERVE_BYTES <= card
     ]
     advice = (
-        f"a micro-batch of {fitting[0]} fits (--per_device_train_batch_size)"
+        f"a micro-batch of {fitting[0]} fits (train_micro_batch_size_per_gpu)"
         if fitting
         else "raise the ZeRO stage, offload, or share out the teacher (--teacher_zero3)"
     )

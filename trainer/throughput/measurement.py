@@ -87,12 +87,11 @@ def compare(command: Sequence[str], rounds: int, names: Sequence[str] = (OURS, E
         command: what starts a contestant, but for ``--contestant NAME``.
     """
     with ExitStack() as stack:
-        processes = [stack.enter_context(Process(name, command)) for name in names]
-        # One after the other: a process that warms up would disturb one that is being measured.
-        steps = {
-            process.name: max(1, round(SECONDS_PER_TURN / process.first_lap().seconds))
-            for process in processes
-        }
+        processes: list[Process] = []
+        steps: dict[str, int] = {}
+        for name in names:  # one after the other: one that warms up would disturb the other's first lap
+            processes.append(stack.enter_context(Process(name, command)))
+            steps[name] = max(1, round(SECONDS_PER_TURN / processes[-1].first_lap().seconds))
         laps: dict[str, list[Lap]] = {name: [] for name in names}
         for number in range(rounds):
             for process in processes if number % 2 else reversed(processes):

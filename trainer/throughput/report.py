@@ -97,7 +97,6 @@ class BenchmarkReport:
         return json.dumps(asdict(self), indent=2) + "\n"
 
     def table(self) -> str:
-        """Tokens per second only on a GPU: on a CPU they say more of the machine's other work than of ours."""
         lines = [
             f"{self.machine['device']}; {self.machine['date']}",
             ", ".join(f"{name} {value}" for name, value in self.setting.items()),
