@@ -180,7 +180,7 @@ def test_the_plan_is_printed_and_nothing_is_written(
     result = python(*command(tiny_teacher_dir, small_corpus_dir, tmp_path / "run"), "--plan")
     assert result.returncode == 0, result.stderr
     assert "global batch 16 = micro-batch 4 x 4 accumulation steps x 1 ranks" in result.stdout
-    assert "GiB per GPU" in result.stdout
+    assert "GiB of tensors per GPU" in result.stdout
     assert not (tmp_path / "run").exists()
 
 
