@@ -24,7 +24,6 @@ from distilspeed.trainer.config import (
 from distilspeed.trainer.corpus import Corpus, open_corpus
 from distilspeed.trainer.engines import DTYPES, Process, check_precision, this_process
 from distilspeed.trainer.errors import UserError
-from distilspeed.trainer.families import pad_vocabulary
 from distilspeed.trainer.files import write_text
 from distilspeed.trainer.optimizers import choose_optimizer
 from distilspeed.trainer.student import (
@@ -97,9 +96,8 @@ def prepare_run(arguments: TrainArguments) -> Run:
     else:
         student = model_from_config(arguments.student_config, arguments.seed)
         check_fits_corpus("student's config", arguments.student_config, student, corpus)
-    for model in (student, teacher) if teacher else (student,):
-        pad_vocabulary(model)
-        if layer_norm is not None:
+    if layer_norm is not None:
+        for model in (student, teacher) if teacher else (student,):
             replace_layer_norms(model, layer_norm)
     return Run(
         arguments, process, corpus, batch, precision, deepspeed_config, steps, teacher, layers, student

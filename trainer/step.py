@@ -8,6 +8,7 @@ from distilspeed.trainer.batches import DROPOUT_STREAM, MicroBatch
 from distilspeed.trainer.config import TrainArguments
 from distilspeed.trainer.distillation import Distillation, LossParts, Objective
 from distilspeed.trainer.engines import loss_scale, optimizer_step, student_engine
+from distilspeed.trainer.families import pad_vocabulary
 from distilspeed.trainer.masking import philox
 from distilspeed.trainer.phases import BACKWARD, DATA, TEACHER, UPDATE, phase
 from distilspeed.trainer.run import Run
@@ -15,7 +16,7 @@ from distilspeed.trainer.teacher import make_teacher
 
 
 class TrainingStep:
-    """One rank's part of optimiser steps; made by every rank, after ``join_job``.
+    """One rank's part of optimiser steps; made by every rank, after ``join_job``. The run's models become its own.
 
     Attributes:
         engine: DeepSpeed's, around student and losses.
@@ -27,8 +28,9 @@ class TrainingStep:
         self.seed = arguments.seed
         self.accumulation_steps = batch.gradient_accumulation_steps
         self.objective = objective_of(arguments)
-        if arguments.compile:
-            for model in run.models().values():
+        for model in run.models().values():
+            pad_vocabulary(model)
+            if arguments.compile:
                 model.base_model.compile()
         self.distillation = Distillation(
             run.student, self.objective, batch.world_size, self.accumulation_steps
