@@ -56,15 +56,16 @@ def model_shape(config: PreTrainedConfig) -> ModelShape:
     )
 
 
-def flops_per_token(student: ModelShape, teacher: ModelShape | None, seq_length: int) -> float:
+def flops_per_token(
+    student: ModelShape, teacher: ModelShape | None, seq_length: int, restrict_ce_to_mask: bool = False
+) -> float:
     """FLOPs of one training step per token of a row: student forward and backward, teacher forward.
 
-    Without a teacher only the masked tokens pass through the MLM head.
+    Without a teacher, and with ``restrict_ce_to_mask``, only the masked tokens pass through the MLM heads.
     """
-    if teacher is None:
-        return TRAINING_OVER_FORWARD * student.forward_flops_per_token(seq_length, MASKED_FRACTION)
-    forward = student.forward_flops_per_token(seq_length)
-    return TRAINING_OVER_FORWARD * forward + teacher.forward_flops_per_token(seq_length)
+    head_share = MASKED_FRACTION if teacher is None or restrict_ce_to_mask else 1.0
+    flops = TRAINING_OVER_FORWARD * student.forward_flops_per_token(seq_length, head_share)
+    return flops + (teacher.forward_flops_per_token(seq_length, head_share) if teacher else 0.0)
 
 
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -10,7 +10,7 @@ from distilspeed.trainer.checkpoint import Checkpoints, Progress
 from distilspeed.trainer.engines import DTYPES, join_job
 from distilspeed.trainer.evaluation import masked_token_quality
 from distilspeed.trainer.export import TrainingRecord, export_student, gather_weights, whole_student
-from distilspeed.trainer.flops import flops_per_token, measure_matmul_flops, model_shape
+from distilspeed.trainer.flops import measure_matmul_flops
 from distilspeed.trainer.metrics import Metrics, plot_losses, read_metrics
 from distilspeed.trainer.optimizers import describe_fused_parts
 from distilspeed.trainer.run import Run, record_run, settle_attention
@@ -30,7 +30,7 @@ def train(run: Run) -> None:
     checkpoints = Checkpoints(arguments.output_dir / "checkpoints", arguments.save_total_limit)
     resuming = checkpoints.any()
     batches = MicroBatches(run.corpus, run.batch, process.rank, arguments.seed)
-    attention = settle_attention(run, batches[0], resuming)
+    attention = settle_attention(run, batches, resuming)
     record_run(run, attention, resuming)
 
     step = TrainingStep(run)
@@ -63,8 +63,6 @@ def _epoch(run: Run, progress: Progress) -> float:
 
 
 def _start_metrics(run: Run, engine: deepspeed.DeepSpeedEngine, progress: Progress) -> Metrics:
-    teacher = model_shape(run.teacher.config) if run.teacher else None
-    seq_length = run.corpus.manifest.seq_length
     progress_bar = tqdm(
         total=run.total_steps,
         initial=progress.step,
@@ -77,7 +75,7 @@ def _start_metrics(run: Run, engine: deepspeed.DeepSpeedEngine, progress: Progre
         engine,
         progress_bar,
         run.arguments.logging_steps,
-        flops_per_token=flops_per_token(model_shape(run.student.config), teacher, seq_length),
+        flops_per_token=run.flops_per_token(),
         peak_flops=measure_matmul_flops(run.process.device, DTYPES[run.precision]) * run.process.world_size,
         first_step=progress.step,
         first_tokens=progress.tokens,

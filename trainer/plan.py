@@ -4,7 +4,6 @@ import torch
 
 from distilspeed.trainer.config import BatchEquation
 from distilspeed.trainer.errors import UserError
-from distilspeed.trainer.flops import flops_per_token, model_shape
 from distilspeed.trainer.memory import GIB, MemoryPlan, estimate_memory
 from distilspeed.trainer.run import Run
 
@@ -19,11 +18,8 @@ def print_plan(run: Run) -> None:
         UserError: the memory of the card (``--gpu_memory``, or that of the GPU here) is too small; names the largest
             micro-batch that fits.
     """
-    student = model_shape(run.student.config)
-    teacher = model_shape(run.teacher.config) if run.teacher else None
-    seq_length = run.corpus.manifest.seq_length
-    flops = flops_per_token(student, teacher, seq_length)
-    tokens_per_step = run.batch.train_batch_size * seq_length
+    tokens_per_step = run.batch.train_batch_size * run.corpus.manifest.seq_length
+    flops = run.flops_per_token() * tokens_per_step
     memory = plan_memory(run, run.batch)
     if run.process.rank == 0:
         parts = ", ".join(f"{name.replace('_', ' ')} {size / GIB:.2f}" for name, size in vars(memory).items())
@@ -33,7 +29,7 @@ def print_plan(run: Run) -> None:
             f"batch:   {run.batch}\n"
             f"steps:   {run.total_steps} of {tokens_per_step:,} tokens, "
             f"{epochs:.2f} epochs of {run.corpus.manifest.counts.train_rows:,} rows\n"
-            f"FLOPs:   {flops * tokens_per_step:.3g} per step, {flops * tokens_per_step * run.total_steps:.3g} in all\n"
+            f"FLOPs:   {flops:.3g} per step, {flops * run.total_steps:.3g} in all\n"
             f"memory:  {memory.total / GIB:.2f} GiB of tensors per GPU, estimated, {run.precision}, ZeRO-{stage} "
             f"({parts})"
         )
@@ -44,8 +40,7 @@ def plan_memory(run: Run, batch: BatchEquation) -> MemoryPlan:
     """The estimate for a run, with its micro-batch or another."""
     on_cpu = run.process.device.type == "cpu" and run.precision != "fp16"  # which no CPU is asked to train in
     return estimate_memory(
-        model_shape(run.student.config),
-        model_shape(run.teacher.config) if run.teacher else None,
+        *run.shapes(),
         batch,
         run.corpus.manifest.seq_length,
         run.precision,

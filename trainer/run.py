@@ -12,7 +12,7 @@ from transformers import BertForMaskedLM, PreTrainedModel
 
 from distilspeed.trainer.apex import fused_layer_norm, replace_layer_norms
 from distilspeed.trainer.attention import choose_attention
-from distilspeed.trainer.batches import MicroBatch, total_steps
+from distilspeed.trainer.batches import MicroBatches, total_steps
 from distilspeed.trainer.config import (
     BatchEquation,
     TrainArguments,
@@ -25,6 +25,7 @@ from distilspeed.trainer.corpus import Corpus, open_corpus
 from distilspeed.trainer.engines import DTYPES, Process, check_precision, this_process
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.files import write_text
+from distilspeed.trainer.flops import ModelShape, flops_per_token, model_shape
 from distilspeed.trainer.optimizers import choose_optimizer
 from distilspeed.trainer.student import (
     check_fits_corpus,
@@ -55,6 +56,15 @@ class Run:
     def models(self) -> dict[str, PreTrainedModel]:
         """Student and, if there is one, teacher, by these names."""
         return {"student": self.student} | ({"teacher": self.teacher} if self.teacher else {})
+
+    def shapes(self) -> tuple[ModelShape, ModelShape | None]:
+        """The sizes of student and, if there is one, teacher."""
+        return model_shape(self.student.config), model_shape(self.teacher.config) if self.teacher else None
+
+    def flops_per_token(self) -> float:
+        """FLOPs of a training step per token of a row."""
+        seq_length = self.corpus.manifest.seq_length
+        return flops_per_token(*self.shapes(), seq_length, self.arguments.restrict_ce_to_mask)
 
 
 def prepare_run(arguments: TrainArguments) -> Run:
@@ -114,10 +124,10 @@ def _check_output_dir(arguments: TrainArguments) -> None:
         )
 
 
-def settle_attention(run: Run, first_batch: MicroBatch, resuming: bool) -> dict[str, str]:
+def settle_attention(run: Run, batches: MicroBatches, resuming: bool) -> dict[str, str]:
     """Set the attention that both models run with, the same on every rank; called by every rank.
 
-    Rank 0 measures on the first micro-batch; a resumed run takes what the run was started with, so that it computes
+    Rank 0 measures, on the first micro-batch; a resumed run takes what the run was started with, so that it computes
     the same bits.
 
     Returns:
@@ -127,10 +137,11 @@ def settle_attention(run: Run, first_batch: MicroBatch, resuming: bool) -> dict[
     if resuming:
         chosen = [_read_record(run)["attention"]]
     elif run.process.rank == 0:
+        document_ids = batches[0].document_ids
         choices = {
             role: choose_attention(
                 model,
-                first_batch.document_ids,
+                document_ids,
                 DTYPES[run.precision],
                 run.process.device,
                 is_trained=role == "student",

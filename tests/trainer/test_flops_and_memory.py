@@ -36,6 +36,8 @@ def test_a_step_is_the_students_training_and_the_teachers_forward() -> None:
     expected = 3 * student.forward_flops_per_token(512) + teacher.forward_flops_per_token(512)
     assert flops_per_token(student, teacher, 512) == expected
     assert flops_per_token(teacher, None, 512) < 3 * teacher.forward_flops_per_token(512)
+    restricted = 3 * student.forward_flops_per_token(512, 0.15) + teacher.forward_flops_per_token(512, 0.15)
+    assert flops_per_token(student, teacher, 512, restrict_ce_to_mask=True) == restricted
 
 
 def test_zero_divides_what_its_stage_says() -> None:

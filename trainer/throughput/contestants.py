@@ -72,7 +72,7 @@ class Ours:
         self.run = run
         join_job(run.process)
         self.batches = MicroBatches(run.corpus, run.batch, run.process.rank, run.arguments.seed)
-        settle_attention(run, self.batches[0], resuming=False)
+        settle_attention(run, self.batches, resuming=False)
         self.step = TrainingStep(run)
         loader = self.batches.loader(0, run.total_steps, run.arguments.dataloader_num_workers)
         self.micro_batches = on_device(loader, run.process.device)

@@ -10,7 +10,6 @@ import numpy as np
 
 from distilspeed.kernels.profiling.machine import Machine
 from distilspeed.trainer.errors import UserError
-from distilspeed.trainer.flops import flops_per_token, model_shape
 from distilspeed.trainer.phases import COMMUNICATION
 from distilspeed.trainer.run import Run
 from distilspeed.trainer.throughput.contestants import EAGER, OURS
@@ -54,9 +53,9 @@ class BenchmarkReport:
     @classmethod
     def of(cls, run: Run, comparison: Comparison, scaling: dict[str, float]) -> "BenchmarkReport":
         """Work out the report of a run that was prepared, not trained."""
-        student, teacher = (model_shape(model.config) for model in run.models().values())
-        seq_length = run.corpus.manifest.seq_length
-        flops = flops_per_token(student, teacher, seq_length)
+        student, teacher = run.shapes()
+        assert teacher is not None
+        flops = run.flops_per_token()
         rates = {name: [lap.tokens_per_s for lap in laps] for name, laps in comparison.laps.items()}
         ratios = np.divide(rates[OURS], rates[EAGER]).tolist()
         medians = {name: float(np.median(of_laps)) for name, of_laps in rates.items()}
@@ -71,7 +70,7 @@ class BenchmarkReport:
                 "layers": f"{teacher.layers} -> {student.layers}",
                 "hidden_size": student.hidden_size,
                 "vocab_size": student.vocab_size,
-                "seq_length": seq_length,
+                "seq_length": run.corpus.manifest.seq_length,
                 "micro_batch_size": run.batch.micro_batch_size,
                 "accumulation_steps": run.batch.gradient_accumulation_steps,
                 "precision": run.precision,
