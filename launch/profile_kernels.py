@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distilspeed.trainer.errors import CommandParser, UserError, run_command
-from distilspeed.trainer.files import check_unoccupied, folder_written_whole, write_text
+from distilspeed.trainer.files import check_unoccupied, folder_written_whole, parents_made, write_text
 
 if TYPE_CHECKING:
     from distilspeed.kernels.profiling.profile import ProfileSettings
@@ -78,14 +78,10 @@ def _profile_to_folder(settings: "ProfileSettings", output_dir: Path, trace: boo
     from distilspeed.kernels.profiling.report import write_profile
 
     check_unoccupied(output_dir)
-    try:
-        output_dir.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with folder_written_whole(output_dir) as folder:
-            profile = profile_kernels(settings, trace_file=folder / "trace.json" if trace else None)
-            print(profile.table())
-            write_profile(profile, folder)
-    except OSError as error:
-        raise UserError(f"cannot write {output_dir}: {error}; check free space and permissions") from error
+    with parents_made(output_dir), folder_written_whole(output_dir) as folder:
+        profile = profile_kernels(settings, trace_file=folder / "trace.json" if trace else None)
+        print(profile.table())
+        write_profile(profile, folder)
 
 
 def _parse_arguments() -> dict[str, Any]:

@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import BertForMaskedLM, DistilBertForMaskedLM, PreTrainedModel
 
+from distilspeed.trainer.errors import first_line
+
 logger = logging.getLogger(__name__)
 
 # Both by transformers' names. "sdpa" takes a mask and dropout everywhere (on V100 by the memory-efficient kernel);
@@ -101,7 +103,7 @@ def choose_attention(
         try:
             output, took = _timed_attention(attention, name, hidden_states, document_ids.to(device))
         except Exception as error:  # the compiler's, the driver's and torch's own, of every kind
-            logger.warning("attention %s does not run here: %s", name, str(error).partition("\n")[0])
+            logger.warning("attention %s does not run here: %s", name, first_line(error))
             continue
         expected = output if expected is None else expected
         if (output - expected).abs().max() > TOLERANCE[dtype] * expected.abs().max():

@@ -35,7 +35,7 @@ from distilspeed.trainer.evaluation_report import (
     percent_of,
     write_report,
 )
-from distilspeed.trainer.files import check_unoccupied, folder_written_whole
+from distilspeed.trainer.files import check_unoccupied, folder_written_whole, parents_made
 from distilspeed.trainer.student import check_fits_corpus, load_masked_language_model
 from distilspeed.trainer.tasks import FineTuning, Task, fine_tune, read_task
 
@@ -139,14 +139,8 @@ def evaluate(arguments: EvaluateArguments) -> Report:
         ),
         machine=Machine.here(device),
     )
-    try:
-        arguments.output_dir.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with folder_written_whole(arguments.output_dir) as folder:
-            write_report(report, folder)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {arguments.output_dir}: {error}; check free space and permissions"
-        ) from error
+    with parents_made(arguments.output_dir), folder_written_whole(arguments.output_dir) as folder:
+        write_report(report, folder)
     return report
 
 

@@ -20,7 +20,7 @@ import datasets
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.errors import UserError, first_line
 
 FORMAT_VERSION = 1
 SPECIAL_TOKENS = ("pad", "cls", "sep", "mask", "unk")
@@ -239,8 +239,3 @@ def _load_split(folder: Path) -> datasets.Dataset:
 
 def _damaged(data_dir: Path, what: str) -> str:
     return f"the corpus {data_dir} is damaged: {what}; prepare it again with launch/prepare_data.py"
-
-
-def first_line(error: Exception) -> str:
-    """What an error of another library says, short enough for one of ours."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -11,7 +11,7 @@ from deepspeed.accelerator import get_accelerator
 from packaging.version import Version
 from torch import nn
 
-from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.errors import UserError, first_line
 from distilspeed.trainer.optimizers import forget_dummy_step, own_optimizer
 
 # Older versions divide gradients by the accumulation steps once per output tensor of the module.
@@ -62,7 +62,7 @@ def join_job(process: Process) -> None:
         "LOCAL_RANK": process.local_rank,
         "WORLD_SIZE": process.world_size,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": _free_port(),
+        "MASTER_PORT": free_port(),
     }
     for name, value in alone.items():
         os.environ.setdefault(name, str(value))
@@ -75,11 +75,12 @@ def join_job(process: Process) -> None:
     except torch.distributed.DistNetworkError as error:
         raise UserError(
             f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
-            f"{str(error).splitlines()[0]}; choose another port (deepspeed --master_port)"
+            f"{first_line(error)}; choose another port (deepspeed --master_port)"
         ) from error
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this host that nothing listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -28,6 +28,11 @@ class NumericalError(Exception):
     status = NUMERICAL_ERROR_STATUS
 
 
+def first_line(error: Exception) -> str:
+    """What an error of another library says, short enough for one of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 class CommandParser(argparse.ArgumentParser):
     """An argument parser that reports a wrong command line as a :class:`UserError`: one line, no usage text."""
 

@@ -16,7 +16,7 @@ from torch.utils.cpp_extension import CUDA_HOME, is_ninja_available
 
 from distilspeed.trainer.apex import find_apex
 from distilspeed.trainer.config import AUTO
-from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.errors import UserError, first_line
 from distilspeed.trainer.lamb import Lamb
 
 ADAM_TYPES = ("adam", "adamw")
@@ -76,13 +76,9 @@ def _loads(builder: OpBuilder, compiler: str | None) -> bool:
     try:
         builder.load()
     except Exception as error:  # versions that do not go together, a compiler's or a linker's complaint
-        print(f"DeepSpeed's {builder.name} cannot be built, torch's AdamW is used: {_first_line(error)}")
+        print(f"DeepSpeed's {builder.name} cannot be built, torch's AdamW is used: {first_line(error)}")
         return False
     return True
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _check_lamb(config: Mapping[str, Any]) -> None:

@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet
 from datasets.distributed import split_dataset_by_node
 
-from distilspeed.trainer.corpus import WHOLE, Shard, SourceRecord, first_line
-from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.corpus import WHOLE, Shard, SourceRecord
+from distilspeed.trainer.errors import UserError, first_line
 
 READ_BATCH = 1000  # documents read from a dataset at a time
 BYTE_ORDER_MARK = "\ufeff".encode()

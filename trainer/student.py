@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from distilspeed.trainer.corpus import Corpus, tokenizer_hash
-from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.errors import UserError, first_line
 from distilspeed.trainer.families import (
     check_architecture,
     check_teacher_config,
@@ -147,7 +147,6 @@ def _load(auto_class: Any, role: str, name: str, **options: Any) -> Any:
     try:
         return auto_class.from_pretrained(name, **options)
     except Exception as error:  # the hub's, the file system's, safetensors' and transformers' own
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"cannot load the {role} {name}: {first_line}; give a folder or hub id with safetensors weights"
+            f"cannot load the {role} {name}: {first_line(error)}; give a folder or hub id with safetensors weights"
         ) from error

@@ -1,7 +1,6 @@
 """Running both contestants in turns on one machine, and the trainer on several ranks."""
 
 import json
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from distilspeed.trainer.engines import free_port
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.throughput.contestants import ANSWER, EAGER, OURS, Footprint, Lap
 
@@ -115,12 +115,9 @@ def measure_scaling(arguments: Sequence[str], ranks: Sequence[int]) -> dict[str,
 
 
 def _fastest(arguments: Sequence[str], ranks: int) -> Lap:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     launcher = Path(sys.executable).with_name("deepspeed")
     what = ["--contestant", OURS, "--laps", ",".join(["1"] * LAPS_ON_RANKS)]
-    command = [launcher, "--num_gpus", ranks, "--master_port", port, *arguments, *what]
+    command = [launcher, "--num_gpus", ranks, "--master_port", free_port(), *arguments, *what]
     result = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, check=False)
     lines = [line for line in result.stdout.splitlines() if line.startswith(ANSWER)]
     if result.returncode or not lines:
