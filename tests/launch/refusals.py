@@ -1,0 +1,43 @@
+"""How a command refuses bad input: status 2, one line on standard error, nothing created or changed."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from launcher import ROOT
+
+
+def refusal(
+    script: str,
+    arguments: list[object],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> str:
+    """Run ``launch/SCRIPT`` in this process (importing DeepSpeed anew takes seconds) and return its line.
+
+    Args:
+        folder: everything the command may read or write; it must be after it as it was before.
+    """
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    before = snapshot(folder)
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "launch" / script), run_name="__main__")
+    lines = capfd.readouterr().err.splitlines()
+    assert ended.value.code == 2, lines
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: "), lines
+    assert snapshot(folder) == before
+    return lines[0]
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Everything below a folder with mode, size and modification time; of folders the mode alone."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        about = path.lstat()
+        size_and_time = (0, 0) if path.is_dir() else (about.st_size, about.st_mtime_ns)
+        found[str(path)] = (about.st_mode, *size_and_time)
+    return found
