@@ -8,6 +8,7 @@ from pathlib import Path
 
 from distilspeed.trainer.environment import prepare_environment
 from distilspeed.trainer.errors import CommandParser, quiet_libraries, run_command
+from distilspeed.trainer.launcher import end_with_launcher
 
 
 def layer_list(text: str) -> tuple[int, ...]:
@@ -63,12 +64,24 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of row order, masking and dropout; default 0")
     add("--save_steps", type=int, default=500, help="steps between checkpoints; default 500")
     add("--save_total_limit", type=int, default=2, help="checkpoints kept; default 2")
+    add(
+        "--save_retain_steps",
+        type=int,
+        metavar="N",
+        help="keep the checkpoints of every N-th step besides; default none",
+    )
     add("--logging_steps", type=int, default=10, help="steps between readings of the metrics; default 10")
     add(
         "--dataloader_num_workers",
         type=int,
         default=0,
         help="processes per rank that mask and collate; default 0",
+    )
+    add(
+        "--ddp_timeout",
+        type=float,
+        default=1800.0,
+        help="seconds after which a rank that does not answer ends the job; default 1800",
     )
     add("--compile", action="store_true", help="compile the encoders of student and teacher (torch.compile)")
     add(
@@ -97,6 +110,7 @@ def main() -> None:
     for not_an_argument in ("debug", "local_rank"):
         options.pop(not_an_argument)
 
+    end_with_launcher()
     prepare_environment()
     # After the parsing, because importing torch and DeepSpeed takes seconds.
     from distilspeed.trainer.config import TrainArguments

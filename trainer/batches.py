@@ -7,6 +7,8 @@ resume from is the step number alone. A global batch may span two epochs; no row
 
 import functools
 import math
+import signal
+import sys
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -143,12 +145,21 @@ class MicroBatches(Dataset[MicroBatch]):
         generator = np.random.Generator(philox(self.seed, epoch, stream=(ROW_ORDER_STREAM, 0)))
         return generator.permutation(len(self.rows))
 
+    def _places(self, accumulation_step: int) -> slice:
+        """Where this rank's micro-batch of an accumulation step stands in the global batch."""
+        size = self.batch.micro_batch_size
+        first = self.batch.micro_batch_number(accumulation_step, self.rank) * size
+        return slice(first, first + size)
+
+    def rows_of(self, step: int, accumulation_step: int) -> list[int]:
+        """Row numbers of this rank's micro-batch."""
+        _, rows = self.global_batch(step)
+        return rows[self._places(accumulation_step)].tolist()
+
     def __getitem__(self, index: int) -> MicroBatch:
         step, accumulation_step = divmod(index, self.batch.gradient_accumulation_steps)
         epochs, rows = self.global_batch(step)
-        size = self.batch.micro_batch_size
-        first = (accumulation_step * self.batch.world_size + self.rank) * size
-        mine = slice(first, first + size)
+        mine = self._places(accumulation_step)
 
         stored = read_rows(self.rows, rows[mine])
         document_ids, position_ids = document_layout(stored.document_lengths, self.row_length)
@@ -169,18 +180,26 @@ class MicroBatches(Dataset[MicroBatch]):
             masked_places=torch.from_numpy(masked_places(labels)),
         )
 
-    def loader(self, first_step: int, last_step: int, num_workers: int) -> DataLoader[MicroBatch]:
-        """Micro-batches of the steps [first_step, last_step), in order."""
+    def loader(self, first_batch: int, last_batch: int | None, num_workers: int) -> DataLoader[MicroBatch]:
+        """Micro-batches of the global batches [first_batch, last_batch), in order; None: without end."""
         accumulation_steps = self.batch.gradient_accumulation_steps
+        end = sys.maxsize if last_batch is None else last_batch * accumulation_steps
         return DataLoader(
             self,
             batch_size=None,
-            sampler=range(first_step * accumulation_steps, last_step * accumulation_steps),
+            sampler=range(first_batch * accumulation_steps, end),
             num_workers=num_workers,
+            worker_init_fn=_leave_signals_to_trainer,
             generator=torch.Generator(),  # it draws a seed for its workers, which must not come out of dropout's
             prefetch_factor=PREFETCH_FACTOR if num_workers else None,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def _leave_signals_to_trainer(worker: int) -> None:
+    # They go to all processes of a terminal or of a job, and the last step before a checkpoint still needs its data.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def on_device(batches: Iterable[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:

@@ -1,58 +1,258 @@
-"""Checkpoints of a run: DeepSpeed's own, with the trainer's place in the data; the last k are kept."""
+"""Checkpoints of a run: DeepSpeed's own, written whole or not at all, checked before they are used.
 
+``checkpoints/step_000000500/`` appears by renaming, with every file on disk and listed with size and SHA-256 in
+``manifest.json``; ``latest`` names it only then. What DeepSpeed writes are pickles, so only a run's own are loaded,
+and of those only what the manifest lists, unchanged.
+"""
+
+import argparse
+import contextlib
+import io
+import json
 import shutil
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Self
 
 import deepspeed
 import torch.distributed
+from deepspeed.checkpoint import ds_to_universal
 
-from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.errors import UserError, first_line
+from distilspeed.trainer.files import FileRecord, damage, record_files, sync_tree, write_text
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+UNFINISHED = ".incomplete"
+DAMAGED = ".damaged"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come: optimiser steps taken and real tokens seen, over all ranks."""
+    """How far a run has come, over all ranks.
+
+    Attributes:
+        step: optimiser steps, which are updates of the parameters.
+        batches: global batches taken: more than steps where fp16 has overflowed.
+        tokens: real tokens of these batches.
+    """
 
     step: int = 0
+    batches: int = 0
     tokens: int = 0
+
+    def after(self, is_update: bool, tokens: int) -> Self:
+        """With another global batch of ``tokens`` real tokens."""
+        return replace(
+            self, step=self.step + is_update, batches=self.batches + 1, tokens=self.tokens + tokens
+        )
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint, as its manifest describes it."""
+
+    path: Path
+    progress: Progress
+    world_size: int
+    files: tuple[FileRecord, ...]
+
+    def to_json(self) -> str:
+        fields = {"format_version": FORMAT_VERSION, **asdict(self)}
+        del fields["path"]
+        return json.dumps(fields, indent=2) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """``OSError``, ``ValueError``, ``KeyError`` or ``TypeError`` for anything that ``to_json`` did not write."""
+        fields = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if fields["format_version"] != FORMAT_VERSION:
+            raise ValueError(
+                f"it has format {fields['format_version']}, and this version reads {FORMAT_VERSION}"
+            )
+        files = tuple(FileRecord(**file) for file in fields["files"])
+        return cls(path, Progress(**fields["progress"]), fields["world_size"], files)
 
 
 class Checkpoints:
-    """The folder ``checkpoints/`` of a run. DeepSpeed's files are pickles: only a run's own are loaded."""
+    """The folder ``checkpoints/`` of a run.
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    Args:
+        folder: made at the first save.
+        keep_last: how many are kept, the newest ones.
+        keep_every: those of every so many steps are kept, too.
+    """
+
+    def __init__(self, folder: Path, keep_last: int, keep_every: int | None) -> None:
         self.folder = folder
-        self.keep = keep
+        self.keep_last = keep_last
+        self.keep_every = keep_every
 
-    def any(self) -> bool:
-        return (self.folder / "latest").is_file()
+    def newest_good(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole and unchanged, on every rank what rank 0 found; None: there is none yet.
 
-    def save(self, engine: deepspeed.DeepSpeedEngine, progress: Progress) -> None:
-        """Save parameters, optimiser, schedule, loss scale and progress; called by every rank."""
-        engine.save_checkpoint(str(self.folder), tag=_tag(progress.step), client_state=asdict(progress))
-        if torch.distributed.get_rank() == 0:
-            for old in sorted(self.folder.glob(_tag_pattern()))[: -self.keep]:
-                shutil.rmtree(old)
-
-    def resume(self, engine: deepspeed.DeepSpeedEngine) -> Progress:
-        """Load the newest checkpoint into the engine; called by every rank.
+        What is damaged is said, and set aside under another name.
 
         Raises:
-            UserError: it cannot be loaded.
+            UserError: there are checkpoints, and all are damaged.
         """
+        found: list[Checkpoint | None] = [None]
+        if torch.distributed.get_rank() == 0:
+            found = [self._find_newest_good()]
+        torch.distributed.broadcast_object_list(found)
+        return found[0]
+
+    def _find_newest_good(self) -> Checkpoint | None:
+        damaged: list[tuple[Path, str]] = []
+        for path in reversed(self._complete()):
+            try:
+                checkpoint = Checkpoint.read(path)
+                problem = damage(path, checkpoint.files, besides=(MANIFEST,))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                problem = f"its {MANIFEST} cannot be read: {first_line(error)}"
+            if problem is None:
+                for bad, what in damaged:
+                    print(f"warning: the checkpoint {bad} is damaged: {what}", file=sys.stderr)
+                    _set_aside(bad)
+                if damaged:
+                    print(f"warning: {path} is used, the one before", file=sys.stderr, flush=True)
+                return checkpoint
+            damaged.append((path, problem))
+        if damaged:
+            path, what = damaged[0]
+            raise UserError(
+                f"no checkpoint in {self.folder} is whole ({path.name}: {what}); "
+                "bring one back from a copy, or start anew with another --output_dir"
+            )
+        return None
+
+    def save(self, engine: deepspeed.DeepSpeedEngine, progress: Progress) -> None:
+        """Save parameters, optimiser, schedule, loss scale and progress; called by every rank.
+
+        Raises:
+            UserError: it cannot be written; the earlier ones are as they were.
+        """
+        path = self.folder / _name(progress.step)
+        beside = path.with_name(path.name + UNFINISHED)
+        is_first = torch.distributed.get_rank() == 0
+        with _errors_of_writing(beside):
+            if is_first:
+                self._remove_unfinished()
+            engine.save_checkpoint(
+                str(self.folder), tag=beside.name, save_latest=False
+            )  # begins and ends in step
+            if not is_first:
+                return
+            for script in self.folder.glob("*.py"):
+                script.chmod(0o644)  # DeepSpeed's tools for its checkpoints, which it makes executable
+            sync_tree(beside)
+            checkpoint = Checkpoint(path, progress, torch.distributed.get_world_size(), record_files(beside))
+            write_text(beside / MANIFEST, checkpoint.to_json())
+            beside.rename(path)
+            write_text(self.folder / "latest", path.name)  # which syncs the folder
+            for old in self._complete()[: -self.keep_last]:
+                if not self.keep_every or _step(old) % self.keep_every:
+                    shutil.rmtree(old.rename(old.with_name(old.name + UNFINISHED)))
+
+    def load(self, engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint) -> Progress:
+        """Load a checkpoint into an engine that was made with ``config_to_load``; called by every rank.
+
+        Raises:
+            UserError: DeepSpeed cannot load it.
+        """
+        path = _universal(checkpoint) if engine.load_universal_checkpoint() else checkpoint.path
         try:
-            path, state = engine.load_checkpoint(str(self.folder))
-        except Exception as error:  # DeepSpeed raises whatever the damaged part raises
-            raise UserError(f"the checkpoint in {self.folder} cannot be loaded: {error}") from error
-        if path is None:
-            raise UserError(f"{self.folder} holds no checkpoint that DeepSpeed can load")
-        return Progress(step=state["step"], tokens=state["tokens"])
+            loaded, _ = engine.load_checkpoint(str(self.folder), tag=path.name)
+        except Exception as error:  # DeepSpeed raises whatever it came upon
+            raise UserError(f"the checkpoint {path} cannot be loaded: {first_line(error)}") from error
+        if loaded is None:
+            raise UserError(f"DeepSpeed finds no checkpoint in {path}")
+        if path != checkpoint.path:
+            torch.distributed.barrier()
+            if torch.distributed.get_rank() == 0:
+                self._remove_unfinished()
+        return checkpoint.progress
+
+    def config_to_load(self, checkpoint: Checkpoint, config: dict[str, Any]) -> dict[str, Any]:
+        """The DeepSpeed config of an engine that is to load ``checkpoint``; called by every rank.
+
+        ZeRO shares the optimiser's states out over the ranks. Where their number is another than that of the ranks
+        that saved them, this makes a universal checkpoint, which goes again when it has been loaded.
+
+        Raises:
+            UserError: there is no room for it.
+        """
+        stage = config.get("zero_optimization", {}).get("stage", 0)
+        if stage == 0 or checkpoint.world_size == torch.distributed.get_world_size():
+            return config
+        if torch.distributed.get_rank() == 0:
+            print(
+                f"{checkpoint.path} is from {checkpoint.world_size} ranks: it is laid out anew for "
+                f"{torch.distributed.get_world_size()}"
+            )
+            with _errors_of_writing(_universal(checkpoint)):
+                self._remove_unfinished()
+                _make_universal(checkpoint)
+        torch.distributed.barrier()
+        return config | {"checkpoint": config.get("checkpoint", {}) | {"load_universal": True}}
+
+    def _complete(self) -> list[Path]:
+        """The folders that were completed, from oldest to newest."""
+        return sorted(self.folder.glob(_name(0).replace("0", "[0-9]")))
+
+    def _remove_unfinished(self) -> None:
+        """Remove what was being written, or removed, when a process was killed."""
+        for path in self.folder.glob(f"*{UNFINISHED}"):
+            shutil.rmtree(path)
 
 
-def _tag(step: int) -> str:
+def _name(step: int) -> str:
     return f"step_{step:09d}"
 
 
-def _tag_pattern() -> str:
-    return "step_" + "[0-9]" * 9
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _universal(checkpoint: Checkpoint) -> Path:
+    return checkpoint.path.with_name(f"{checkpoint.path.name}.universal{UNFINISHED}")
+
+
+def _set_aside(path: Path) -> None:
+    aside = path.with_name(path.name + DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+
+
+def _make_universal(checkpoint: Checkpoint) -> None:
+    # DeepSpeed's command, in this process: one worker, for which it starts none.
+    arguments = argparse.Namespace(
+        input_folder=str(checkpoint.path),
+        output_folder=str(_universal(checkpoint)),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        ds_to_universal.main(arguments)
+    (checkpoint.path.parent / "latest_universal").unlink()
+
+
+@contextmanager
+def _errors_of_writing(path: Path) -> Iterator[None]:
+    """Turn errors of writing below ``path`` into UserError, and remove what was written."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch.save's errors are RuntimeErrors out of this file of PyTorch's; other ones are not of writing.
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        shutil.rmtree(path, ignore_errors=True)
+        raise UserError(
+            f"cannot write {path}: {first_line(error)}; make room there and go on with --resume"
+        ) from error

@@ -47,8 +47,10 @@ class TrainArguments:
     seed: int = 0
     save_steps: int = 500
     save_total_limit: int = 2
+    save_retain_steps: int | None = None
     logging_steps: int = 10
     dataloader_num_workers: int = 0
+    ddp_timeout: float = 1800.0
     compile: bool = False
     resume: bool = False
     plan: bool = False
@@ -71,7 +73,12 @@ class TrainArguments:
             (0 <= self.seed < 1 << 32, "--seed must be from 0 to 2^32 - 1"),
             (self.save_steps > 0, "--save_steps must be above 0"),
             (self.save_total_limit > 0, "--save_total_limit must be above 0"),
+            (
+                self.save_retain_steps is None or self.save_retain_steps > 0,
+                "--save_retain_steps must be above 0",
+            ),
             (self.logging_steps > 0, "--logging_steps must be above 0"),
+            (self.ddp_timeout > 0, "--ddp_timeout must be above 0"),
             (self.dataloader_num_workers >= 0, "--dataloader_num_workers must not be negative"),
             (self.gpu_memory is None or self.gpu_memory > 0, "--gpu_memory must be above 0"),
             (
@@ -121,6 +128,10 @@ class BatchEquation:
     micro_batch_size: int
     gradient_accumulation_steps: int
     world_size: int
+
+    def micro_batch_number(self, accumulation_step: int, rank: int) -> int:
+        """Which of the global batch's micro-batches, counted from 0, a rank takes in an accumulation step."""
+        return accumulation_step * self.world_size + rank
 
     def __str__(self) -> str:
         return (

@@ -103,9 +103,12 @@ class Distillation(nn.Module):
 
     Attributes:
         last_parts: the loss parts of the last forward pass, detached, not multiplied by ranks x accumulation steps.
+        last_gradient_is_finite: bool scalar on the device: of the last backward pass, where it leaves the losses and
+            the MLM head for the layers.
     """
 
     last_parts: LossParts
+    last_gradient_is_finite: torch.Tensor
 
     def __init__(
         self,
@@ -134,6 +137,8 @@ class Distillation(nn.Module):
         places = batch.masked_places if targets is None else self.objective.scored_places(batch)
         with phase(STUDENT):
             outputs = forward_packed(self.student, batch, places)
+        if outputs.hidden_states.requires_grad:
+            outputs.hidden_states.register_hook(self._look_at_gradient)
         with phase(LOSSES):
             if targets is None:
                 parts = self.mlm_loss(outputs, batch)
@@ -141,6 +146,9 @@ class Distillation(nn.Module):
                 parts = self.distillation_losses(outputs, batch, targets, loss_scale)
         self.last_parts = LossParts(*(part.detach() for part in parts))
         return parts.loss * (self.world_size * self.accumulation_steps)
+
+    def _look_at_gradient(self, gradient: torch.Tensor) -> None:
+        self.last_gradient_is_finite = gradient.isfinite().all()
 
     def distillation_losses(
         self, outputs: ModelOutputs, batch: MicroBatch, targets: ModelOutputs, loss_scale: float

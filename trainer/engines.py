@@ -3,6 +3,7 @@
 import os
 import socket
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -11,7 +12,7 @@ from deepspeed.accelerator import get_accelerator
 from packaging.version import Version
 from torch import nn
 
-from distilspeed.trainer.errors import UserError, first_line
+from distilspeed.trainer.errors import OverflowAtLowestScale, UserError, first_line
 from distilspeed.trainer.optimizers import forget_dummy_step, own_optimizer
 
 # Older versions divide gradients by the accumulation steps once per output tensor of the module.
@@ -55,8 +56,12 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise UserError(f'this device ({device}) has no bf16; enable "fp16" in the config')
 
 
-def join_job(process: Process) -> None:
-    """Connect to the other ranks (a no-op where that has been done)."""
+def join_job(process: Process, timeout: float = 1800.0) -> None:
+    """Connect to the other ranks (a no-op where that has been done).
+
+    Args:
+        timeout: of collectives, in seconds.
+    """
     alone = {
         "RANK": process.rank,
         "LOCAL_RANK": process.local_rank,
@@ -71,7 +76,9 @@ def join_job(process: Process) -> None:
         _skip_compiling_shared_memory_collectives()
     get_accelerator().set_device(process.local_rank)
     try:
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(
+            auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout)
+        )
     except torch.distributed.DistNetworkError as error:
         raise UserError(
             f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
@@ -139,6 +146,9 @@ def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> float | torch.Tensor | 
 
     Returns:
         the norm of the global batch's gradient before clipping, where a step was taken.
+
+    Raises:
+        OverflowAtLowestScale: fp16 gradients overflow, and the loss scale is at its minimum.
     """
     norm = None
     # In fp32 without ZeRO the optimizer is torch's own, and DeepSpeed keeps no norm.
@@ -146,7 +156,13 @@ def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> float | torch.Tensor | 
     if plain and engine.is_gradient_accumulation_boundary():
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-    engine.step()
+    scale = loss_scale(engine)
+    try:
+        engine.step()
+    except Exception as error:  # DeepSpeed raises no other kind
+        if "loss scale already at minimum" in str(error):
+            raise OverflowAtLowestScale(scale) from error
+        raise
     return norm if plain else engine.get_global_grad_norm()
 
 

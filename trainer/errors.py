@@ -8,24 +8,56 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
-USER_ERROR_STATUS = 2
-NUMERICAL_ERROR_STATUS = 3
-
 # A rank other than 0 gives rank 0 this long to report the same problem (the launcher ends the
 # others when rank 0 exits) before it concludes that the problem is its own and speaks.
 SECONDS_FOR_RANK_0_TO_SPEAK = 10.0
 
 
-class UserError(Exception):
+class CommandError(Exception):
+    """Ends a command with one line and a status of its own.
+
+    Attributes:
+        ranks_agree: this rank has been chosen to say it (watch.py).
+    """
+
+    status: int
+    label = "error"
+    ranks_agree = False
+
+
+class UserError(CommandError):
     """Something the person who started the command can put right: ``what is wrong; what to do``."""
 
-    status = USER_ERROR_STATUS
+    status = 2
 
 
-class NumericalError(Exception):
+class NumericalError(CommandError):
     """A loss or gradient that is not finite and is not an fp16 overflow."""
 
-    status = NUMERICAL_ERROR_STATUS
+    status = 3
+
+
+class OverflowAtLowestScale(NumericalError):
+    """fp16 gradients overflow at a loss scale that does not fall any further."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__(
+            f"the gradients overflow fp16 at a loss scale of {scale:g}, which does not fall any further; go on from "
+            "the newest checkpoint (--resume) with a lower learning rate, or start anew in bf16 or fp32"
+        )
+
+
+class LostRankError(CommandError):
+    """A rank has died or does not answer."""
+
+    status = 4
+
+
+class StoppedError(CommandError):
+    """The job was told to stop, and has saved a checkpoint."""
+
+    status = 75  # EX_TEMPFAIL of sysexits.h: to be tried again
+    label = "stopped"
 
 
 def first_line(error: Exception) -> str:
@@ -41,29 +73,28 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Run ``main`` and exit: 0, or 2 for a :class:`UserError`, 3 for a :class:`NumericalError`.
+    """Run ``main`` and exit: 0, or with the status of a :class:`CommandError`.
 
-    The error is one line on stderr, ``error: what is wrong; what to do``, from rank 0 only. With
+    The error is one line on stderr, ``error: what is wrong; what to do``, from one rank only. With
     ``--debug`` on the command line the traceback is shown as well.
     """
     try:
         main()
-    except (UserError, NumericalError) as error:
+    except CommandError as error:
         if "--debug" in sys.argv:
             raise
-        _show(error)
+        if not error.ranks_agree and int(os.environ.get("RANK", "0")) > 0:
+            time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
+        show_error(error)
         sys.exit(error.status)
     sys.exit(0)
 
 
-def _show(error: Exception) -> None:
+def show_error(error: CommandError) -> None:
+    """The one line of an error, which may be said by any rank and from any thread."""
     rank = int(os.environ.get("RANK", "0"))
-    line = " ".join(str(error).split())
-    if rank == 0:
-        print(f"error: {line}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
-        print(f"error: {line} (rank {rank})", file=sys.stderr, flush=True)
+    where = f" (rank {rank})" if rank else ""
+    print(f"{error.label}: {' '.join(str(error).split())}{where}", file=sys.stderr, flush=True)
 
 
 def quiet_libraries() -> None:

@@ -1,68 +1,99 @@
 """The training loop, and the student that comes out of it."""
 
+from dataclasses import replace
+
 import deepspeed
-import torch.distributed
 from torch import nn
 from tqdm import tqdm
 
 from distilspeed.trainer.batches import MicroBatches, on_device
 from distilspeed.trainer.checkpoint import Checkpoints, Progress
 from distilspeed.trainer.engines import DTYPES, join_job
+from distilspeed.trainer.errors import StoppedError
 from distilspeed.trainer.evaluation import masked_token_quality
 from distilspeed.trainer.export import TrainingRecord, export_student, gather_weights, whole_student
+from distilspeed.trainer.files import writing
 from distilspeed.trainer.flops import measure_matmul_flops
 from distilspeed.trainer.metrics import Metrics, plot_losses, read_metrics
 from distilspeed.trainer.optimizers import describe_fused_parts
-from distilspeed.trainer.run import Run, record_run, settle_attention
+from distilspeed.trainer.run import Run, check_same_run, identity_of, record_run, settle_attention
 from distilspeed.trainer.step import TrainingStep
+from distilspeed.trainer.watch import JobWatch
 
 HELD_OUT_ROWS_FOR_CARD = 200
+SECONDS_TO_NAME_RANK = 60.0
 
 
 def train(run: Run) -> None:
-    """Train the student and write ``student/``, ``metrics.jsonl``, ``loss.png`` and ``train_config.json``."""
+    """Train the student and write ``student/``, ``metrics.jsonl``, ``loss.png`` and ``train_config.json``.
+
+    Raises:
+        UserError: the run cannot be gone on with, or its folder not written.
+        NumericalError: a loss or gradient is not finite.
+        StoppedError: a signal has ended the run; a checkpoint is saved.
+    """
     arguments, process = run.arguments, run.process
     if (arguments.output_dir / "student").exists():
         if process.rank == 0:
             print(f"{arguments.output_dir}/student exists: this run is complete")
         return
-    join_job(process)
-    checkpoints = Checkpoints(arguments.output_dir / "checkpoints", arguments.save_total_limit)
-    resuming = checkpoints.any()
-    batches = MicroBatches(run.corpus, run.batch, process.rank, arguments.seed)
-    attention = settle_attention(run, batches, resuming)
-    record_run(run, attention, resuming)
+    identity = identity_of(run) if process.rank == 0 else {}
+    if process.rank == 0:
+        check_same_run(run, identity)
+    # A rank that does not answer is named by the watch; collectives, which name none, wait longer.
+    join_job(process, arguments.ddp_timeout + SECONDS_TO_NAME_RANK)
+    with JobWatch(process, arguments.ddp_timeout) as watch:
+        batches = MicroBatches(run.corpus, run.batch, process.rank, arguments.seed)
+        attention = settle_attention(run, batches)
+        if process.rank == 0:
+            record_run(run, identity, attention)
+        _train(run, batches, watch)
 
+
+def _train(run: Run, batches: MicroBatches, watch: JobWatch) -> None:
+    arguments, process = run.arguments, run.process
+    checkpoints = Checkpoints(
+        arguments.output_dir / "checkpoints", arguments.save_total_limit, arguments.save_retain_steps
+    )
+    newest = checkpoints.newest_good()
+    if newest:
+        run = replace(run, deepspeed_config=checkpoints.config_to_load(newest, run.deepspeed_config))
     step = TrainingStep(run)
     engine = step.engine
     if process.rank == 0:
         print(describe_fused_parts(engine))
-    progress = checkpoints.resume(engine) if resuming else Progress()
+    progress = checkpoints.load(engine, newest) if newest else Progress()
 
     loader = on_device(
-        batches.loader(progress.step, run.total_steps, arguments.dataloader_num_workers), process.device
+        batches.loader(progress.batches, None, arguments.dataloader_num_workers), process.device
     )
-    metrics = _start_metrics(run, engine, progress)
+    metrics = _start_metrics(run, engine, batches, progress)
 
-    while progress.step < run.total_steps:
-        learning_rate = engine.get_lr()[0]
-        shares, grad_norm = step.take(progress.step, loader)
-        progress = Progress(progress.step + 1, progress.tokens + batches.count_tokens(progress.step))
-        metrics.end_step(
-            progress.step, _epoch(run, progress), progress.tokens, shares, grad_norm, learning_rate
-        )
-        if progress.step % arguments.save_steps == 0 or progress.step == run.total_steps:
-            metrics.flush()
-            checkpoints.save(engine, progress)
-    metrics.progress_bar.close()
+    with metrics.progress_bar:
+        while progress.step < run.total_steps:
+            learning_rate = engine.get_lr()[0]
+            result = step.take(progress.batches, loader)
+            progress = progress.after(result.is_update, batches.count_tokens(progress.batches))
+            metrics.end_step(progress, _epoch(run, progress), result, learning_rate)
+            told_by = watch.told_to_stop()
+            is_due = result.is_update and progress.step % arguments.save_steps == 0
+            if is_due or told_by or progress.step == run.total_steps:
+                metrics.flush()
+                checkpoints.save(engine, progress)
+            if told_by and progress.step < run.total_steps:
+                raise StoppedError(
+                    f"by {told_by} after step {progress.step}, of which there is a checkpoint; go on with --resume"
+                )
     _finish(run, engine)
 
 
 def _epoch(run: Run, progress: Progress) -> float:
-    return progress.step * run.batch.train_batch_size / run.corpus.manifest.counts.train_rows
+    return progress.batches * run.batch.train_batch_size / run.corpus.manifest.counts.train_rows
 
 
-def _start_metrics(run: Run, engine: deepspeed.DeepSpeedEngine, progress: Progress) -> Metrics:
+def _start_metrics(
+    run: Run, engine: deepspeed.DeepSpeedEngine, batches: MicroBatches, progress: Progress
+) -> Metrics:
     progress_bar = tqdm(
         total=run.total_steps,
         initial=progress.step,
@@ -73,18 +104,20 @@ def _start_metrics(run: Run, engine: deepspeed.DeepSpeedEngine, progress: Progre
     return Metrics(
         run.arguments.output_dir / "metrics.jsonl",
         engine,
+        batches,
         progress_bar,
         run.arguments.logging_steps,
         flops_per_token=run.flops_per_token(),
         peak_flops=measure_matmul_flops(run.process.device, DTYPES[run.precision]) * run.process.world_size,
-        first_step=progress.step,
-        first_tokens=progress.tokens,
+        first=progress,
     )
 
 
 def _finish(run: Run, engine: deepspeed.DeepSpeedEngine) -> None:
     weights = gather_weights(engine, run.student)
-    if run.process.rank == 0:
+    if run.process.rank != 0:
+        return
+    with writing(run.arguments.output_dir):
         metrics = read_metrics(run.arguments.output_dir / "metrics.jsonl")
         plot_losses(metrics, run.arguments.output_dir / "loss.png")
         student = whole_student(run.student, weights)
@@ -101,4 +134,3 @@ def _finish(run: Run, engine: deepspeed.DeepSpeedEngine) -> None:
         )
         export_student(student, record, run.arguments.output_dir / "student")
         print(f"student written to {run.arguments.output_dir}/student")
-    torch.distributed.barrier()

@@ -12,10 +12,15 @@ import torch
 import torch.distributed
 from tqdm import tqdm
 
+from distilspeed.trainer.batches import MicroBatches
+from distilspeed.trainer.checkpoint import Progress
 from distilspeed.trainer.distillation import LossParts
 from distilspeed.trainer.engines import loss_scale
 from distilspeed.trainer.errors import NumericalError
-from distilspeed.trainer.files import write_text
+from distilspeed.trainer.files import write_text, writing
+from distilspeed.trainer.step import StepResult
+
+ROW_IDS_SHOWN = 64
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class StepMetrics:
 
     Losses are means over the global batch. ``tokens`` are real (non-padding) tokens seen so far,
     ``tokens_per_s`` and ``mfu`` averages over the logging interval, ``time`` seconds since the epoch.
+    ``skipped`` counts the batches that were left out because fp16 overflowed: they are no steps, and have no line.
     """
 
     step: int
@@ -44,11 +50,9 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class _PendingStep:
-    step: int
+    progress: Progress  # with this step
     epoch: float
-    tokens: int
-    parts: torch.Tensor  # float32 [4], this rank's share of the global means
-    grad_norm: float | torch.Tensor | None
+    result: StepResult
     lr: float
     loss_scale: float
     skipped: int
@@ -58,111 +62,126 @@ class Metrics:
     """Collects what each step measured and writes it every ``logging_steps`` steps, rank 0 only.
 
     Args:
-        path: ``metrics.jsonl``; lines after ``first_step`` are dropped (a resumed run makes them again).
+        path: ``metrics.jsonl``; lines after ``first.step`` are dropped (a resumed run makes them again).
+        batches: which rows a fault came from.
         progress_bar: rank 0's, or a disabled one.
         flops_per_token: of the whole step, per real token.
         peak_flops: FLOP/s of all ranks together, for MFU.
+        first: where the run starts or goes on.
     """
 
     def __init__(
         self,
         path: Path,
         engine: deepspeed.DeepSpeedEngine,
+        batches: MicroBatches,
         progress_bar: "tqdm[int]",
         logging_steps: int,
         flops_per_token: float,
         peak_flops: float,
-        first_step: int,
-        first_tokens: int,
+        first: Progress,
     ) -> None:
         self.path = path
         self.engine = engine
+        self.batches = batches
         self.progress_bar = progress_bar
         self.logging_steps = logging_steps
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
         self.is_writer = torch.distributed.get_rank() == 0
         self.pending: list[_PendingStep] = []
-        self.since, self.tokens_before = time.perf_counter(), first_tokens
+        self.since, self.tokens_before = time.perf_counter(), first.tokens
         if self.is_writer:
-            _keep_lines_up_to(path, first_step)
+            _keep_lines_up_to(path, first.step)
 
-    def end_step(
-        self,
-        step: int,
-        epoch: float,
-        tokens: int,
-        parts: torch.Tensor,
-        grad_norm: float | torch.Tensor | None,
-        lr: float,
-    ) -> None:
-        """Close optimiser step ``step`` (counted from 1).
+    def end_step(self, progress: Progress, epoch: float, result: StepResult, lr: float) -> None:
+        """Close a step, an update or not.
 
         Args:
-            parts: float32 [4] on the device, this rank's share of the loss parts.
+            progress: with this step.
+            lr: that it was taken with.
+
+        Raises:
+            NumericalError: see :meth:`flush`.
         """
-        self.pending.append(
-            _PendingStep(
-                step=step,
-                epoch=epoch,
-                tokens=tokens,
-                parts=parts,
-                grad_norm=grad_norm,
-                lr=lr,
-                loss_scale=loss_scale(self.engine),
-                skipped=self.engine.skipped_steps,
-            )
-        )
-        self.progress_bar.update()
-        if step % self.logging_steps == 0:
+        scale, skipped = loss_scale(self.engine), self.engine.skipped_steps
+        self.pending.append(_PendingStep(progress, epoch, result, lr, scale, skipped))
+        self.progress_bar.update(result.is_update)
+        if progress.batches % self.logging_steps == 0:
             self.flush()
 
     def flush(self) -> None:
         """Read the pending steps from the device, check and write them; every rank calls this.
 
         Raises:
-            NumericalError: a step's loss is not finite.
+            NumericalError: the loss or the gradient of one is not finite, which is no fp16 overflow.
         """
         if not self.pending:
             return
-        losses = torch.stack([pending.parts for pending in self.pending])
+        losses = torch.stack([step.result.parts.sum(0) for step in self.pending])
         torch.distributed.all_reduce(losses)
-        now, tokens = time.perf_counter(), self.pending[-1].tokens
+        now, tokens = time.perf_counter(), self.pending[-1].progress.tokens
         tokens_per_s = (tokens - self.tokens_before) / (now - self.since)
         mfu = tokens_per_s * self.flops_per_token / self.peak_flops
-        lines = [
-            StepMetrics(
-                step=pending.step,
-                epoch=round(pending.epoch, 4),
-                tokens=pending.tokens,
+        lines = []
+        for step, parts in zip(self.pending, losses.tolist(), strict=True):
+            grad_norm = None if step.result.grad_norm is None else float(step.result.grad_norm)
+            self._check_finite(step, parts, grad_norm)
+            line = StepMetrics(
+                step=step.progress.step,
+                epoch=round(step.epoch, 4),
+                tokens=step.progress.tokens,
                 **dict(zip(LossParts._fields, parts, strict=True)),
-                lr=pending.lr,
-                grad_norm=None if pending.grad_norm is None else float(pending.grad_norm),
-                loss_scale=pending.loss_scale,
-                skipped=pending.skipped,
+                lr=step.lr,
+                grad_norm=grad_norm,
+                loss_scale=step.loss_scale,
+                skipped=step.skipped,
                 tokens_per_s=round(tokens_per_s, 1),
                 mfu=round(mfu, 4),
                 time=round(time.time(), 3),
             )
-            for pending, parts in zip(self.pending, losses.tolist(), strict=True)
-        ]
+            lines += [line] * step.result.is_update
         self.pending.clear()
         self.since, self.tokens_before = now, tokens
-        for line in lines:
-            if not math.isfinite(line.loss):
-                raise NumericalError(
-                    f"the loss of step {line.step} is {line.loss}; the last checkpoint is kept, --resume continues it"
-                )
-        if self.is_writer:
-            self._write(lines)
+        if self.is_writer and lines:
+            with writing(self.path):
+                self._write(lines)
+
+    def _check_finite(self, step: _PendingStep, loss: Sequence[float], grad_norm: float | None) -> None:
+        is_fp16_overflow = not step.result.is_update and self.engine.fp16_enabled()
+        if not all(map(math.isfinite, loss)):
+            what = f"loss is {loss[0]}"
+        elif is_fp16_overflow or (step.result.is_update and math.isfinite(grad_norm or 0.0)):
+            return
+        else:
+            what = f"gradient is {grad_norm}"
+        number = step.progress.step + (not step.result.is_update)
+        raise NumericalError(
+            f"at step {number} the {what}: {self._origin(step)}; the checkpoints of steps before are kept: "
+            "look at these rows, or go on with --resume and a lower learning rate"
+        )
+
+    def _origin(self, step: _PendingStep) -> str:
+        """Where values are not finite; called by every rank."""
+        result, index = step.result, step.progress.batches - 1
+        is_finite = result.parts.isfinite().all(dim=1) & result.gradients_are_finite
+        found = [self.batches.rows_of(index, int(number)) for number in (~is_finite).nonzero()]
+        of_ranks: list[list[list[int]]] = [[]] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(of_ranks, found)
+        for rank, of_rank in enumerate(of_ranks):
+            if of_rank:
+                return f"it comes from row ids {_listed(of_rank[0])} on rank {rank}"
+        _, rows = self.batches.global_batch(index)
+        return f"it comes from row ids {_listed(rows.tolist())}, its global batch"
 
     def _write(self, lines: Sequence[StepMetrics]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(asdict(line)) + "\n" for line in lines)
         last = lines[-1]
-        self.progress_bar.set_postfix(
-            loss=f"{last.loss:.4f}", tokens_per_s=f"{last.tokens_per_s:,.0f}", refresh=False
-        )
+        shown = {"loss": f"{last.loss:.4f}", "tokens_per_s": f"{last.tokens_per_s:,.0f}"}
+        if last.skipped:
+            shown["skipped"] = str(last.skipped)
+        self.progress_bar.set_postfix(shown, refresh=False)
         if self.engine.monitor.enabled:
             self.engine.monitor.write_events(
                 [
@@ -172,6 +191,11 @@ class Metrics:
                     if name not in ("step", "time") and value is not None
                 ]
             )
+
+
+def _listed(rows: Sequence[int]) -> str:
+    more = f" and {len(rows) - ROW_IDS_SHOWN} more" if len(rows) > ROW_IDS_SHOWN else ""
+    return ", ".join(map(str, rows[:ROW_IDS_SHOWN])) + more
 
 
 def _keep_lines_up_to(path: Path, step: int) -> None:

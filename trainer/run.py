@@ -1,5 +1,6 @@
 """A training run before it starts: its arguments checked against each other, its models, its record."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -23,8 +24,8 @@ from distilspeed.trainer.config import (
 )
 from distilspeed.trainer.corpus import Corpus, open_corpus
 from distilspeed.trainer.engines import DTYPES, Process, check_precision, this_process
-from distilspeed.trainer.errors import UserError
-from distilspeed.trainer.files import write_text
+from distilspeed.trainer.errors import UserError, first_line
+from distilspeed.trainer.files import write_text, writing
 from distilspeed.trainer.flops import ModelShape, flops_per_token, model_shape
 from distilspeed.trainer.optimizers import choose_optimizer
 from distilspeed.trainer.student import (
@@ -124,7 +125,7 @@ def _check_output_dir(arguments: TrainArguments) -> None:
         )
 
 
-def settle_attention(run: Run, batches: MicroBatches, resuming: bool) -> dict[str, str]:
+def settle_attention(run: Run, batches: MicroBatches) -> dict[str, str]:
     """Set the attention that both models run with, the same on every rank; called by every rank.
 
     Rank 0 measures, on the first micro-batch; a resumed run takes what the run was started with, so that it computes
@@ -134,86 +135,108 @@ def settle_attention(run: Run, batches: MicroBatches, resuming: bool) -> dict[st
         transformers' name of the implementation, for "student" and "teacher".
     """
     chosen: list[dict[str, str]] = [{}]
-    if resuming:
-        chosen = [_read_record(run)["attention"]]
-    elif run.process.rank == 0:
-        document_ids = batches[0].document_ids
-        choices = {
-            role: choose_attention(
-                model,
-                document_ids,
-                DTYPES[run.precision],
-                run.process.device,
-                is_trained=role == "student",
-            )
-            for role, model in run.models().items()
-        }
-        print("attention: " + ", ".join(f"{role} {choice}" for role, choice in choices.items()))
-        chosen = [{role: choice.implementation for role, choice in choices.items()}]
+    if run.process.rank == 0:
+        record = _read_record(run)
+        if record:
+            chosen = [record["attention"]]
+        else:
+            document_ids = batches[0].document_ids
+            choices = {
+                role: choose_attention(
+                    model,
+                    document_ids,
+                    DTYPES[run.precision],
+                    run.process.device,
+                    is_trained=role == "student",
+                )
+                for role, model in run.models().items()
+            }
+            print("attention: " + ", ".join(f"{role} {choice}" for role, choice in choices.items()))
+            chosen = [{role: choice.implementation for role, choice in choices.items()}]
     torch.distributed.broadcast_object_list(chosen, device=run.process.device)
     for role, model in run.models().items():
         model.set_attn_implementation(chosen[0][role])
     return chosen[0]
 
 
-def _read_record(run: Run) -> dict[str, Any]:
-    return json.loads((run.arguments.output_dir / "train_config.json").read_text(encoding="utf-8"))
+def _read_record(run: Run) -> dict[str, Any] | None:
+    """``train_config.json`` of a run that was started before."""
+    path = run.arguments.output_dir / "train_config.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {"identity": dict(record["identity"]), "attention": dict(record["attention"])}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} cannot be read: {first_line(error)}; bring it back, or choose another --output_dir"
+        ) from error
 
 
-def record_run(run: Run, attention: dict[str, str], resuming: bool) -> None:
-    """Write ``train_config.json``, or on resuming compare with the one there.
+def check_same_run(run: Run, identity: dict[str, Any]) -> None:
+    """Raise UserError where the run in the output folder was started with another identity."""
+    record = _read_record(run)
+    if record is None:
+        return
+    for name, value in identity.items():
+        before = record["identity"].get(name)
+        if before != value:
+            raise UserError(
+                f"this run was started with {name} {before}, not {value}; "
+                "resume it with the same, or choose another --output_dir"
+            )
+
+
+def record_run(run: Run, identity: dict[str, Any], attention: dict[str, str]) -> None:
+    """Write ``train_config.json`` where there is none yet.
 
     Raises:
-        UserError: the run was started with other data, teacher, seed, batch or objective.
+        UserError: it cannot be written.
     """
     path = run.arguments.output_dir / "train_config.json"
-    record = _identity(run)
-    if resuming and path.exists():
-        started = _read_record(run)["identity"]
-        for name, value in record.items():
-            if started.get(name) != value:
-                raise UserError(
-                    f"this run was started with {name} {started.get(name)}, not {value}; "
-                    "resume it with the same, or choose another --output_dir"
-                )
-    torch.distributed.barrier()
-    if run.process.rank == 0 and not resuming:
-        everything = {
-            "identity": record,
-            "arguments": {name: _plain(value) for name, value in asdict(run.arguments).items()},
-            "deepspeed_config": run.deepspeed_config,
-            "student_layers": run.layers,
-            "attention": attention,
-            "versions": {package: version(package) for package in RECORDED_PACKAGES},
-        }
-        try:
-            run.arguments.output_dir.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(everything, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"cannot write {run.arguments.output_dir}: {error.strerror}; check --output_dir and its permissions"
-            ) from error
-    torch.distributed.barrier()
+    if path.exists():
+        return
+    everything = {
+        "identity": identity,
+        "arguments": {name: _plain(value) for name, value in asdict(run.arguments).items()},
+        "deepspeed_config": run.deepspeed_config,
+        "student_layers": run.layers,
+        "attention": attention,
+        "versions": {package: version(package) for package in RECORDED_PACKAGES},
+    }
+    with writing(path):
+        run.arguments.output_dir.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(everything, indent=2) + "\n")
 
 
-def _identity(run: Run) -> dict[str, Any]:
-    """What must not change when a run is resumed."""
+def identity_of(run: Run) -> dict[str, Any]:
+    """What must not change when a run is resumed; reads all weights of the teacher."""
     arguments = run.arguments
     return {
-        "teacher": arguments.teacher,
+        "teacher": _weights_hash(run.teacher) if run.teacher else None,
+        "student": asdict(run.shapes()[0]),
         "student_layers": list(run.layers),
         "data": {record.path: record.sha256 for record in run.corpus.manifest.files},
-        "world_size": run.process.world_size,
         "train_batch_size": run.batch.train_batch_size,
         "micro_batch_size": run.batch.micro_batch_size,
         "total_steps": run.total_steps,
         "precision": run.precision,
         "zero_stage": run.deepspeed_config.get("zero_optimization", {}).get("stage", 0),
+        "optimizer": run.deepspeed_config.get("optimizer", {}).get("type"),
         "temperature": arguments.temperature,
         "alphas": [arguments.alpha_ce, arguments.alpha_mlm, arguments.alpha_cos],
         "restrict_ce_to_mask": arguments.restrict_ce_to_mask,
         "seed": arguments.seed,
     }
+
+
+def _weights_hash(model: PreTrainedModel) -> str:
+    """SHA-256 of all weights, float32, and their names."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _plain(value: object) -> object:

@@ -1,18 +1,39 @@
 """The training step: teacher, student, losses, accumulation, update."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
 from distilspeed.trainer.batches import DROPOUT_STREAM, MicroBatch
 from distilspeed.trainer.config import TrainArguments
-from distilspeed.trainer.distillation import Distillation, LossParts, Objective
+from distilspeed.trainer.distillation import Distillation, Objective
 from distilspeed.trainer.engines import loss_scale, optimizer_step, student_engine
+from distilspeed.trainer.errors import OverflowAtLowestScale
 from distilspeed.trainer.families import pad_vocabulary
 from distilspeed.trainer.masking import philox
 from distilspeed.trainer.phases import BACKWARD, DATA, TEACHER, UPDATE, phase
 from distilspeed.trainer.run import Run
 from distilspeed.trainer.teacher import make_teacher
+
+# fp16: batches skipped in a row, at one loss scale and beyond its "hysteresis", after which it is taken not to fall.
+SKIPS_AT_ONE_SCALE = 5
+DEFAULT_HYSTERESIS = 2  # DeepSpeed's
+
+
+class StepResult(NamedTuple):
+    """One rank's part of an optimiser step."""
+
+    parts: (
+        torch.Tensor
+    )  # float32 [accumulation steps, 4] on the device, its shares of the loss parts (LossParts)
+    gradients_are_finite: (
+        torch.Tensor
+    )  # bool [accumulation steps] on the device, on their way into the layers
+    grad_norm: float | torch.Tensor | None  # of the global batch, before clipping
+    is_update: (
+        bool  # false where fp16 gradients overflowed, or DeepSpeed left the step out for another reason
+    )
 
 
 class TrainingStep:
@@ -26,43 +47,57 @@ class TrainingStep:
         arguments, batch = run.arguments, run.batch
         self.rank = run.process.rank
         self.seed = arguments.seed
-        self.accumulation_steps = batch.gradient_accumulation_steps
+        self.batch = batch
+        hysteresis = run.deepspeed_config.get("fp16", {}).get("hysteresis", DEFAULT_HYSTERESIS)
+        self.skips_allowed = SKIPS_AT_ONE_SCALE + hysteresis
+        self.last_scale, self.skips_at_last_scale = 0.0, 0
         self.objective = objective_of(arguments)
         for model in run.models().values():
             pad_vocabulary(model)
             if arguments.compile:
                 model.base_model.compile()
         self.distillation = Distillation(
-            run.student, self.objective, batch.world_size, self.accumulation_steps
+            run.student, self.objective, batch.world_size, batch.gradient_accumulation_steps
         )
         self.engine = student_engine(self.distillation, run.deepspeed_config)
         self.engine.train()
         self.teacher = make_teacher(run) if run.teacher else None
 
-    def take(
-        self, step: int, micro_batches: Iterator[MicroBatch]
-    ) -> tuple[torch.Tensor, float | torch.Tensor | None]:
-        """Take optimiser step ``step``, counted from 0, on the next micro-batches. Nothing here waits for the device.
+    def take(self, index: int, micro_batches: Iterator[MicroBatch]) -> StepResult:
+        """Take an optimiser step on global batch ``index``, the next micro-batches.
 
-        Returns:
-            this rank's share of the global batch's loss parts, float32 [4] on the device in the order of
-            :class:`LossParts`; and the gradient's norm before clipping.
+        Nothing here waits for the device but DeepSpeed's own look at the gradient's norm.
+
+        Raises:
+            OverflowAtLowestScale: fp16 gradients overflow, and the loss scale does not fall.
         """
-        seed_dropout(self.seed, step, self.rank)
-        shares = torch.zeros(len(LossParts._fields), device=self.engine.device)
+        parts, are_finite = [], []
         grad_norm = None
-        for _ in range(self.accumulation_steps):
+        for accumulation_step in range(self.batch.gradient_accumulation_steps):
             with phase(DATA):
                 batch = next(micro_batches)
+            seed_dropout(self.seed, index, self.batch.micro_batch_number(accumulation_step, self.rank))
             with phase(TEACHER):
                 targets = self.teacher(batch, self.objective.scored_places(batch)) if self.teacher else None
-            loss = self.engine(batch, targets, loss_scale(self.engine))
+            scale = loss_scale(self.engine)
+            loss = self.engine(batch, targets, scale)
             with phase(BACKWARD):
                 self.engine.backward(loss)
-            shares += torch.stack(self.distillation.last_parts)
+            parts.append(torch.stack(self.distillation.last_parts))
+            are_finite.append(self.distillation.last_gradient_is_finite)
             with phase(UPDATE):
                 grad_norm = optimizer_step(self.engine)
-        return shares, grad_norm
+        is_update = self.engine.was_step_applied()
+        self._count_skips(is_update, scale)
+        return StepResult(torch.stack(parts), torch.stack(are_finite), grad_norm, is_update)
+
+    def _count_skips(self, is_update: bool, scale: float) -> None:
+        if is_update or scale != self.last_scale:
+            self.skips_at_last_scale = 0
+        self.last_scale = scale
+        self.skips_at_last_scale += not is_update
+        if self.skips_at_last_scale == self.skips_allowed:
+            raise OverflowAtLowestScale(scale)
 
 
 def objective_of(arguments: TrainArguments) -> Objective:
@@ -75,6 +110,9 @@ def objective_of(arguments: TrainArguments) -> Objective:
     )
 
 
-def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Seed dropout as a function of (seed, step, rank): a resumed run draws what an uninterrupted one draws."""
-    torch.manual_seed(int(philox(seed, step, stream=(DROPOUT_STREAM, rank)).random_raw()))
+def seed_dropout(seed: int, batch: int, micro_batch: int) -> None:
+    """Seed dropout as a function of (seed, global batch, micro-batch in it).
+
+    A resumed run draws what an uninterrupted one draws, on another number of ranks, too.
+    """
+    torch.manual_seed(int(philox(seed, batch, stream=(DROPOUT_STREAM, micro_batch)).random_raw()))

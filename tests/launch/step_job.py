@@ -54,7 +54,7 @@ def waits_of_a_step(accumulation: int, arguments: list[str]) -> list[str]:
     )
     join_job(run.process)
     batches = MicroBatches(run.corpus, run.batch, 0, seed=0)
-    settle_attention(run, batches, resuming=False)
+    settle_attention(run, batches)
     step = TrainingStep(run)
     micro_batches = on_device(iter([batches[i] for i in range(2 * accumulation)]), run.process.device)
     step.take(0, micro_batches)  # states and buffers are made

@@ -72,9 +72,9 @@ class Ours:
         self.run = run
         join_job(run.process)
         self.batches = MicroBatches(run.corpus, run.batch, run.process.rank, run.arguments.seed)
-        settle_attention(run, self.batches, resuming=False)
+        settle_attention(run, self.batches)
         self.step = TrainingStep(run)
-        loader = self.batches.loader(0, run.total_steps, run.arguments.dataloader_num_workers)
+        loader = self.batches.loader(0, None, run.arguments.dataloader_num_workers)
         self.micro_batches = on_device(loader, run.process.device)
         self.taken = 0
 
@@ -83,10 +83,10 @@ class Ours:
         start = time.perf_counter()
         tokens = 0
         for _ in range(count):
-            shares, _ = self.step.take(self.taken, self.micro_batches)
+            parts = self.step.take(self.taken, self.micro_batches).parts
             tokens += self.batches.count_tokens(self.taken)
             self.taken += 1
-        if not torch.isfinite(shares).all():  # read once, as a logging interval does
+        if not torch.isfinite(parts).all():  # read once, as a logging interval does
             raise FloatingPointError("the loss is not finite")
         torch.distributed.barrier()
         return Lap(tokens, time.perf_counter() - start)

@@ -1,0 +1,262 @@
+"""A job watched from inside: ranks that die, stop answering or fail, and signals to end.
+
+One thread per rank holds a connection to rank 0, apart from torch's own, and beats once a second. So every rank learns
+within a second of one that has died, whatever its main thread waits for; of one that does not answer (stopped, its
+host gone) after ``timeout`` seconds; and of one that fails, which alone says why. SIGTERM, SIGINT and the end of the
+``deepspeed`` command reach one rank or all, at different moments: at the end of each step the ranks agree whether it
+is their last.
+"""
+
+import contextlib
+import json
+import os
+import queue
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from multiprocessing import AuthenticationError, connection
+from types import TracebackType
+from typing import Any, NoReturn, Self
+
+import torch.distributed
+
+from distilspeed.trainer import launcher
+from distilspeed.trainer.engines import Process
+from distilspeed.trainer.errors import CommandError, LostRankError, show_error
+
+SECONDS_BETWEEN_BEATS = 1.0
+# A rank that has been silent this long when another one fails without a reason of its own is taken for the reason.
+SECONDS_OF_SUSPECT_SILENCE = 5.0
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+UNEXPECTED_STATUS = 1  # Python's, of an exception that nobody caught
+LOOPBACK = "127.0.0.1"
+
+Message = dict[str, Any]
+
+
+@dataclass
+class _Member:
+    """A rank as rank 0 sees it."""
+
+    rank: int
+    host: str
+    process: int
+    last_heard: float = field(default_factory=time.monotonic)
+
+    def silence(self) -> float:
+        return time.monotonic() - self.last_heard
+
+    def end_job(self, what: str) -> NoReturn:
+        """Say what became of this rank, and end this process; the launcher ends what is left."""
+        place = f"process {self.process} on {self.host}"
+        print(file=sys.stderr)  # the progress bar stands in the last line
+        show_error(
+            LostRankError(
+                f"rank {self.rank} ({place}) {what}; go on from the newest checkpoint with --resume"
+            )
+        )
+        # A stopped process does not take SIGTERM, and the launcher waits 30 seconds before it sends SIGKILL.
+        if self.host == socket.gethostname() and launcher.is_sibling(self.process):
+            with contextlib.suppress(OSError):
+                os.kill(self.process, signal.SIGKILL)
+        _end_process(LostRankError.status)
+
+
+class JobWatch:
+    """Watches the job while the ``with`` block runs; entered by every rank's main thread, after ``join_job``.
+
+    Leaving the block waits for all ranks to leave it. An exception in it ends all ranks: the first one to fail raises
+    it, the others end quietly with its status.
+
+    Args:
+        timeout: seconds of silence after which a rank is given up.
+    """
+
+    def __init__(self, process: Process, timeout: float) -> None:
+        self.process = process
+        self.timeout = timeout
+        self._told_by: str | None = None
+        self._answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._may_leave = threading.Event()
+        self._sending = threading.Lock()
+
+    def __enter__(self) -> Self:
+        here: Message = {"rank": self.process.rank, "host": socket.gethostname(), "process": os.getpid()}
+        place: list[Any] = [None]
+        if self.process.rank == 0:
+            address = LOOPBACK if os.environ["MASTER_ADDR"] in (LOOPBACK, "localhost") else ""
+            key = secrets.token_bytes(16)
+            coordinator = _Coordinator((address, 0), key, self.process.world_size, self.timeout)
+            threading.Thread(target=coordinator.run, name="coordinator", daemon=True).start()
+            place = [(coordinator.port, key, here)]
+        torch.distributed.broadcast_object_list(place, device=self.process.device)
+        port, key, rank_0 = place[0]
+        self._rank_0 = _Member(**rank_0)
+        self._connection = connection.Client((os.environ["MASTER_ADDR"], port), authkey=key)
+        self._send(here)
+        self._catch_signals()
+        threading.Thread(target=self._run, name="watch", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._send({"kind": "done"})
+            self._may_leave.wait()
+        elif isinstance(error, CommandError):
+            error.ranks_agree = True
+            self._send({"kind": "failed", "status": error.status})
+            self._may_leave.wait(self.timeout)
+        else:
+            # Where another rank has died, collectives may break here before that is known.
+            time.sleep(SECONDS_BETWEEN_BEATS)
+            self._send({"kind": "failed", "status": UNEXPECTED_STATUS})
+            self._may_leave.wait(self.timeout)
+        signal.set_wakeup_fd(-1)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def told_to_stop(self) -> str | None:
+        """Whether the job is to end with this step, and by what, a signal's name for example: the same on every rank.
+
+        Called by every rank at the end of each step; waits for all of them.
+        """
+        self._send({"kind": "step", "told_by": self._told_by})
+        return self._answers.get()
+
+    def _send(self, message: Message) -> None:
+        with self._sending, contextlib.suppress(OSError):  # without rank 0 the thread ends this process
+            self._connection.send_bytes(json.dumps(message).encode())
+
+    def _catch_signals(self) -> None:
+        """Have the thread read signals; Python's own handlers wait until the main thread leaves a collective."""
+        self._signals, written_to = socket.socketpair()
+        written_to.setblocking(False)
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
+        signal.set_wakeup_fd(written_to.detach(), warn_on_full_buffer=False)
+
+    def _run(self) -> None:
+        sources: list[Any] = [self._connection, self._signals]
+        if launcher.runner is not None:
+            sources.append(launcher.runner)
+        beat_at = 0.0
+        while not self._may_leave.is_set():
+            ready = connection.wait(sources, SECONDS_BETWEEN_BEATS)
+            if self._signals in ready:
+                for number in self._signals.recv(64):
+                    if number in STOP_SIGNALS:
+                        self._told_by = self._told_by or signal.Signals(number).name
+            if launcher.runner in ready:
+                self._told_by = self._told_by or "the end of the deepspeed command"
+                sources.remove(launcher.runner)
+            if self._connection in ready:
+                self._rank_0.last_heard = time.monotonic()
+                try:
+                    self._obey(json.loads(self._connection.recv_bytes()))
+                except (OSError, EOFError):
+                    self._without_rank_0("has died")
+            if time.monotonic() - beat_at >= SECONDS_BETWEEN_BEATS:
+                self._send({"kind": "beat"})
+                beat_at = time.monotonic()
+            if self._rank_0.silence() > self.timeout:
+                self._without_rank_0(f"has not answered for {self.timeout:g} seconds")
+
+    def _obey(self, message: Message) -> None:
+        if message["kind"] == "step":
+            self._answers.put(message["told_by"])
+        elif message["kind"] == "leave":
+            if message["status"] and message["rank"] != self.process.rank:
+                _end_process(message["status"])
+            self._may_leave.set()
+
+    def _without_rank_0(self, what: str) -> NoReturn:
+        if self.process.rank == 1:
+            self._rank_0.end_job(what)
+        time.sleep(SECONDS_BETWEEN_BEATS)  # for rank 1 to speak: the launcher ends all when one has ended
+        _end_process(LostRankError.status)
+
+
+class _Coordinator:
+    """Rank 0's side of the connections; it is a member, too."""
+
+    def __init__(self, address: tuple[str, int], key: bytes, world_size: int, timeout: float) -> None:
+        self.listener = connection.Listener(address, backlog=world_size, authkey=key)
+        self.port: int = self.listener.address[1]
+        self.world_size = world_size
+        self.timeout = timeout
+        self.members: dict[Any, _Member] = {}
+        self.told_by: list[str | None] = []
+        self.done = 0
+
+    def run(self) -> None:
+        while len(self.members) < self.world_size:
+            with contextlib.suppress(OSError, EOFError, AuthenticationError):  # of a stranger
+                source = self.listener.accept()
+                self.members[source] = _Member(**json.loads(source.recv_bytes()))
+        self.listener.close()
+        beat_at = 0.0
+        while True:
+            received = self._receive()
+            for member in self.members.values():
+                if member.silence() > self.timeout:
+                    self._lose(member, f"has not answered for {self.timeout:g} seconds")
+            for member, message in received:
+                if self._is_over(member, message):
+                    return
+            if time.monotonic() - beat_at >= SECONDS_BETWEEN_BEATS:
+                self._tell(self.members, {"kind": "beat"})
+                beat_at = time.monotonic()
+
+    def _receive(self) -> list[tuple[_Member, Message]]:
+        received = []
+        for source in connection.wait(list(self.members), SECONDS_BETWEEN_BEATS):
+            member = self.members[source]
+            member.last_heard = time.monotonic()
+            try:
+                received.append((member, json.loads(source.recv_bytes())))  # type: ignore[union-attr]
+            except (OSError, EOFError):
+                self._lose(member, "has died")
+        return received
+
+    def _is_over(self, member: _Member, message: Message) -> bool:
+        if message["kind"] == "step":
+            self.told_by.append(message["told_by"])
+            if len(self.told_by) == self.world_size:
+                told_by = next(filter(None, self.told_by), None)
+                self._tell(self.members, {"kind": "step", "told_by": told_by})
+                self.told_by.clear()
+        elif message["kind"] == "done":
+            self.done += 1
+            if self.done == self.world_size:
+                self._tell(self.members, {"kind": "leave", "status": 0})
+                return True
+        elif message["kind"] == "failed":
+            silent = max(self.members.values(), key=_Member.silence)
+            if message["status"] == UNEXPECTED_STATUS and silent.silence() > SECONDS_OF_SUSPECT_SILENCE:
+                self._lose(silent, f"has not answered for {silent.silence():.0f} seconds")
+            self._tell(self.members, {"kind": "leave", "status": message["status"], "rank": member.rank})
+            return True
+        return False
+
+    def _lose(self, lost: _Member, what: str) -> NoReturn:
+        others = (source for source, member in self.members.items() if member.rank not in (0, lost.rank))
+        self._tell(others, {"kind": "leave", "status": LostRankError.status, "rank": lost.rank})
+        lost.end_job(what)
+
+    def _tell(self, members: Iterable[Any], message: Message) -> None:
+        for member in members:
+            with contextlib.suppress(OSError):  # what ended it is found when it is read from
+                member.send_bytes(json.dumps(message).encode())
+
+
+def _end_process(status: int) -> NoReturn:
+    """End at once: the main thread may wait for a collective that will never be complete."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
