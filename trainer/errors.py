@@ -93,8 +93,10 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 def show_error(error: CommandError) -> None:
     """The one line of an error, which may be said by any rank and from any thread."""
     rank = int(os.environ.get("RANK", "0"))
-    where = f" (rank {rank})" if rank else ""
-    print(f"{error.label}: {' '.join(str(error).split())}{where}", file=sys.stderr, flush=True)
+    line = f"{error.label}: {' '.join(str(error).split())}"
+    if rank:
+        line = f"\n{line} (rank {rank})"  # rank 0's progress bar stands in the last line
+    print(line, file=sys.stderr, flush=True)
 
 
 def quiet_libraries() -> None:

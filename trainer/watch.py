@@ -9,6 +9,7 @@ is their last.
 
 import contextlib
 import json
+import math
 import os
 import queue
 import secrets
@@ -17,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from multiprocessing import AuthenticationError, connection
 from types import TracebackType
@@ -32,6 +33,7 @@ from distilspeed.trainer.errors import CommandError, LostRankError, show_error
 SECONDS_BETWEEN_BEATS = 1.0
 # A rank that has been silent this long when another one fails without a reason of its own is taken for the reason.
 SECONDS_OF_SUSPECT_SILENCE = 5.0
+SECONDS_TO_HANG_UP = 5.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 UNEXPECTED_STATUS = 1  # Python's, of an exception that nobody caught
 LOOPBACK = "127.0.0.1"
@@ -54,7 +56,8 @@ class _Member:
     def end_job(self, what: str) -> NoReturn:
         """Say what became of this rank, and end this process; the launcher ends what is left."""
         place = f"process {self.process} on {self.host}"
-        print(file=sys.stderr)  # the progress bar stands in the last line
+        if os.environ["RANK"] == "0":
+            print(file=sys.stderr)  # the progress bar stands in the last line
         show_error(
             LostRankError(
                 f"rank {self.rank} ({place}) {what}; go on from the newest checkpoint with --resume"
@@ -146,7 +149,7 @@ class JobWatch:
         if launcher.runner is not None:
             sources.append(launcher.runner)
         beat_at = 0.0
-        while not self._may_leave.is_set():
+        while True:
             ready = connection.wait(sources, SECONDS_BETWEEN_BEATS)
             if self._signals in ready:
                 for number in self._signals.recv(64):
@@ -158,22 +161,27 @@ class JobWatch:
             if self._connection in ready:
                 self._rank_0.last_heard = time.monotonic()
                 try:
-                    self._obey(json.loads(self._connection.recv_bytes()))
+                    message = json.loads(self._connection.recv_bytes())
                 except (OSError, EOFError):
                     self._without_rank_0("has died")
+                if self._is_over(message):
+                    return
             if time.monotonic() - beat_at >= SECONDS_BETWEEN_BEATS:
                 self._send({"kind": "beat"})
                 beat_at = time.monotonic()
             if self._rank_0.silence() > self.timeout:
                 self._without_rank_0(f"has not answered for {self.timeout:g} seconds")
 
-    def _obey(self, message: Message) -> None:
+    def _is_over(self, message: Message) -> bool:
         if message["kind"] == "step":
             self._answers.put(message["told_by"])
         elif message["kind"] == "leave":
             if message["status"] and message["rank"] != self.process.rank:
                 _end_process(message["status"])
+            self._connection.close()
             self._may_leave.set()
+            return True
+        return False
 
     def _without_rank_0(self, what: str) -> NoReturn:
         if self.process.rank == 1:
@@ -193,6 +201,8 @@ class _Coordinator:
         self.members: dict[Any, _Member] = {}
         self.told_by: list[str | None] = []
         self.done = 0
+        self.failed: dict[int, int] = {}
+        self.decide_at = math.inf
 
     def run(self) -> None:
         while len(self.members) < self.world_size:
@@ -201,17 +211,20 @@ class _Coordinator:
                 self.members[source] = _Member(**json.loads(source.recv_bytes()))
         self.listener.close()
         beat_at = 0.0
-        while True:
-            received = self._receive()
+        while self.done < self.world_size:
+            for member, message in self._receive():
+                self._note(member, message)
             for member in self.members.values():
                 if member.silence() > self.timeout:
                     self._lose(member, f"has not answered for {self.timeout:g} seconds")
-            for member, message in received:
-                if self._is_over(member, message):
-                    return
+            if self.failed and (0 in self.failed or time.monotonic() > self.decide_at):
+                rank = min(self.failed)
+                self._dismiss({"kind": "leave", "status": self.failed[rank], "rank": rank})
+                return
             if time.monotonic() - beat_at >= SECONDS_BETWEEN_BEATS:
                 self._tell(self.members, {"kind": "beat"})
                 beat_at = time.monotonic()
+        self._dismiss({"kind": "leave", "status": 0})
 
     def _receive(self) -> list[tuple[_Member, Message]]:
         received = []
@@ -224,7 +237,7 @@ class _Coordinator:
                 self._lose(member, "has died")
         return received
 
-    def _is_over(self, member: _Member, message: Message) -> bool:
+    def _note(self, member: _Member, message: Message) -> None:
         if message["kind"] == "step":
             self.told_by.append(message["told_by"])
             if len(self.told_by) == self.world_size:
@@ -233,21 +246,35 @@ class _Coordinator:
                 self.told_by.clear()
         elif message["kind"] == "done":
             self.done += 1
-            if self.done == self.world_size:
-                self._tell(self.members, {"kind": "leave", "status": 0})
-                return True
         elif message["kind"] == "failed":
             silent = max(self.members.values(), key=_Member.silence)
             if message["status"] == UNEXPECTED_STATUS and silent.silence() > SECONDS_OF_SUSPECT_SILENCE:
                 self._lose(silent, f"has not answered for {silent.silence():.0f} seconds")
-            self._tell(self.members, {"kind": "leave", "status": message["status"], "rank": member.rank})
-            return True
-        return False
+            self.failed[member.rank] = message["status"]
+            # What fails on all ranks is said by rank 0, if it has come as far.
+            self.decide_at = min(self.decide_at, time.monotonic() + SECONDS_BETWEEN_BEATS)
 
     def _lose(self, lost: _Member, what: str) -> NoReturn:
-        others = (source for source, member in self.members.items() if member.rank not in (0, lost.rank))
-        self._tell(others, {"kind": "leave", "status": LostRankError.status, "rank": lost.rank})
+        self._dismiss(
+            {"kind": "leave", "status": LostRankError.status, "rank": lost.rank}, but={0, lost.rank}
+        )
         lost.end_job(what)
+
+    def _dismiss(self, message: Message, but: Collection[int] = ()) -> None:
+        """Tell the ranks to leave, this process's last: with it goes what the others have not read yet."""
+        ranks = {member.rank: source for source, member in self.members.items() if member.rank not in but}
+        own = ranks.pop(0, None)
+        self._tell(ranks.values(), message)
+        waiting = set(ranks.values())
+        end = time.monotonic() + SECONDS_TO_HANG_UP
+        while waiting and time.monotonic() < end:
+            for source in connection.wait(waiting, SECONDS_BETWEEN_BEATS):
+                try:
+                    source.recv_bytes()  # type: ignore[union-attr]
+                except (OSError, EOFError):
+                    waiting.remove(source)
+        if own:
+            self._tell([own], message)
 
     def _tell(self, members: Iterable[Any], message: Message) -> None:
         for member in members:

@@ -1,0 +1,234 @@
+"""kill -9 at random moments of a run, and --resume: the end is that of a run that nobody killed.
+
+The moments follow from a seed. Two runs with a few kills are in every test run, the campaign is marked ``chaos``; with
+DISTILSPEED_CHAOS_REPORT=FILE what each kill did is added to FILE, a line of JSON a kill.
+"""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from jobs import Job, assert_same_end, cpu_environment, finish, start, wait_until
+from launcher import CPU_CONFIG, DEEPSPEED, ROOT, free_port
+
+SEED = 2019
+STEPS, SAVE_STEPS, BATCH, MICRO_BATCH = 40, 2, 64, 16
+SECONDS_TO_END = 90  # in which nothing may be left of a job; a machine with other work is ten times slower
+KILLS_BEFORE_EXPORT = ("startup", "step", "save", "save", "step")
+VICTIMS = ("rank 0", "rank 1", "launcher", "deepspeed", "everything")
+RUNS_OF_CAMPAIGN = 8
+
+
+@dataclass(frozen=True)
+class Kill:
+    """What was killed, when, and what came of it."""
+
+    victim: str
+    moment: str
+    step: int  # that had been reported
+    status: int  # of the deepspeed command
+    seconds: float  # until nothing was left of the job
+
+
+def train_command(teacher: Path, corpus: Path, output: Path) -> list[object]:
+    options = {
+        "--deepspeed_config": CPU_CONFIG,
+        "--teacher": teacher,
+        "--data_dir": corpus,
+        "--output_dir": output,
+        "--max_steps": STEPS,
+        "--train_batch_size": BATCH,
+        "--per_device_train_batch_size": MICRO_BATCH,
+        "--save_steps": SAVE_STEPS,
+        "--logging_steps": 1,
+        "--ddp_timeout": SECONDS_TO_END,
+    }
+    launcher = [DEEPSPEED, "--num_gpus", 2, "--master_port", free_port(), ROOT / "launch" / "train.py"]
+    return [*launcher, *(part for pair in options.items() for part in pair), "--resume"]
+
+
+def processes_of(run: Path) -> dict[str, psutil.Process]:
+    """The processes of a job by their names in VICTIMS."""
+    found = {}
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if str(run) not in command:
+            continue
+        if "deepspeed.launcher.launch" in command:
+            found["launcher"] = process
+        elif any(Path(part).name == "deepspeed" for part in command[:2]):
+            found["deepspeed"] = process
+        else:
+            ranks = [part.partition("=")[2] for part in command if part.startswith("--local_rank=")]
+            found[f"rank {ranks[0]}" if ranks else f"process {process.pid}"] = process
+    return found
+
+
+def last_step(run: Path) -> int:
+    try:
+        return len((run / "metrics.jsonl").read_text().splitlines())
+    except FileNotFoundError:
+        return 0
+
+
+def wait_for_moment(moment: str, run: Path, job: Job, chance: random.Random) -> None:
+    if moment == "startup":
+        wait_until(lambda: "rank 1" in processes_of(run), job)
+        time.sleep(chance.uniform(0, 8))
+        return
+    if moment == "export":
+        folder, what, delay = run, "student.incomplete-*", 0.05
+        wait_until(lambda: last_step(run) == STEPS, job)
+    elif moment == "save":
+        folder, what, delay = run / "checkpoints", "*.incomplete", 0.03
+    else:
+        folder, what, delay = run / "checkpoints", "step_*", 1.0
+    reached = last_step(run) + chance.randint(1, 6)
+    wait_until(lambda: moment == "export" or last_step(run) >= min(reached, STEPS - 4), job)
+    end = time.monotonic() + SECONDS_TO_END
+    while not any(folder.glob(what)) and time.monotonic() < end:  # too short to be found between two sleeps
+        assert job.poll() is None or moment == "export"
+    time.sleep(chance.uniform(0, delay))
+
+
+def kill_once(command: list[object], run: Path, moment: str, chance: random.Random) -> Kill:
+    job = start(command, cpu_environment(), run.parent)
+    victim = chance.choice(VICTIMS)
+    wait_for_moment(moment, run, job, chance)
+    step, began = last_step(run), time.monotonic()
+    if victim == "everything":
+        os.killpg(job.pid, signal.SIGKILL)
+    elif victim in (alive := processes_of(run)):
+        alive[victim].kill()
+    wait_until(lambda: not processes_of(run), seconds=SECONDS_TO_END)
+    seconds = time.monotonic() - began
+    status, _, errors = finish(job)
+    assert status != 0 or (run / "student").exists(), errors[-3000:]
+    return Kill(victim, moment, step, status, round(seconds, 2))
+
+
+def report(kills: list[Kill]) -> None:
+    if path := os.environ.get("DISTILSPEED_CHAOS_REPORT"):
+        with Path(path).open("a") as file:
+            file.writelines(json.dumps(asdict(kill)) + "\n" for kill in kills)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, small_corpus_dir: Path
+) -> Path:
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    command = train_command(tiny_teacher_dir, small_corpus_dir, run)
+    status, _, errors = finish(start(command, cpu_environment(), run.parent))
+    assert status == 0, errors[-3000:]
+    return run
+
+
+@pytest.fixture
+def bystander(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process of somebody else's, whose command looks like ours."""
+    program = "import time; time.sleep(3600)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "deepspeed.launcher.launch", "launch/train.py"]
+    )
+    yield process
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+
+
+def kill_and_resume(
+    seed: int, moments: tuple[str, ...], teacher: Path, corpus: Path, run: Path, reference: Path
+) -> None:
+    chance = random.Random(f"{SEED} {seed}")
+    kills = [kill_once(train_command(teacher, corpus, run), run, moment, chance) for moment in moments]
+    status, _, errors = finish(start(train_command(teacher, corpus, run), cpu_environment(), run.parent))
+    assert status == 0, errors[-3000:]
+    assert_same_end(run, reference)
+    report(kills)
+
+
+@pytest.mark.usefixtures("bystander")
+def test_a_few_kills(
+    uninterrupted: Path, tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
+) -> None:
+    moments = ("step", "save", "export")
+    kill_and_resume(0, moments, tiny_teacher_dir, small_corpus_dir, tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.chaos
+@pytest.mark.usefixtures("bystander")
+@pytest.mark.parametrize("seed", range(1, 1 + RUNS_OF_CAMPAIGN))
+def test_campaign(
+    uninterrupted: Path, tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path, seed: int
+) -> None:
+    moments = (*random.Random(f"{SEED} {seed} moments").sample(KILLS_BEFORE_EXPORT, 5), "export")
+    kill_and_resume(seed, moments, tiny_teacher_dir, small_corpus_dir, tmp_path / "run", uninterrupted)
+
+
+def contents(corpus: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(corpus)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(corpus.rglob("*"))
+        if path.is_file()
+    }
+
+
+def kill_and_prepare(seed: int, kills: int, text: Path, tokenizer: Path, folder: Path) -> None:
+    """Kill the preparation of a corpus, or one of its workers, and go on until it is whole."""
+    chance = random.Random(f"{SEED} {seed} preparation")
+
+    def command(output: Path) -> list[object]:
+        options = {"--text": text, "--tokenizer": tokenizer, "--seq_length": 64, "--output_dir": output}
+        script = [sys.executable, ROOT / "launch" / "prepare_data.py", "--num_proc", 2, "--resume"]
+        return [*script, *(part for pair in options.items() for part in pair)]
+
+    began = time.monotonic()
+    status, _, errors = finish(start(command(folder / "whole"), cpu_environment(), folder))
+    whole_took = time.monotonic() - began
+    assert status == 0, errors
+    done = []
+    for _ in range(kills):
+        victim = chance.choice(("everything", "main process", "worker"))
+        job = start(command(folder / "killed"), cpu_environment(), folder)
+        time.sleep(chance.uniform(0, whole_took))
+        began = time.monotonic()
+        main = psutil.Process(job.pid)
+        family = [main, *main.children(recursive=True)]
+        if victim == "everything":
+            os.killpg(job.pid, signal.SIGKILL)
+        else:
+            (family[-1] if victim == "worker" else main).kill()
+        wait_until(lambda family=family: not psutil.wait_procs(family, timeout=0)[1], seconds=SECONDS_TO_END)
+        seconds = time.monotonic() - began
+        done.append(Kill(victim, "preparation", 0, finish(job)[0], round(seconds, 2)))
+        if (folder / "killed").exists():
+            break
+    else:
+        assert finish(start(command(folder / "killed"), cpu_environment(), folder))[0] == 0
+    assert contents(folder / "killed") == contents(folder / "whole")
+    report(done)
+
+
+def test_a_few_kills_of_a_preparation(
+    reference_text: Path, small_tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    kill_and_prepare(0, 2, reference_text, small_tokenizer_dir, tmp_path)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("seed", [1, 2])
+def test_campaign_against_preparation(
+    reference_text: Path, small_tokenizer_dir: Path, tmp_path: Path, seed: int
+) -> None:
+    kill_and_prepare(seed, 5, reference_text, small_tokenizer_dir, tmp_path)

@@ -1,0 +1,248 @@
+"""What ends a run, and that it can be gone on with: signals, ranks that hang, numbers that are none, full disks."""
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from deepspeed.accelerator import get_accelerator
+from jobs import Job, assert_same_end, cpu_environment, finish, start, wait_for_checkpoint, wait_until
+from launcher import DEEPSPEED, ROOT, free_port, write_config
+from test_chaos import processes_of
+
+from distilspeed.trainer.batches import MicroBatches
+from distilspeed.trainer.checkpoint import Checkpoint
+from distilspeed.trainer.config import BatchEquation
+from distilspeed.trainer.corpus import open_corpus
+from distilspeed.trainer.files import damage
+from distilspeed.trainer.metrics import read_metrics
+
+STEPS, SAVE_STEPS, BATCH, MICRO_BATCH = 24, 2, 64, 16
+TRAIN, FAULTY = ROOT / "launch" / "train.py", Path(__file__).with_name("fault_job.py")
+SECONDS_TO_END = 60
+needs_fp16 = pytest.mark.skipif(not get_accelerator().is_fp16_supported(), reason="this CPU has no fp16")
+
+
+class Training:
+    """One training on two ranks, which is started again and again."""
+
+    def __init__(self, teacher: Path, corpus: Path, run: Path) -> None:
+        self.run = run
+        self.teacher = teacher
+        self.corpus = corpus
+        self.config = write_config(run.parent / "config.json", {})
+
+    def start(self, *more: object, script: Path = TRAIN, **environment: object) -> Job:
+        options = {
+            "--deepspeed_config": self.config,
+            "--teacher": self.teacher,
+            "--data_dir": self.corpus,
+            "--output_dir": self.run,
+            "--max_steps": STEPS,
+            "--train_batch_size": BATCH,
+            "--per_device_train_batch_size": MICRO_BATCH,
+            "--save_steps": SAVE_STEPS,
+            "--logging_steps": 4,
+        }
+        launcher = [DEEPSPEED, "--num_gpus", 2, "--master_port", free_port(), script]
+        arguments = [part for pair in options.items() for part in pair]
+        return start(
+            [*launcher, *arguments, "--resume", *more], cpu_environment(**environment), self.run.parent
+        )
+
+    def finish(self) -> None:
+        status, _, errors = finish(self.start())
+        assert status == 0, errors[-3000:]
+
+    def newest(self) -> Checkpoint:
+        """The newest checkpoint, which is whole."""
+        checkpoint = Checkpoint.read(max((self.run / "checkpoints").glob("step_*[0-9]")))
+        assert damage(checkpoint.path, checkpoint.files, besides=("manifest.json",)) is None
+        return checkpoint
+
+    def assert_nothing_is_left(self) -> None:
+        wait_until(lambda: not processes_of(self.run), seconds=SECONDS_TO_END)
+
+
+def said(errors: str, label: str = "error") -> list[str]:
+    return [line for line in errors.splitlines() if line.startswith(f"{label}: ")]
+
+
+@pytest.fixture
+def training(tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path) -> Training:
+    return Training(tiny_teacher_dir, small_corpus_dir, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, small_corpus_dir: Path
+) -> Path:
+    training = Training(tiny_teacher_dir, small_corpus_dir, tmp_path_factory.mktemp("uninterrupted") / "run")
+    training.finish()
+    return training.run
+
+
+@pytest.mark.parametrize(
+    ("victim", "sent", "statuses", "reason"),
+    [
+        ("rank 1", signal.SIGTERM, {75}, "SIGTERM"),
+        ("rank 0", signal.SIGINT, {75}, "SIGINT"),
+        # These two end by themselves, DeepSpeed's launcher with a status of its own, and the ranks after them.
+        ("launcher", signal.SIGTERM, {1}, "SIGTERM"),
+        ("deepspeed", signal.SIGTERM, {-signal.SIGTERM}, "the end of the deepspeed command"),
+    ],
+)
+def test_a_signal_saves_the_step_and_ends_the_run(
+    training: Training,
+    uninterrupted: Path,
+    victim: str,
+    sent: signal.Signals,
+    statuses: set[int],
+    reason: str,
+) -> None:
+    job = training.start()
+    wait_for_checkpoint(training.run, job)
+    processes_of(training.run)[victim].send_signal(sent)
+    training.assert_nothing_is_left()
+    status, _, errors = finish(job)
+    assert status in statuses, errors[-3000:]
+    assert not said(errors), errors
+    (line,) = said(errors, "stopped")
+    assert f"by {reason} after step {training.newest().progress.step}," in line
+    assert not (training.run / "student").exists()
+    training.finish()
+    assert_same_end(training.run, uninterrupted)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_stops_answering_is_named_and_ends_the_job(training: Training, rank: int) -> None:
+    timeout = 12
+    job = training.start("--ddp_timeout", timeout)
+    wait_for_checkpoint(training.run, job)
+    stopped = processes_of(training.run)[f"rank {rank}"]
+    stopped.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    status, _, errors = finish(job)
+    assert time.monotonic() - began < timeout + 6  # the launcher looks once a second
+    assert status > 0
+    assert len(said(errors)) == 1, errors
+    assert f"rank {rank} (process {stopped.pid} " in said(errors)[0]
+    assert f"has not answered for {timeout} seconds" in said(errors)[0]
+    training.assert_nothing_is_left()
+
+
+def test_a_rank_that_dies_is_named_and_ends_the_job(training: Training) -> None:
+    job = training.start()
+    wait_for_checkpoint(training.run, job)
+    processes_of(training.run)["rank 1"].kill()
+    began = time.monotonic()
+    status, _, errors = finish(job)
+    assert time.monotonic() - began < 15
+    assert status > 0
+    assert len(said(errors)) <= 1, errors  # the launcher may end rank 0 before it speaks
+    assert "Traceback" not in errors
+    training.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [("logits", "loss is nan"), ("gradient", "gradient is "), ("weight gradient", "gradient is ")],
+)
+def test_a_number_that_is_none_ends_the_run_and_names_its_rows(
+    training: Training, uninterrupted: Path, kind: str, what: str
+) -> None:
+    job = training.start(script=FAULTY, FAULT_KIND=kind, FAULT_RANK=1, FAULT_BATCHES="5,6")
+    status, _, errors = finish(job)
+    assert status == 3, errors[-3000:]
+    (line,) = said(errors)
+    assert f"at step 6 the {what}" in line
+    corpus = open_corpus(training.corpus)
+    batches = MicroBatches(corpus, BatchEquation(BATCH, MICRO_BATCH, 2, 2), rank=1, seed=0)
+    rows = batches.global_batch(5)[1].tolist() if kind == "weight gradient" else batches.rows_of(5, 1)
+    assert f"row ids {', '.join(map(str, rows))}" in line
+    assert ("on rank 1" in line) == (kind != "weight gradient")
+    assert training.newest().progress.step == 4
+    training.assert_nothing_is_left()
+    training.finish()
+    assert_same_end(training.run, uninterrupted)
+
+
+@needs_fp16
+def test_overflows_of_fp16_are_counted_and_are_no_steps(training: Training) -> None:
+    scale = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}
+    training.config = write_config(training.run.parent / "fp16.json", {"fp16": scale})
+    job = training.start(script=FAULTY, FAULT_KIND="gradient", FAULT_RANK=1, FAULT_BATCHES="2,7,8")
+    status, _, errors = finish(job)
+    assert status == 0, errors[-3000:]
+    lines = read_metrics(training.run / "metrics.jsonl")
+    assert [line.step for line in lines] == list(range(1, STEPS + 1))
+    assert [line.skipped for line in lines] == [0] * 2 + [1] * 4 + [3] * (STEPS - 6)
+    assert [line.loss_scale for line in lines] == [256] * 2 + [128] * 4 + [32] * (STEPS - 6)
+    # The schedule has seen the updates alone: its warm-up is one step, and its end the last one.
+    rates = [line.lr for line in lines[2:]]
+    assert [a - b for a, b in itertools.pairwise(rates)] == pytest.approx(
+        [rates[0] - rates[1]] * (STEPS - 3), rel=1e-3
+    )
+    assert training.newest().progress.batches == STEPS + 3
+
+
+@needs_fp16
+@pytest.mark.parametrize("scaling", [{"initial_scale_power": 2, "hysteresis": 1}, {"loss_scale": 64}])
+def test_a_loss_scale_that_cannot_fall_ends_the_run(training: Training, scaling: dict[str, int]) -> None:
+    training.config = write_config(training.run.parent / "fp16.json", {"fp16": {"enabled": True, **scaling}})
+    faults = ",".join(map(str, range(4, 4 + STEPS)))
+    job = training.start(script=FAULTY, FAULT_KIND="gradient", FAULT_RANK=0, FAULT_BATCHES=faults)
+    status, _, errors = finish(job)
+    assert status == 3, errors[-3000:]
+    (line,) = said(errors)
+    assert "overflow fp16 at a loss scale of" in line
+    assert training.newest().progress.step == 4
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], check=False)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_full_disk_is_one_line_and_costs_no_checkpoint(
+    tiny_teacher_dir: Path, small_corpus_dir: Path, small_disk: Path, uninterrupted: Path
+) -> None:
+    training = Training(tiny_teacher_dir, small_corpus_dir, small_disk / "run")
+    status, _, errors = finish(training.start("--save_total_limit", 100))
+    assert status == 2, errors[-3000:]
+    (line,) = said(errors)
+    assert "cannot write" in line
+    step = training.newest().progress.step
+    assert 0 < step < STEPS
+    assert not list(small_disk.rglob("*.incomplete"))
+    subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
+    training.finish()
+    assert_same_end(training.run, uninterrupted)
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(
+    training: Training, uninterrupted: Path
+) -> None:
+    shutil.copytree(uninterrupted, training.run)
+    shutil.rmtree(training.run / "student")
+    newest = training.newest().path
+    state = next(newest.glob("*optim_states.pt"))
+    os.truncate(state, state.stat().st_size - 1)
+    status, _, errors = finish(training.start())
+    assert status == 0, errors[-3000:]
+    lines = said(errors, "warning")
+    assert f"{newest} is damaged: {state.name} has" in lines[0]
+    assert "step_000000022 is used" in lines[1]
+    assert newest.with_name(f"{newest.name}.damaged").is_dir()
+    assert_same_end(training.run, uninterrupted)

@@ -1,0 +1,155 @@
+"""A run that was interrupted ends as one that was not: bit for bit on as many ranks, within rounding on others."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+from launcher import deepspeed, write_config
+from safetensors.torch import load_file
+
+from distilspeed.trainer.corpus import open_corpus
+from distilspeed.trainer.metrics import read_metrics
+from distilspeed.trainer.preparation import CorpusArguments, prepare_corpus
+from distilspeed.trainer.student import load_teacher, make_student, select_teacher_layers
+
+STEPS, SAVE_STEPS, BATCH, MICRO_BATCH = 6, 2, 24, 4
+CHARACTERS = 17_000  # about 80 rows: an epoch ends in the fourth step
+# ZeRO stage 3 last: from then on DeepSpeed's linear layer serves the whole process. fp16 is slow on CPUs.
+CASES = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
+if get_accelerator().is_fp16_supported():
+    CASES.insert(2, (1, "fp16"))
+# Of the way that the weights have come: Adam divides by the size of gradients, and so amplifies their rounding.
+TOLERANCE = {"fp32": 0.02, "bf16": 0.2, "fp16": 0.1}
+# After the first epoch's middle, and after its end.
+INTERRUPTED_AT = (2, 4)
+
+
+def settings(output: Path, teacher: Path, corpus: Path, stage: int, precision: str) -> dict[str, Any]:
+    changes = {"zero_optimization": {"stage": stage}} | {
+        name: {"enabled": name == precision} for name in ("fp16", "bf16")
+    }
+    return {
+        "deepspeed_config": str(write_config(output.with_suffix(".json"), changes)),
+        "teacher": str(teacher),
+        "data_dir": str(corpus),
+        "output_dir": str(output),
+        "max_steps": STEPS,
+        "train_batch_size": BATCH,
+        "per_device_train_batch_size": MICRO_BATCH,
+        "save_steps": SAVE_STEPS,
+        "save_total_limit": STEPS,
+        "logging_steps": 3,
+    }
+
+
+def run_all(folder: Path, runs: list[dict[str, Any]], ranks: int) -> None:
+    job = folder / "job.json"
+    job.write_text(json.dumps(runs))
+    result = deepspeed(Path(__file__).with_name("many_runs_job.py"), job, ranks=ranks)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def interrupted(run: dict[str, Any], folder: Path, at: int) -> dict[str, Any]:
+    """A copy of a finished run as it was after step ``at``, and the arguments that go on with it."""
+    copy = folder / f"{Path(run['output_dir']).name}_at_{at}"
+    shutil.copytree(run["output_dir"], copy)
+    shutil.rmtree(copy / "student")
+    for checkpoint in (copy / "checkpoints").glob("step_*"):
+        if int(checkpoint.name[5:]) > at:
+            shutil.rmtree(checkpoint)
+    return run | {"output_dir": str(copy), "resume": True}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, reference_text: Path) -> Path:
+    """Folders named by ranks, holding all runs in their cases: whole, resumed, and resumed of the other number's."""
+    folder = tmp_path_factory.mktemp("resume")
+    teacher = folder / "teacher"
+    shutil.copytree(tiny_teacher_dir, teacher)
+    with_dropout = json.loads((teacher / "config.json").read_text()) | {"hidden_dropout_prob": 0.1}
+    (teacher / "config.json").write_text(json.dumps(with_dropout))
+    corpus = folder / "corpus"
+    text = folder / "text.txt"
+    text.write_text(reference_text.read_text(encoding="utf-8")[:CHARACTERS], encoding="utf-8")
+    prepare_corpus(
+        CorpusArguments(tokenizer=str(tiny_teacher_dir), text=(text,), output_dir=corpus, seq_length=64)
+    )
+    rows = open_corpus(corpus).manifest.counts.train_rows
+    assert INTERRUPTED_AT[0] * BATCH < rows < INTERRUPTED_AT[1] * BATCH
+    for ranks in (2, 1):
+        (folder / str(ranks)).mkdir()
+        straight = [
+            settings(folder / str(ranks) / f"zero{stage}_{precision}", teacher, corpus, stage, precision)
+            for stage, precision in CASES
+        ]
+        run_all(folder / str(ranks), straight, ranks)
+    for ranks in (2, 1):
+        moved = folder / f"moved_to_{ranks}"
+        moved.mkdir()
+        again = []
+        for stage, precision in CASES:
+            for origin, target in ((ranks, folder / str(ranks)), (3 - ranks, moved)):
+                name = f"zero{stage}_{precision}"
+                run = settings(folder / str(origin) / name, teacher, corpus, stage, precision)
+                at = INTERRUPTED_AT if origin == ranks else INTERRUPTED_AT[:1]
+                again += [interrupted(run, target, step) for step in at]
+        run_all(moved, again, ranks)
+    return folder
+
+
+def weights(run: Path) -> torch.Tensor:
+    """All weights of a run's student, one after the other."""
+    student = load_file(run / "student" / "model.safetensors")
+    return torch.cat([student[name].flatten() for name in sorted(student)])
+
+
+def curve(run: Path) -> list[tuple[object, ...]]:
+    lines = read_metrics(run / "metrics.jsonl")
+    assert [line.step for line in lines] == list(range(1, STEPS + 1))
+    return [
+        (line.epoch, line.tokens, line.loss, line.loss_ce, line.loss_mlm, line.loss_cos, line.lr, line.grad_norm,
+         line.loss_scale, line.skipped)
+        for line in lines
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("at", INTERRUPTED_AT)
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("stage", "precision"), CASES)
+def test_on_as_many_ranks_not_a_bit_differs(
+    runs: Path, stage: int, precision: str, ranks: int, at: int
+) -> None:
+    straight = runs / str(ranks) / f"zero{stage}_{precision}"
+    resumed = straight.with_name(f"{straight.name}_at_{at}")
+    assert curve(resumed) == curve(straight)
+    assert torch.equal(weights(resumed), weights(straight))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("stage", "precision"), CASES)
+def test_on_another_number_of_ranks_rounding_differs(
+    runs: Path, stage: int, precision: str, ranks: int
+) -> None:
+    name = f"zero{stage}_{precision}"
+    straight, moved = runs / str(3 - ranks) / name, runs / f"moved_to_{ranks}" / f"{name}_at_2"
+    ours, theirs = read_metrics(moved / "metrics.jsonl"), read_metrics(straight / "metrics.jsonl")
+    assert [line.lr for line in ours] == [line.lr for line in theirs]
+    assert [line.tokens for line in ours] == [line.tokens for line in theirs]
+    loss_tolerance = 1e-4 if precision == "fp32" else 0.01
+    assert [line.loss for line in ours] == pytest.approx([line.loss for line in theirs], rel=loss_tolerance)
+    start = weights_at_start(runs)
+    came = (weights(straight) - start).norm()
+    assert (weights(moved) - weights(straight)).norm() < TOLERANCE[precision] * came
+
+
+def weights_at_start(runs: Path) -> torch.Tensor:
+    teacher = load_teacher(str(runs / "teacher"))
+    student = make_student(
+        teacher, select_teacher_layers(teacher.config.num_hidden_layers, None)
+    ).state_dict()
+    saved = load_file(runs / "1" / "zero0_fp32" / "student" / "model.safetensors")
+    return torch.cat([student[name].flatten() for name in sorted(saved)])
