@@ -15,10 +15,10 @@ CPU_CONFIG = ROOT / "ds_configs" / "cpu.json"
 SECONDS = 300
 
 
-def deepspeed(*arguments: object, ranks: int) -> subprocess.CompletedProcess[str]:
+def deepspeed(*arguments: object, ranks: int, seconds: float = SECONDS) -> subprocess.CompletedProcess[str]:
     """Run ``deepspeed --num_gpus RANKS ARGUMENTS`` on the CPU and wait for it."""
     command = [DEEPSPEED, "--num_gpus", ranks, "--master_port", free_port(), *arguments]
-    return _run(command)
+    return _run(command, seconds)
 
 
 def python(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -44,12 +44,12 @@ def environment() -> dict[str, str]:
     return {**os.environ, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
 
 
-def _run(command: list[object]) -> subprocess.CompletedProcess[str]:
+def _run(command: list[object], seconds: float = SECONDS) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(part) for part in command],
         capture_output=True,
         text=True,
-        timeout=SECONDS,
+        timeout=seconds,
         env=environment(),
         cwd=ROOT,
         check=False,

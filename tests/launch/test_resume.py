@@ -23,7 +23,7 @@ CASES = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf1
 if get_accelerator().is_fp16_supported():
     CASES.insert(2, (1, "fp16"))
 # Of the way that the weights have come: Adam divides by the size of gradients, and so amplifies their rounding.
-TOLERANCE = {"fp32": 0.02, "bf16": 0.2, "fp16": 0.1}
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.1, "fp16": 0.02}
 # After the first epoch's middle, and after its end.
 INTERRUPTED_AT = (2, 4)
 
@@ -49,7 +49,7 @@ def settings(output: Path, teacher: Path, corpus: Path, stage: int, precision: s
 def run_all(folder: Path, runs: list[dict[str, Any]], ranks: int) -> None:
     job = folder / "job.json"
     job.write_text(json.dumps(runs))
-    result = deepspeed(Path(__file__).with_name("many_runs_job.py"), job, ranks=ranks)
+    result = deepspeed(Path(__file__).with_name("many_runs_job.py"), job, ranks=ranks, seconds=1200)
     assert result.returncode == 0, result.stderr[-3000:]
 
 

@@ -14,11 +14,9 @@ from jobs import (
     assert_same_end,
     cpu_environment,
     finish,
-    kill,
     start,
     training,
     wait_for_checkpoint,
-    wait_until,
     was_interrupted,
 )
 from launcher import ROOT
@@ -35,6 +33,11 @@ done
 for _ in "${tasks[@]}"; do
   wait -n || { status=$?; kill "${tasks[@]}" 2>/dev/null; wait; exit $status; }
 done
+"""
+# Signals the tasks, and the shells around them, but not the batch shell.
+SCANCEL = """#!/usr/bin/env bash
+[ "$*" = "--signal=TERM $SLURM_JOB_ID" ] || exit 64
+pkill -TERM -f "local_rank|launch/train.py" -g "$(ps -o pgid= $PPID | tr -d ' ')"
 """
 SCONTROL = """#!/usr/bin/env bash
 case "$*" in
@@ -54,8 +57,10 @@ def test_requeued_before_its_time_limit_it_ends_as_an_uninterrupted_run(
     job = submit(tmp_path, arguments)
     wait_for_checkpoint(run, job)
     job.send_signal(signal.SIGUSR1)  # the USR1 that --signal asks for, to the batch shell alone
-    wait_until((tmp_path / "requeued").exists, job)
-    kill(job)  # what Slurm does to a job that goes back to the queue
+    status, _, errors = finish(job)
+    assert status == 75, errors[-3000:]
+    assert (tmp_path / "requeued").exists()
+    assert "stopped: by SIGTERM" in errors
     assert was_interrupted(run)
 
     status, _, errors = finish(submit(tmp_path, arguments))
@@ -89,7 +94,7 @@ def submit(folder: Path, arguments: list[str]) -> Job:
     """What ``sbatch launch/slurm.sbatch ARGUMENTS`` in the folder leads to: a copy of the script runs there."""
     commands = folder / "bin"
     commands.mkdir(exist_ok=True)
-    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
+    for name, text in {"srun": SRUN, "scancel": SCANCEL, "scontrol": SCONTROL}.items():
         (commands / name).write_text(text)
         (commands / name).chmod(stat.S_IRWXU)
     shutil.copy(SCRIPT, folder / "slurm_script")
