@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from launcher import CPU_CONFIG, ROOT, deepspeed, error_lines, python, write_config
-from safetensors.torch import load_file
+from refusals import refusal
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM
 
 from distilspeed.trainer.metrics import read_metrics
+from distilspeed.trainer.preparation import CorpusArguments, prepare_corpus
 
 TRAIN = ROOT / "launch" / "train.py"
 STEPS, SAVE_STEPS, BATCH = 12, 4, 16
@@ -137,21 +139,58 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(finished: Path, small_corpu
     assert curves[0] == curves[1]
 
 
-def test_a_resume_with_another_seed_is_refused_and_changes_nothing(
-    finished: Path, small_corpus_dir: Path
+def test_a_resume_as_another_run_is_refused_and_changes_nothing(
+    finished: Path,
+    small_corpus_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    run = finished / "run"
-    shutil.move(run / "student", finished / "student_aside")
-    try:
-        before = snapshot(run)
-        arguments = command(finished / "teacher", small_corpus_dir, run, finished / "config.json")
-        result = deepspeed(*arguments, "--resume", "--seed", 1, ranks=2)
-        assert result.returncode == 2
-        assert len(error_lines(result)) == 1
-        assert "seed 0, not 1" in error_lines(result)[0]
-        assert snapshot(run) == before
-    finally:
-        shutil.move(finished / "student_aside", run / "student")
+    run = tmp_path / "run"
+    shutil.copytree(finished / "run", run)
+    shutil.rmtree(run / "student")
+    teacher, corpus = finished / "teacher", small_corpus_dir
+    moved = tmp_path / "moved"
+    shutil.copytree(teacher, moved)
+    tuned = load_file(moved / "model.safetensors")
+    tuned["bert.embeddings.LayerNorm.bias"][0] += 1e-4
+    save_file(tuned, moved / "model.safetensors", metadata={"format": "pt"})
+    other = tmp_path / "corpus"
+    prepare_corpus(
+        CorpusArguments(
+            tokenizer=str(teacher), dataset=(), text=(ROOT / "README.md",), output_dir=other, seq_length=64
+        )
+    )
+    config = json.loads((finished / "config.json").read_text())
+    zero2 = write_config(tmp_path / "zero2.json", config | {"zero_optimization": {"stage": 2}})
+    bf16 = write_config(tmp_path / "bf16.json", config | {"bf16": {"enabled": True}})
+    same = finished / "config.json"
+    cases: list[tuple[list[object], str]] = [
+        ([*command(teacher, corpus, run, same), "--seed", 1], "seed 0, not 1"),
+        (command(moved, corpus, run, same), "with teacher "),
+        (command(teacher, other, run, same), "with data "),
+        ([*command(teacher, corpus, run, same), "--train_batch_size", 32], "train_batch_size 16, not 32"),
+        (
+            [*command(teacher, corpus, run, same), "--per_device_train_batch_size", 2],
+            "micro_batch_size 4, not 2",
+        ),
+        ([*command(teacher, corpus, run, same), "--max_steps", 13], "total_steps 12, not 13"),
+        ([*command(teacher, corpus, run, same), "--temperature", 3], "temperature 2.0, not 3.0"),
+        ([*command(teacher, corpus, run, same), "--alpha_cos", 0], "alphas "),
+        (
+            [*command(teacher, corpus, run, same), "--student_layers", "0,1"],
+            "student_layers [0, 3], not [0, 1]",
+        ),
+        (
+            [*command(teacher, corpus, run, same), "--restrict_ce_to_mask"],
+            "restrict_ce_to_mask False, not True",
+        ),
+        (command(teacher, corpus, run, zero2), "zero_stage 1, not 2"),
+        (command(teacher, corpus, run, bf16), "precision fp32, not bf16"),
+    ]
+    for (_, *arguments), said in cases:
+        line = refusal("train.py", [*arguments, "--resume"], tmp_path, monkeypatch, capfd)
+        assert f"this run was started with {said.removeprefix('with ')}" in line
 
 
 def test_a_finished_run_is_left_alone(finished: Path, small_corpus_dir: Path) -> None:

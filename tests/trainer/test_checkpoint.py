@@ -1,0 +1,204 @@
+"""Which checkpoint a run goes on from, whatever has become of the others; DeepSpeed's files are stood in for."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch.distributed
+
+from distilspeed.trainer.checkpoint import Checkpoint, Checkpoints, Progress
+from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.files import record_files, write_text
+
+
+class Engine:
+    """Writes what ``save_checkpoint`` of DeepSpeed's engine does."""
+
+    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+        assert not save_latest
+        path = Path(folder) / tag
+        path.mkdir(parents=True)
+        (path / "mp_rank_00_model_states.pt").write_bytes(os.urandom(1000))
+        (path / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(os.urandom(2000))
+        script = Path(folder) / "zero_to_fp32.py"
+        script.write_text("#!/usr/bin/env python\n")
+        script.chmod(0o755)
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda objects: None)
+
+
+def saved(folder: Path, *steps: int, keep_last: int = 2, keep_every: int | None = None) -> Checkpoints:
+    checkpoints = Checkpoints(folder, keep_last, keep_every)
+    for step in steps:
+        checkpoints.save(Engine(), Progress(step, step + 1, 100 * step))  # type: ignore[arg-type]
+    return checkpoints
+
+
+def newest_step(checkpoints: Checkpoints) -> int:
+    newest = checkpoints.newest_good()
+    assert newest
+    return newest.progress.step
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("step_*"))
+
+
+def test_the_newest_is_found_with_what_it_was_saved_with(tmp_path: Path) -> None:
+    newest = saved(tmp_path, 3, 6).newest_good()
+    assert newest
+    assert newest.path == tmp_path / "step_000000006"
+    assert newest.progress == Progress(6, 7, 600)
+    assert newest.world_size == 1
+    assert {file.path for file in newest.files} == {
+        "mp_rank_00_model_states.pt",
+        "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+    }
+    assert (tmp_path / "latest").read_text() == "step_000000006"
+
+
+def test_where_there_is_none_yet_there_is_nothing_to_go_on_from(tmp_path: Path) -> None:
+    assert Checkpoints(tmp_path / "checkpoints", 2, None).newest_good() is None
+
+
+def test_the_last_ones_and_every_nth_are_kept(tmp_path: Path) -> None:
+    saved(tmp_path, *range(2, 22, 2), keep_last=2, keep_every=6)
+    assert names(tmp_path) == [f"step_{step:09d}" for step in (6, 12, 18, 20)]
+
+
+def test_nothing_that_is_written_can_be_executed(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_mode & 0o111]
+
+
+def truncate(path: Path) -> None:
+    os.truncate(next(path.glob("*optim*")), 1999)
+
+
+def alter(path: Path) -> None:
+    file = next(path.glob("*optim*"))
+    content = bytearray(file.read_bytes())
+    content[1234] ^= 1
+    file.write_bytes(content)
+
+
+def remove_a_file(path: Path) -> None:
+    next(path.glob("mp_rank*")).unlink()
+
+
+def remove_the_manifest(path: Path) -> None:
+    (path / "manifest.json").unlink()
+
+
+def cut_the_manifest(path: Path) -> None:
+    os.truncate(path / "manifest.json", 200)
+
+
+def add_a_pickle(path: Path) -> None:
+    (path / "zero_pp_rank_1_mp_rank_00_optim_states.pt").write_bytes(b"cos\nsystem\n")
+
+
+def link_to_another_folder(path: Path) -> None:
+    file = next(path.glob("mp_rank*"))
+    moved = file.rename(path.parent / "elsewhere.pt")
+    file.symlink_to(moved)
+
+
+def another_format(path: Path) -> None:
+    manifest = path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
+
+
+DAMAGES: list[tuple[Callable[[Path], None], str]] = [
+    (truncate, "zero_pp_rank_0_mp_rank_00_optim_states.pt has 1999 bytes instead of 2000"),
+    (alter, "the content of zero_pp_rank_0_mp_rank_00_optim_states.pt has changed"),
+    (remove_a_file, "mp_rank_00_model_states.pt is missing"),
+    (remove_the_manifest, "manifest.json cannot be read"),
+    (cut_the_manifest, "manifest.json cannot be read"),
+    (add_a_pickle, "zero_pp_rank_1_mp_rank_00_optim_states.pt does not belong to it"),
+    (link_to_another_folder, "mp_rank_00_model_states.pt is missing"),
+    (another_format, "format 2"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "what"), DAMAGES)
+def test_a_damaged_one_is_said_and_set_aside_and_the_one_before_it_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], None], what: str
+) -> None:
+    checkpoints = saved(tmp_path, 3, 6)
+    spoil(tmp_path / "step_000000006")
+    assert newest_step(checkpoints) == 3
+    said = capsys.readouterr().err
+    assert "step_000000006 is damaged: " in said
+    assert what in said
+    assert names(tmp_path) == ["step_000000003", "step_000000006.damaged"]
+    saved(tmp_path, 6)  # the run comes by there again
+    assert newest_step(checkpoints) == 6
+
+
+@pytest.mark.parametrize(("spoil", "what"), DAMAGES)
+def test_where_all_are_damaged_it_is_an_error_and_nothing_changes(
+    tmp_path: Path, spoil: Callable[[Path], None], what: str
+) -> None:
+    checkpoints = saved(tmp_path, 3, 6)
+    for name in ("step_000000003", "step_000000006"):
+        spoil(tmp_path / name)
+    with pytest.raises(UserError, match="no checkpoint in") as error:
+        checkpoints.newest_good()
+    assert what in str(error.value)
+    assert names(tmp_path) == ["step_000000003", "step_000000006"]
+
+
+@pytest.mark.parametrize("left", ["step_000000009.incomplete", "step_000000003.incomplete"])
+def test_what_a_killed_process_was_writing_or_removing_is_no_checkpoint(tmp_path: Path, left: str) -> None:
+    checkpoints = saved(tmp_path, 3, 6)
+    shutil.copytree(tmp_path / "step_000000006", tmp_path / left)
+    assert newest_step(checkpoints) == 6
+    saved(tmp_path, 9)
+    assert names(tmp_path) == ["step_000000006", "step_000000009"]
+
+
+def test_one_that_latest_does_not_name_yet_is_whole_all_the_same(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 3, 6)
+    (tmp_path / "latest").write_text("step_000000003")  # killed between renaming and this
+    assert newest_step(checkpoints) == 6
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), RuntimeError("[enforce fail at inline_container.cc:659]")],
+)
+def test_an_error_of_writing_is_a_line_and_leaves_what_was_there(tmp_path: Path, error: Exception) -> None:
+    class FullDisk(Engine):
+        def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+            super().save_checkpoint(folder, tag, save_latest)
+            raise error
+
+    checkpoints = saved(tmp_path, 3, 6)
+    with pytest.raises(UserError, match=r"cannot write .*step_000000009"):
+        checkpoints.save(FullDisk(), Progress(9, 9, 900))  # type: ignore[arg-type]
+    assert names(tmp_path) == ["step_000000003", "step_000000006"]
+    assert (tmp_path / "latest").read_text() == "step_000000006"
+
+
+def test_an_error_that_is_not_of_writing_stays_what_it_is(tmp_path: Path) -> None:
+    class Lost(Engine):
+        def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+            raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        Checkpoints(tmp_path, 2, None).save(Lost(), Progress(9, 9, 900))  # type: ignore[arg-type]
+
+
+def test_a_manifest_says_what_it_is_given(tmp_path: Path) -> None:
+    (tmp_path / "data.pt").write_bytes(b"some")
+    checkpoint = Checkpoint(tmp_path, Progress(1, 2, 3), 4, record_files(tmp_path))
+    write_text(tmp_path / "manifest.json", checkpoint.to_json())
+    assert Checkpoint.read(tmp_path) == checkpoint
