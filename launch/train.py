@@ -107,10 +107,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     options = vars(build_parser().parse_args())
+    end_with_launcher(was_launched=options["local_rank"] is not None)
     for not_an_argument in ("debug", "local_rank"):
         options.pop(not_an_argument)
 
-    end_with_launcher()
     prepare_environment()
     # After the parsing, because importing torch and DeepSpeed takes seconds.
     from distilspeed.trainer.config import TrainArguments

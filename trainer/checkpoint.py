@@ -111,6 +111,8 @@ class Checkpoints:
             try:
                 checkpoint = Checkpoint.read(path)
                 problem = damage(path, checkpoint.files, besides=(MANIFEST,))
+                if path.is_symlink():
+                    problem = "it is a link to another folder"
             except (OSError, ValueError, KeyError, TypeError) as error:
                 problem = f"its {MANIFEST} cannot be read: {first_line(error)}"
             if problem is None:

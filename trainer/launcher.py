@@ -19,12 +19,18 @@ _RUNNERS = ("deepspeed", "ds")
 runner: int | None = None
 
 
-def end_with_launcher() -> None:
-    """Have SIGTERM sent to this rank at the launcher's end; exit where launcher or ``deepspeed`` has ended already."""
+def end_with_launcher(was_launched: bool) -> None:
+    """Have SIGTERM sent to this rank at the launcher's end; exit where launcher or ``deepspeed`` has ended already.
+
+    Args:
+        was_launched: the command line is a launcher's.
+    """
     global runner
     launcher = os.getppid()
     command = _command(launcher)
     if _LAUNCHER not in command or not hasattr(os, "pidfd_open"):
+        if was_launched and launcher == 1:  # it has ended, and init has taken this process over
+            sys.exit(128 + signal.SIGTERM)
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     # `deepspeed` always gives this option; where it is missing, the launcher was started without it.

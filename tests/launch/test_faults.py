@@ -105,7 +105,7 @@ def test_a_signal_saves_the_step_and_ends_the_run(
     statuses: set[int],
     reason: str,
 ) -> None:
-    job = training.start()
+    job = training.start("--dataloader_num_workers", 1)  # processes that the launcher ends, too
     wait_for_checkpoint(training.run, job)
     processes_of(training.run)[victim].send_signal(sent)
     training.assert_nothing_is_left()

@@ -111,6 +111,10 @@ def link_to_another_folder(path: Path) -> None:
     file.symlink_to(moved)
 
 
+def put_a_link_there(path: Path) -> None:
+    path.symlink_to(path.rename(path.parent / f"elsewhere_{path.name}"))
+
+
 def another_format(path: Path) -> None:
     manifest = path / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
@@ -124,6 +128,7 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (cut_the_manifest, "manifest.json cannot be read"),
     (add_a_pickle, "zero_pp_rank_1_mp_rank_00_optim_states.pt does not belong to it"),
     (link_to_another_folder, "mp_rank_00_model_states.pt is missing"),
+    (put_a_link_there, "it is a link to another folder"),
     (another_format, "format 2"),
 ]
 
