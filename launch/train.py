@@ -17,7 +17,10 @@ def layer_list(text: str) -> tuple[int, ...]:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
-        prog="launch/train.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="launch/train.py",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--deepspeed_config", type=Path, required=True, help='DeepSpeed config; "auto" values are filled in')

@@ -1,6 +1,7 @@
 """What a training run is told: its arguments, and the DeepSpeed config with every "auto" resolved."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ WARMUP_FRACTION = 0.05
 GRADIENT_CLIPPING = 5.0
 MICRO_BATCH_SIZE = 8
 
+WEIGHTS = ("alpha_ce", "alpha_mlm", "alpha_cos")
 PRECISIONS = ("fp32", "fp16", "bf16")
 
 
@@ -58,6 +60,9 @@ class TrainArguments:
 
     def __post_init__(self) -> None:
         has_teacher = self.teacher != "none"
+        for name in ("num_train_epochs", "learning_rate", "temperature", "gpu_memory", *WEIGHTS):
+            if not math.isfinite(getattr(self, name) or 0.0):
+                raise UserError(f"--{name} is {getattr(self, name)}; give a finite number")
         checks = [
             (self.temperature > 0, "--temperature must be above 0"),
             (
@@ -144,19 +149,71 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
     """Read a DeepSpeed config file (JSON).
 
     Raises:
-        UserError: the file is missing, is not JSON or holds no object.
+        UserError: the file is missing, is not JSON, repeats a key or holds a number that is not finite; it holds no
+            object, or one of the sections that are read here is none.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        config = json.loads(
+            text,
+            object_pairs_hook=_without_repeats,
+            parse_int=_whole,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
     except OSError as error:
         raise UserError(
             f"cannot read the DeepSpeed config {path}: {error.strerror}; see ds_configs/"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"the DeepSpeed config {path} is not valid JSON: {error}; see ds_configs/") from error
     if not isinstance(config, dict):
         raise UserError(f"the DeepSpeed config {path} must hold a JSON object; see ds_configs/")
+    _check_sections(config)
     return config
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    section = dict(pairs)
+    if len(section) < len(pairs):
+        repeated = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
+        raise ValueError(f'"{repeated}" stands twice in one object')
+    return section
+
+
+def _whole(text: str) -> int:
+    number = int(text)
+    if abs(number) >= 1 << 63:
+        raise ValueError(f"a number of {len(text)} digits is too large")
+    return number
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a finite number")
+    return number
+
+
+def _check_sections(config: Mapping[str, Any]) -> None:
+    """Raise a UserError unless the parts that this project reads itself have the types it expects."""
+    for name in ("fp16", "bf16", "bfloat16"):
+        if not isinstance(_section(config, name).get("enabled", False), bool):
+            raise UserError(f'"{name}.enabled" in the DeepSpeed config must be true or false')
+    for name in ("optimizer", "scheduler"):
+        section = _section(config, name)
+        _section(section, "params", name)
+        if name in config and not (section.get("type") and isinstance(section["type"], str)):
+            raise UserError(f'"{name}" in the DeepSpeed config has no "type"; give it one, see ds_configs/')
+    zero = _section(config, "zero_optimization")
+    stage = zero.get("stage", 0)
+    if stage != AUTO and (type(stage) is not int or not 0 <= stage <= 3):
+        raise UserError(
+            f'"zero_optimization.stage" in the DeepSpeed config is {stage!r}; choose 0, 1, 2 or 3'
+        )
+    for name in ("offload_optimizer", "offload_param"):
+        if zero.get(name) is not None:
+            _section(zero, name, "zero_optimization")
 
 
 def resolve_batch_equation(
@@ -228,16 +285,19 @@ def resolve_precision(config: Mapping[str, Any]) -> str:
     """
     if "amp" in config:
         raise UserError('"amp" in the DeepSpeed config is not supported; use "fp16" or "bf16"')
-    enabled = [name for name in ("fp16", "bf16") if _section(config, name).get("enabled", False) is True]
+    sections = {"fp16": _section(config, "fp16")}
+    sections["bf16"] = _section(config, "bf16" if "bf16" in config else "bfloat16")  # its old name
+    enabled = [name for name, section in sections.items() if section.get("enabled", False)]
     if len(enabled) == 2:
         raise UserError('the DeepSpeed config enables both "fp16" and "bf16"; choose one')
     return enabled[0] if enabled else "fp32"
 
 
-def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _section(config: Mapping[str, Any], name: str, within: str = "") -> dict[str, Any]:
     section = config.get(name, {})
     if not isinstance(section, dict):
-        raise UserError(f'"{name}" in the DeepSpeed config must be an object')
+        path = f"{within}.{name}".lstrip(".")
+        raise UserError(f'"{path}" in the DeepSpeed config is {section!r}; it must be an object')
     return section
 
 

@@ -61,8 +61,9 @@ class StoppedError(CommandError):
 
 
 def first_line(error: Exception) -> str:
-    """What an error of another library says, short enough for one of ours."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    """What an error of another library says, short enough for one of ours: a line, or two where it ends in a colon."""
+    first, *others = (str(error).strip() or type(error).__name__).splitlines()
+    return " ".join([first, *others[:1]] if first.endswith(":") else [first]).rstrip(".")
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -119,6 +119,10 @@ def check_architecture(model: PreTrainedModel, name: str) -> None:
         raise UserError(
             f'{name} is a "{model.config.model_type}" model; choose a "bert" or "distilbert" masked language model'
         )
+    if model.config.num_hidden_layers < 1:
+        raise UserError(
+            f"{name} has {model.config.num_hidden_layers} layers; choose a model with at least one"
+        )
 
 
 def pad_vocabulary(model: PreTrainedModel) -> None:

@@ -74,7 +74,7 @@ def estimate_memory(
     width = BYTES[precision]
 
     def share(size: int, from_stage: int, offload: str = "") -> int:
-        if zero.get(offload, {}).get("device", "none") != "none":
+        if (zero.get(offload) or {}).get("device", "none") != "none":
             return 0
         return size // (batch.world_size if stage >= from_stage else 1)
 

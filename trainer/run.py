@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,7 @@ from distilspeed.trainer.config import (
     resolve_deepspeed_config,
     resolve_precision,
 )
+from distilspeed.trainer.config_check import check_deepspeed_config
 from distilspeed.trainer.corpus import Corpus, open_corpus
 from distilspeed.trainer.engines import DTYPES, Process, check_precision, this_process
 from distilspeed.trainer.errors import UserError, first_line
@@ -88,7 +90,10 @@ def prepare_run(arguments: TrainArguments) -> Run:
     use_apex = arguments.apex_layer_norm and not arguments.plan
     layer_norm = fused_layer_norm(process.device) if use_apex else None
     _check_output_dir(arguments)
-    corpus = open_corpus(arguments.data_dir)
+    is_verified = process.rank == 0 and not arguments.plan  # once for all ranks: it reads the whole corpus
+    corpus = open_corpus(arguments.data_dir, is_verified)
+    if not corpus.manifest.counts.train_rows:
+        raise UserError(f"the corpus {arguments.data_dir} has no training rows; prepare it from more text")
     steps = total_steps(
         corpus.manifest.counts.train_rows,
         batch.train_batch_size,
@@ -96,6 +101,7 @@ def prepare_run(arguments: TrainArguments) -> Run:
         arguments.num_train_epochs,
     )
     deepspeed_config = resolve_deepspeed_config(config, batch, steps, arguments.learning_rate)
+    check_deepspeed_config(deepspeed_config)
 
     teacher: BertForMaskedLM | None = None
     layers: tuple[int, ...] = ()
@@ -116,12 +122,22 @@ def prepare_run(arguments: TrainArguments) -> Run:
 
 
 def _check_output_dir(arguments: TrainArguments) -> None:
-    folder = arguments.output_dir
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder} is a file; choose a folder")
-    if not arguments.resume and not arguments.plan and folder.is_dir() and any(folder.iterdir()):
+    if arguments.plan:  # which writes nothing
+        return
+    folder = arguments.output_dir.absolute()
+    nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise UserError(f"--output_dir {arguments.output_dir}: {nearest} is no folder; choose another")
+    if not os.access(nearest, os.R_OK | os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {arguments.output_dir}: {nearest} cannot be written; choose another")
+    for flag, given in (("--data_dir", arguments.data_dir), ("--teacher", Path(arguments.teacher))):
+        if given.is_dir() and folder.resolve().is_relative_to(given.resolve()):
+            raise UserError(
+                f"--output_dir {arguments.output_dir} is inside {flag} {given}; choose a folder outside"
+            )
+    if not arguments.resume and folder.is_dir() and any(folder.iterdir()):
         raise UserError(
-            f"{folder} holds files already; continue it with --resume or choose another --output_dir"
+            f"{arguments.output_dir} holds files already; continue it with --resume or choose another --output_dir"
         )
 
 

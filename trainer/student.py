@@ -61,8 +61,9 @@ def load_masked_language_model(role: str, name: str) -> PreTrainedModel:
         name: a hub id or a local folder in Hugging Face's format, with safetensors weights.
 
     Raises:
-        UserError: it cannot be loaded, lacks weights, or is of another architecture.
+        UserError: it cannot be loaded, lacks weights or has such as are not finite, or is of another architecture.
     """
+    _refuse_pickles(role, Path(name))
     model, loading = _load(
         AutoModelForMaskedLM,
         role,
@@ -70,15 +71,36 @@ def load_masked_language_model(role: str, name: str) -> PreTrainedModel:
         dtype=torch.float32,
         use_safetensors=True,
         attn_implementation="sdpa",
+        ignore_mismatched_sizes=True,  # which are told below, not in a report of many lines
         output_loading_info=True,
     )
+    for weight, found, expected in sorted(loading["mismatched_keys"])[:1]:
+        raise UserError(
+            f"the {role} {name} has {weight} of shape {list(found)}, and its config.json says {list(expected)}; "
+            "give the config that goes with the weights"
+        )
     if loading["missing_keys"]:
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
         raise UserError(
             f"the {role} {name} lacks weights ({missing}, …); give a masked language model with its head"
         )
     check_architecture(model, f"the {role} {name}")
+    for weight, values in model.named_parameters():
+        if not values.isfinite().all():
+            raise UserError(
+                f"the {role} {name} has NaN or infinite weights ({weight}); save it again or choose another"
+            )
     return model.eval()
+
+
+def _refuse_pickles(role: str, folder: Path) -> None:
+    pickles, whole = sorted(folder.glob("pytorch_model*.bin")), sorted(folder.glob("*.safetensors"))
+    if pickles and not whole:
+        raise UserError(
+            f"the {role} {folder} has pickled weights alone ({pickles[0].name}), and pickles can run code; "
+            "if you trust them, convert them: AutoModelForMaskedLM.from_pretrained(FOLDER, use_safetensors=False)"
+            ".save_pretrained(FOLDER)"
+        )
 
 
 def load_teacher(name: str) -> BertForMaskedLM:
@@ -111,8 +133,10 @@ def model_from_config(name: str, seed: int) -> PreTrainedModel:
     torch.manual_seed(seed)
     try:
         model = AutoModelForMaskedLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-    except ValueError as error:
-        raise UserError(f"--student_config {name} is no masked language model: {error}") from error
+    except Exception as error:  # a config is checked by what its values lead to
+        raise UserError(
+            f"--student_config {name} makes no masked language model: {first_line(error)}; correct the config"
+        ) from error
     check_architecture(model, f"--student_config {name}")
     return model
 
