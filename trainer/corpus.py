@@ -18,6 +18,8 @@ from typing import Self
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
+from pydantic import TypeAdapter, ValidationError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distilspeed.trainer.errors import UserError, first_line
@@ -101,18 +103,8 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """``ValueError``, ``KeyError`` or ``TypeError`` for anything that ``to_json`` did not write."""
-        fields = json.loads(text)
-        return cls(
-            **fields
-            | {
-                "special_ids": tuple(fields["special_ids"]),
-                "counts": CorpusCounts(**fields["counts"]),
-                "sources": tuple(SourceRecord(**source) for source in fields["sources"]),
-                "files": tuple(FileRecord(**file) for file in fields["files"]),
-                "shard": Shard(**fields.get("shard", {})),
-            }
-        )
+        """``ValueError`` for anything that ``to_json`` did not write."""
+        return TypeAdapter(cls).validate_json(text, strict=True)
 
 
 @dataclass(frozen=True)
@@ -140,22 +132,26 @@ class RowBatch:
 def open_corpus(data_dir: Path, verify_checksums: bool = False) -> Corpus:
     """Open a prepared corpus, memory-mapped.
 
-    Every file's presence and size is checked, and with ``verify_checksums`` its content. ``UserError`` for
-    a folder that is no corpus, one of another format, and one with a missing or damaged file.
+    Every file's presence and size is checked, and with ``verify_checksums`` its content, token ids included.
+    ``UserError`` for a folder that is no corpus, one of another format, and one with a missing or damaged file.
     """
     manifest = _read_manifest(data_dir)
-    for record in manifest.files:
-        _check_file(data_dir, record, verify_checksums)
     try:
-        return Corpus(
+        for record in manifest.files:
+            _check_file(data_dir, record, verify_checksums)
+        corpus = Corpus(
             path=data_dir,
             manifest=manifest,
             train=_load_split(data_dir / "train"),
             held_out=_load_split(data_dir / "held_out"),
             token_counts=np.load(data_dir / "token_counts.npy"),
         )
-    except (OSError, ValueError) as error:  # pyarrow's errors are among them
+        _check_agreement(corpus, token_ids=verify_checksums)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a damaged file leads datasets, pyarrow and numpy to
         raise UserError(_damaged(data_dir, first_line(error))) from error
+    return corpus
 
 
 def read_rows(dataset: datasets.Dataset, indices: Sequence[int] | np.ndarray) -> RowBatch:
@@ -212,7 +208,12 @@ def _read_manifest(data_dir: Path) -> Manifest:
             f"{data_dir} is not a prepared corpus (it has no manifest.json); "
             "make one with launch/prepare_data.py"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValidationError as error:
+        found = error.errors()[0]
+        where = ".".join(map(str, found["loc"]))
+        what = f"manifest.json cannot be read: {where}: {found['msg']}"
+        raise UserError(_damaged(data_dir, what)) from error
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(_damaged(data_dir, f"manifest.json cannot be read: {first_line(error)}")) from error
     raise UserError(
         f"{data_dir} has corpus format {found} and this version reads {FORMAT_VERSION}; "
@@ -231,6 +232,33 @@ def _check_file(data_dir: Path, record: FileRecord, verify_checksum: bool) -> No
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
                 raise UserError(_damaged(data_dir, f"the content of {record.path} has changed"))
+
+
+def _check_agreement(corpus: Corpus, token_ids: bool) -> None:
+    """Raise ``ValueError`` unless the files hold what the manifest says; reads all rows where ``token_ids``."""
+    manifest = corpus.manifest
+    length, vocab_size = manifest.seq_length, manifest.vocab_size
+    ids = {manifest.pad_id, manifest.cls_id, manifest.sep_id, manifest.mask_id, manifest.unk_id}
+    if length < 1 or not all(0 <= token < vocab_size for token in ids | set(manifest.special_ids)):
+        raise ValueError("manifest.json names special tokens beyond the vocabulary, or rows of no length")
+    counts = corpus.token_counts
+    if counts.shape != (vocab_size,) or counts.dtype != np.int64 or counts.min() < 0:
+        raise ValueError(f"token_counts.npy does not count a vocabulary of {vocab_size} tokens")
+    said = {"train": manifest.counts.train_rows, "held_out": manifest.counts.held_out_rows}
+    for name, split in (("train", corpus.train), ("held_out", corpus.held_out)):
+        if len(split) != said[name]:
+            raise ValueError(f"{name} has {len(split)} rows instead of {said[name]}")
+        table = split.data
+        column = table.column("input_ids")
+        if column.type.list_size != length:
+            raise ValueError(f"the rows of {name} have {column.type.list_size} tokens instead of {length}")
+        most = pc.max(table.column("real_tokens")).as_py() or 0
+        if most > length:
+            raise ValueError(f"{name} has a row with {most} tokens of {length}")
+        if token_ids:
+            highest = max((pc.max(chunk.flatten()).as_py() or 0 for chunk in column.chunks), default=0)
+            if highest >= vocab_size:
+                raise ValueError(f"{name} has token id {highest} in a vocabulary of {vocab_size}")
 
 
 def _load_split(folder: Path) -> datasets.Dataset:
