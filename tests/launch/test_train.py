@@ -1,7 +1,6 @@
 """Training through the real launcher: what it writes, that it resumes, and how it refuses."""
 
 import json
-import runpy
 import shutil
 import subprocess
 import sys
@@ -10,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from launcher import CPU_CONFIG, ROOT, deepspeed, error_lines, python, write_config
-from refusals import refusal
+from refusals import refusal, snapshot
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM
+from transformers import AutoModelForMaskedLM, BertForMaskedLM
 
 from distilspeed.trainer.metrics import read_metrics
 from distilspeed.trainer.preparation import CorpusArguments, prepare_corpus
@@ -223,66 +222,6 @@ def test_the_plan_is_printed_and_nothing_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def refusals(tmp_path: Path, teacher: Path, corpus: Path) -> dict[str, tuple[list[object], str]]:
-    """Wrong command lines and what the error must name."""
-    output = tmp_path / "run"
-    occupied = tmp_path / "occupied"
-    occupied.mkdir()
-    (occupied / "notes.txt").write_text("mine")
-    other = tmp_path / "other_tokenizer"
-    shutil.copytree(teacher, other)
-    tokenizer = AutoTokenizer.from_pretrained(teacher)
-    tokenizer.add_tokens(["distilspeed"])
-    tokenizer.save_pretrained(other)
-    broken = tmp_path / "broken.json"
-    broken.write_text("{")
-    both = write_config(tmp_path / "both.json", {"fp16": {"enabled": True}, "bf16": {"enabled": True}})
-    lamb = write_config(tmp_path / "lamb.json", {"optimizer": {"type": "Lamb"}})
-    good = command(teacher, corpus, output)
-    return {
-        "missing argument": ([TRAIN, "--teacher", teacher], "required"),
-        "unknown argument": ([*good, "--learning_rat", "1", "--nonsense"], "unrecognized"),
-        "missing config": (command(teacher, corpus, output, tmp_path / "absent.json"), "absent.json"),
-        "config is not JSON": (command(teacher, corpus, output, broken), "not valid JSON"),
-        "two precisions": (command(teacher, corpus, output, both), "choose one"),
-        "no corpus": (command(teacher, tmp_path / "absent", output), "not a prepared corpus"),
-        "no teacher": (command(tmp_path / "absent", corpus, output), "cannot load"),
-        "other tokenizer": (command(other, corpus, output), "another tokenizer"),
-        "occupied output": (command(teacher, corpus, occupied), "--resume"),
-        "indivisible batch": ([*good, "--train_batch_size", 18], "16 and 20"),
-        "layer out of range": ([*good, "--student_layers", "0,9"], "0 to 3"),
-        "layers are no numbers": ([*good, "--student_layers", "a,b"], "student_layers"),
-        "temperature": ([*good, "--temperature", 0], "temperature"),
-        "lamb under ZeRO": (command(teacher, corpus, output, lamb), '"stage": 0'),
-        "apex on a CPU": ([*good, "--apex_layer_norm"], "needs a GPU"),
-        "no teacher to share out": (
-            [*command(Path("none"), corpus, output), "--student_config", teacher, "--teacher_zero3"],
-            "--teacher_zero3",
-        ),
-    }
-
-
-def test_bad_input_is_one_line_with_status_2_and_writes_nothing(
-    tiny_teacher_dir: Path,
-    small_corpus_dir: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    cases = refusals(tmp_path, tiny_teacher_dir, small_corpus_dir)
-    before = snapshot(tmp_path)
-    for name, (arguments, named) in cases.items():
-        # The command in this process: importing DeepSpeed anew for each case would take a minute and a half.
-        monkeypatch.setattr(sys, "argv", [str(part) for part in arguments])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(TRAIN), run_name="__main__")
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert ended.value.code == 2, name
-        assert len(lines) == 1, (name, lines)
-        assert named in lines[0], name
-        assert snapshot(tmp_path) == before, name
-
-
 def test_bad_input_on_two_ranks_is_said_by_rank_0_alone(
     tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
 ) -> None:
@@ -291,12 +230,3 @@ def test_bad_input_on_two_ranks_is_said_by_rank_0_alone(
     assert result.returncode == 2
     assert len(error_lines(result)) == 1
     assert not (tmp_path / "run").exists()
-
-
-def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every file below a folder with its size and modification time."""
-    return {
-        str(path): (path.stat().st_size, path.stat().st_mtime_ns)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
