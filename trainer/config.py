@@ -60,7 +60,14 @@ class TrainArguments:
 
     def __post_init__(self) -> None:
         has_teacher = self.teacher != "none"
-        for name in ("num_train_epochs", "learning_rate", "temperature", "gpu_memory", *WEIGHTS):
+        for name in (
+            "num_train_epochs",
+            "learning_rate",
+            "temperature",
+            "ddp_timeout",
+            "gpu_memory",
+            *WEIGHTS,
+        ):
             if not math.isfinite(getattr(self, name) or 0.0):
                 raise UserError(f"--{name} is {getattr(self, name)}; give a finite number")
         checks = [

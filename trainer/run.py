@@ -90,8 +90,7 @@ def prepare_run(arguments: TrainArguments) -> Run:
     use_apex = arguments.apex_layer_norm and not arguments.plan
     layer_norm = fused_layer_norm(process.device) if use_apex else None
     _check_output_dir(arguments)
-    is_verified = process.rank == 0 and not arguments.plan  # once for all ranks: it reads the whole corpus
-    corpus = open_corpus(arguments.data_dir, is_verified)
+    corpus = open_corpus(arguments.data_dir)
     if not corpus.manifest.counts.train_rows:
         raise UserError(f"the corpus {arguments.data_dir} has no training rows; prepare it from more text")
     steps = total_steps(
@@ -116,6 +115,9 @@ def prepare_run(arguments: TrainArguments) -> Run:
     if layer_norm is not None:
         for model in (student, teacher) if teacher else (student,):
             replace_layer_norms(model, layer_norm)
+    # Last and once for all ranks, because it reads the whole corpus.
+    if process.rank == 0 and not arguments.plan:
+        open_corpus(arguments.data_dir, verify_checksums=True)
     return Run(
         arguments, process, corpus, batch, precision, deepspeed_config, steps, teacher, layers, student
     )

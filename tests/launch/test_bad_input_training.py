@@ -69,6 +69,8 @@ NUMBERS = {
     "alpha_cos": ["-1e-9", "nan", "inf"],
     "seed": ["-1", "4294967296", "0.5", "random"],
     "save_steps": ["0", "-5", "often"],
+    "save_retain_steps": ["0", "-1", "all"],
+    "ddp_timeout": ["0", "-1", "nan", "inf", "long"],
     "save_total_limit": ["0", "-1", "few"],
     "logging_steps": ["0", "-1", "ten"],
     "dataloader_num_workers": ["-1", "two"],
@@ -395,12 +397,14 @@ CORPORA: dict[str, tuple[Damage, str]] = {
         f"a flipped bit in {name}": (flip(name), f"the content of {name} has changed")
         for name in (
             "train/data.arrow",
-            "train/state.json",
-            "train/dataset_info.json",
             "held_out/data.arrow",
             "token_counts.npy",
             "tokenizer/tokenizer.json",
         )
+    },
+    **{
+        f"a flipped bit in {name}": (flip(name), DAMAGED)
+        for name in ("train/state.json", "train/dataset_info.json")
     },
     **{
         f"no {name}": (without(name), f"{name} is missing")
