@@ -51,7 +51,8 @@ def inputs(tmp_path: Path, tiny_teacher_dir: Path, small_corpus_dir: Path) -> In
 def refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Callable[[list[object]], str]:
-    """Run the command and return its one line."""
+    """Run the command and return its one line; it must come before any training."""
+    monkeypatch.setattr("distilspeed.trainer.loop.train", lambda run: pytest.fail("the training started"))
     return lambda arguments: refusal("train.py", arguments, tmp_path, monkeypatch, capfd)
 
 
