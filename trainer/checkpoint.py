@@ -22,7 +22,7 @@ import torch.distributed
 from deepspeed.checkpoint import ds_to_universal
 
 from distilspeed.trainer.errors import UserError, first_line
-from distilspeed.trainer.files import FileRecord, damage, record_files, sync_tree, write_text
+from distilspeed.trainer.files import FileRecord, files_below, sync_tree, write_text
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -76,6 +76,16 @@ class Checkpoint:
         files = tuple(FileRecord(**file) for file in fields["files"])
         return cls(path, Progress(**fields["progress"]), fields["world_size"], files)
 
+    def damage(self) -> str | None:
+        """What is wrong with it; None: it holds what was saved, and nothing else."""
+        if self.path.is_symlink():
+            return "it is a link to another folder"
+        strange = {path.relative_to(self.path).as_posix() for path in files_below(self.path)}
+        strange -= {MANIFEST, *(file.path for file in self.files)}
+        if strange:
+            return f"{min(strange)} does not belong to it"
+        return next(filter(None, (file.damage(self.path) for file in self.files)), None)
+
 
 class Checkpoints:
     """The folder ``checkpoints/`` of a run.
@@ -110,9 +120,7 @@ class Checkpoints:
         for path in reversed(self._complete()):
             try:
                 checkpoint = Checkpoint.read(path)
-                problem = damage(path, checkpoint.files, besides=(MANIFEST,))
-                if path.is_symlink():
-                    problem = "it is a link to another folder"
+                problem = checkpoint.damage()
             except (OSError, ValueError, KeyError, TypeError) as error:
                 problem = f"its {MANIFEST} cannot be read: {first_line(error)}"
             if problem is None:
@@ -151,7 +159,8 @@ class Checkpoints:
             for script in self.folder.glob("*.py"):
                 script.chmod(0o644)  # DeepSpeed's tools for its checkpoints, which it makes executable
             sync_tree(beside)
-            checkpoint = Checkpoint(path, progress, torch.distributed.get_world_size(), record_files(beside))
+            files = tuple(FileRecord.of(beside, file) for file in files_below(beside))
+            checkpoint = Checkpoint(path, progress, torch.distributed.get_world_size(), files)
             write_text(beside / MANIFEST, checkpoint.to_json())
             beside.rename(path)
             write_text(self.folder / "latest", path.name)  # which syncs the folder

@@ -23,6 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distilspeed.trainer.errors import UserError, first_line
+from distilspeed.trainer.files import FileRecord
 
 FORMAT_VERSION = 1
 SPECIAL_TOKENS = ("pad", "cls", "sep", "mask", "unk")
@@ -34,15 +35,6 @@ class SourceRecord:
 
     name: str
     bytes: int | None
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """One file of the corpus: its path inside it, its size, and its SHA-256 in hexadecimal."""
-
-    path: str
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -138,7 +130,8 @@ def open_corpus(data_dir: Path, verify_checksums: bool = False) -> Corpus:
     manifest = _read_manifest(data_dir)
     try:
         for record in manifest.files:
-            _check_file(data_dir, record, verify_checksums)
+            if damage := record.damage(data_dir, content=verify_checksums):
+                raise UserError(_damaged(data_dir, damage))
         corpus = Corpus(
             path=data_dir,
             manifest=manifest,
@@ -219,19 +212,6 @@ def _read_manifest(data_dir: Path) -> Manifest:
         f"{data_dir} has corpus format {found} and this version reads {FORMAT_VERSION}; "
         "prepare it again with launch/prepare_data.py"
     )
-
-
-def _check_file(data_dir: Path, record: FileRecord, verify_checksum: bool) -> None:
-    path = data_dir / record.path
-    if not path.is_file():
-        raise UserError(_damaged(data_dir, f"{record.path} is missing"))
-    size = path.stat().st_size
-    if size != record.bytes:
-        raise UserError(_damaged(data_dir, f"{record.path} has {size} bytes instead of {record.bytes}"))
-    if verify_checksum:
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
-                raise UserError(_damaged(data_dir, f"the content of {record.path} has changed"))
 
 
 def _check_agreement(corpus: Corpus, token_ids: bool) -> None:

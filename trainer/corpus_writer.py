@@ -1,6 +1,5 @@
 """Writing a corpus folder (its format: corpus.py): rows as they come, the manifest at the end."""
 
-import hashlib
 import json
 import math
 from collections import Counter
@@ -17,12 +16,12 @@ from transformers import PreTrainedTokenizerFast
 from distilspeed.trainer.corpus import (
     FORMAT_VERSION,
     CorpusCounts,
-    FileRecord,
     Manifest,
     Shard,
     SourceRecord,
     tokenizer_hash,
 )
+from distilspeed.trainer.files import FileRecord
 from distilspeed.trainer.packing import PackedRows, RowRules
 from distilspeed.trainer.workers import PackedBatch
 
@@ -218,7 +217,7 @@ def finish_corpus(
         sources=sources,
         shard=shard,
         versions=installed_versions(),
-        files=tuple(_record_file(folder, path) for path in _corpus_files(folder)),
+        files=tuple(FileRecord.of(folder, path) for path in _corpus_files(folder)),
     )
     (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
 
@@ -226,9 +225,3 @@ def finish_corpus(
 def _corpus_files(folder: Path) -> list[Path]:
     parts = (folder / "train", folder / "held_out", folder / "tokenizer")
     return sorted([folder / "token_counts.npy", *(file for part in parts for file in part.rglob("*"))])
-
-
-def _record_file(folder: Path, path: Path) -> FileRecord:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileRecord(path.relative_to(folder).as_posix(), path.stat().st_size, digest)

@@ -5,10 +5,11 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from distilspeed.trainer.errors import UserError
 
@@ -21,29 +22,25 @@ class FileRecord:
     bytes: int
     sha256: str
 
+    @classmethod
+    def of(cls, folder: Path, path: Path) -> Self:
+        return cls(path.relative_to(folder).as_posix(), path.stat().st_size, _sha256(path))
 
-def record_files(folder: Path) -> tuple[FileRecord, ...]:
-    """Record every file below ``folder``."""
-    files = sorted(path for path in folder.rglob("*") if not path.is_dir())
-    return tuple(
-        FileRecord(path.relative_to(folder).as_posix(), path.stat().st_size, _sha256(path)) for path in files
-    )
-
-
-def damage(folder: Path, records: Iterable[FileRecord], besides: Iterable[str] = ()) -> str | None:
-    """What is wrong with a folder whose files were recorded; None where it holds these and ``besides``, unchanged."""
-    known = {record.path: record for record in records}
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    if strange := min(found - set(known) - set(besides), default=None):
-        return f"{strange} does not belong to it"
-    for name, record in known.items():
-        path = folder / name
+    def damage(self, folder: Path, content: bool = True) -> str | None:
+        """What is wrong with the file now, its content only where asked for; None: nothing."""
+        path = folder / self.path
         if path.is_symlink() or not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != record.bytes:
-            return f"{name} has {path.stat().st_size} bytes instead of {record.bytes}"
-    changed = (name for name, record in known.items() if _sha256(folder / name) != record.sha256)
-    return next((f"the content of {name} has changed" for name in changed), None)
+            return f"{self.path} is missing"
+        if path.stat().st_size != self.bytes:
+            return f"{self.path} has {path.stat().st_size} bytes instead of {self.bytes}"
+        if content and _sha256(path) != self.sha256:
+            return f"the content of {self.path} has changed"
+        return None
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Every file below ``folder``, in order; links are files."""
+    return sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
 
 
 def _sha256(path: Path) -> str:

@@ -19,7 +19,6 @@ from distilspeed.trainer.batches import MicroBatches
 from distilspeed.trainer.checkpoint import Checkpoint
 from distilspeed.trainer.config import BatchEquation
 from distilspeed.trainer.corpus import open_corpus
-from distilspeed.trainer.files import damage
 from distilspeed.trainer.metrics import read_metrics
 
 STEPS, SAVE_STEPS, BATCH, MICRO_BATCH = 24, 2, 64, 16
@@ -62,7 +61,7 @@ class Training:
     def newest(self) -> Checkpoint:
         """The newest checkpoint, which is whole."""
         checkpoint = Checkpoint.read(max((self.run / "checkpoints").glob("step_*[0-9]")))
-        assert damage(checkpoint.path, checkpoint.files, besides=("manifest.json",)) is None
+        assert checkpoint.damage() is None
         return checkpoint
 
     def assert_nothing_is_left(self) -> None:

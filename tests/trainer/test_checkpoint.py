@@ -10,7 +10,7 @@ import torch.distributed
 
 from distilspeed.trainer.checkpoint import Checkpoint, Checkpoints, Progress
 from distilspeed.trainer.errors import UserError
-from distilspeed.trainer.files import record_files, write_text
+from distilspeed.trainer.files import FileRecord, write_text
 
 
 class Engine:
@@ -204,6 +204,6 @@ def test_an_error_that_is_not_of_writing_stays_what_it_is(tmp_path: Path) -> Non
 
 def test_a_manifest_says_what_it_is_given(tmp_path: Path) -> None:
     (tmp_path / "data.pt").write_bytes(b"some")
-    checkpoint = Checkpoint(tmp_path, Progress(1, 2, 3), 4, record_files(tmp_path))
+    checkpoint = Checkpoint(tmp_path, Progress(1, 2, 3), 4, (FileRecord.of(tmp_path, tmp_path / "data.pt"),))
     write_text(tmp_path / "manifest.json", checkpoint.to_json())
     assert Checkpoint.read(tmp_path) == checkpoint
