@@ -30,14 +30,15 @@ for SLURM_PROCID in 0 1; do
   SLURM_LOCALID=0 SLURM_PROCID=$SLURM_PROCID "$@" &
   tasks+=($!)
 done
+echo "${tasks[@]}" >"$SUBMITTED_FROM/tasks"
 for _ in "${tasks[@]}"; do
   wait -n || { status=$?; kill "${tasks[@]}" 2>/dev/null; wait; exit $status; }
 done
 """
-# Signals the tasks, and the shells around them, but not the batch shell.
+# Signals the tasks, not the batch shell.
 SCANCEL = """#!/usr/bin/env bash
 [ "$*" = "--signal=TERM $SLURM_JOB_ID" ] || exit 64
-pkill -TERM -f "local_rank|launch/train.py" -g "$(ps -o pgid= $PPID | tr -d ' ')"
+kill $(cat "$SUBMITTED_FROM/tasks")
 """
 SCONTROL = """#!/usr/bin/env bash
 case "$*" in
