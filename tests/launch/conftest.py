@@ -2,8 +2,12 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from training import Training
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -22,3 +26,22 @@ def uninterrupted_run(
     status, _, errors = finish(start([*launcher, *arguments], cpu_environment(), folder))
     assert status == 0, errors[-3000:]
     return folder / "run"
+
+
+@pytest.fixture
+def training(tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path) -> "Training":
+    from training import Training
+
+    return Training(tiny_teacher_dir, small_corpus_dir, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, small_corpus_dir: Path
+) -> Path:
+    """The run of :class:`Training` that nothing happened to."""
+    from training import Training
+
+    training = Training(tiny_teacher_dir, small_corpus_dir, tmp_path_factory.mktemp("uninterrupted") / "run")
+    training.finish()
+    return training.run

@@ -19,11 +19,10 @@ from pathlib import Path
 import psutil
 import pytest
 from jobs import Job, assert_same_end, cpu_environment, finish, start, wait_until
-from launcher import CPU_CONFIG, DEEPSPEED, ROOT, free_port
+from launcher import ROOT
+from training import SECONDS_TO_END, STEPS, Training, processes_of
 
 SEED = 2019
-STEPS, SAVE_STEPS, BATCH, MICRO_BATCH = 40, 2, 64, 16
-SECONDS_TO_END = 90  # in which nothing may be left of a job; a machine with other work is ten times slower
 KILLS_BEFORE_EXPORT = ("startup", "step", "save", "save", "step")
 VICTIMS = ("rank 0", "rank 1", "launcher", "deepspeed", "everything")
 RUNS_OF_CAMPAIGN = 8
@@ -38,40 +37,6 @@ class Kill:
     step: int  # that had been reported
     status: int  # of the deepspeed command
     seconds: float  # until nothing was left of the job
-
-
-def train_command(teacher: Path, corpus: Path, output: Path) -> list[object]:
-    options = {
-        "--deepspeed_config": CPU_CONFIG,
-        "--teacher": teacher,
-        "--data_dir": corpus,
-        "--output_dir": output,
-        "--max_steps": STEPS,
-        "--train_batch_size": BATCH,
-        "--per_device_train_batch_size": MICRO_BATCH,
-        "--save_steps": SAVE_STEPS,
-        "--logging_steps": 1,
-        "--ddp_timeout": SECONDS_TO_END,
-    }
-    launcher = [DEEPSPEED, "--num_gpus", 2, "--master_port", free_port(), ROOT / "launch" / "train.py"]
-    return [*launcher, *(part for pair in options.items() for part in pair), "--resume"]
-
-
-def processes_of(run: Path) -> dict[str, psutil.Process]:
-    """The processes of a job by their names in VICTIMS."""
-    found = {}
-    for process in psutil.process_iter(["cmdline"]):
-        command = process.info["cmdline"] or []
-        if str(run) not in command:
-            continue
-        if "deepspeed.launcher.launch" in command:
-            found["launcher"] = process
-        elif any(Path(part).name == "deepspeed" for part in command[:2]):
-            found["deepspeed"] = process
-        else:
-            ranks = [part.partition("=")[2] for part in command if part.startswith("--local_rank=")]
-            found[f"rank {ranks[0]}" if ranks else f"process {process.pid}"] = process
-    return found
 
 
 def last_step(run: Path) -> int:
@@ -101,8 +66,8 @@ def wait_for_moment(moment: str, run: Path, job: Job, chance: random.Random) -> 
     time.sleep(chance.uniform(0, delay))
 
 
-def kill_once(command: list[object], run: Path, moment: str, chance: random.Random) -> Kill:
-    job = start(command, cpu_environment(), run.parent)
+def kill_once(training: Training, moment: str, chance: random.Random) -> Kill:
+    run, job = training.run, training.start("--logging_steps", 1, "--ddp_timeout", SECONDS_TO_END)
     victim = chance.choice(VICTIMS)
     wait_for_moment(moment, run, job, chance)
     step, began = last_step(run), time.monotonic()
@@ -123,17 +88,6 @@ def report(kills: list[Kill]) -> None:
             file.writelines(json.dumps(asdict(kill)) + "\n" for kill in kills)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(
-    tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, small_corpus_dir: Path
-) -> Path:
-    run = tmp_path_factory.mktemp("uninterrupted") / "run"
-    command = train_command(tiny_teacher_dir, small_corpus_dir, run)
-    status, _, errors = finish(start(command, cpu_environment(), run.parent))
-    assert status == 0, errors[-3000:]
-    return run
-
-
 @pytest.fixture
 def bystander(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process of somebody else's, whose command looks like ours."""
@@ -147,33 +101,25 @@ def bystander(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     process.wait()
 
 
-def kill_and_resume(
-    seed: int, moments: tuple[str, ...], teacher: Path, corpus: Path, run: Path, reference: Path
-) -> None:
+def kill_and_resume(seed: int, moments: tuple[str, ...], training: Training, reference: Path) -> None:
     chance = random.Random(f"{SEED} {seed}")
-    kills = [kill_once(train_command(teacher, corpus, run), run, moment, chance) for moment in moments]
-    status, _, errors = finish(start(train_command(teacher, corpus, run), cpu_environment(), run.parent))
-    assert status == 0, errors[-3000:]
-    assert_same_end(run, reference)
+    kills = [kill_once(training, moment, chance) for moment in moments]
+    training.finish()
+    assert_same_end(training.run, reference)
     report(kills)
 
 
 @pytest.mark.usefixtures("bystander")
-def test_a_few_kills(
-    uninterrupted: Path, tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
-) -> None:
-    moments = ("step", "save", "export")
-    kill_and_resume(0, moments, tiny_teacher_dir, small_corpus_dir, tmp_path / "run", uninterrupted)
+def test_a_few_kills(training: Training, uninterrupted: Path) -> None:
+    kill_and_resume(0, ("step", "save", "export"), training, uninterrupted)
 
 
 @pytest.mark.chaos
 @pytest.mark.usefixtures("bystander")
 @pytest.mark.parametrize("seed", range(1, 1 + RUNS_OF_CAMPAIGN))
-def test_campaign(
-    uninterrupted: Path, tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path, seed: int
-) -> None:
-    moments = (*random.Random(f"{SEED} {seed} moments").sample(KILLS_BEFORE_EXPORT, 5), "export")
-    kill_and_resume(seed, moments, tiny_teacher_dir, small_corpus_dir, tmp_path / "run", uninterrupted)
+def test_campaign(training: Training, uninterrupted: Path, seed: int) -> None:
+    moments = random.Random(f"{SEED} {seed} moments").sample(KILLS_BEFORE_EXPORT, len(KILLS_BEFORE_EXPORT))
+    kill_and_resume(seed, (*moments, "export"), training, uninterrupted)
 
 
 def contents(corpus: Path) -> dict[str, str]:

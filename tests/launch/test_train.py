@@ -112,32 +112,6 @@ def test_the_last_checkpoints_are_kept(finished: Path) -> None:
     assert kept == ["step_000000008", "step_000000012"]
 
 
-def test_a_resumed_run_ends_as_the_uninterrupted_one(finished: Path, small_corpus_dir: Path) -> None:
-    interrupted = finished / "interrupted"
-    shutil.copytree(finished / "run", interrupted)
-    shutil.rmtree(interrupted / "student")
-    shutil.rmtree(interrupted / "checkpoints" / "step_000000012")
-    (interrupted / "checkpoints" / "latest").write_text("step_000000008")
-    with (interrupted / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 13, "epo')  # what a killed run was writing
-
-    arguments = command(finished / "teacher", small_corpus_dir, interrupted, finished / "config.json")
-    result = deepspeed(*arguments, "--resume", ranks=2)
-    assert result.returncode == 0, result.stderr[-3000:]
-
-    straight, resumed = (
-        load_file(run / "student" / "model.safetensors") for run in (finished / "run", interrupted)
-    )
-    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
-    curves = [
-        [{key: value for key, value in json.loads(line).items() if key not in MEASURED} for line in text]
-        for text in (
-            (run / "metrics.jsonl").read_text().splitlines() for run in (finished / "run", interrupted)
-        )
-    ]
-    assert curves[0] == curves[1]
-
-
 def test_a_resume_as_another_run_is_refused_and_changes_nothing(
     finished: Path,
     small_corpus_dir: Path,

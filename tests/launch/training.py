@@ -1,0 +1,73 @@
+"""A training on two ranks that tests interrupt, and its processes."""
+
+from pathlib import Path
+
+import psutil
+from jobs import Job, cpu_environment, finish, start, wait_until
+from launcher import DEEPSPEED, ROOT, free_port, write_config
+
+from distilspeed.trainer.checkpoint import Checkpoint
+
+STEPS, SAVE_STEPS, BATCH, MICRO_BATCH = 24, 2, 64, 16
+SECONDS_TO_END = 90  # in which nothing may be left of a job; a machine with other work is ten times slower
+TRAIN = ROOT / "launch" / "train.py"
+
+
+class Training:
+    """One training on two ranks, which is started again and again."""
+
+    def __init__(self, teacher: Path, corpus: Path, run: Path) -> None:
+        self.run = run
+        self.teacher = teacher
+        self.corpus = corpus
+        self.config = write_config(run.parent / "config.json", {})
+
+    def start(self, *more: object, script: Path = TRAIN, **environment: object) -> Job:
+        """Start it, or go on with it; ``more``: further arguments; ``environment``: further variables."""
+        options = {
+            "--deepspeed_config": self.config,
+            "--teacher": self.teacher,
+            "--data_dir": self.corpus,
+            "--output_dir": self.run,
+            "--max_steps": STEPS,
+            "--train_batch_size": BATCH,
+            "--per_device_train_batch_size": MICRO_BATCH,
+            "--save_steps": SAVE_STEPS,
+            "--logging_steps": 4,
+        }
+        launcher = [DEEPSPEED, "--num_gpus", 2, "--master_port", free_port(), script]
+        arguments = [part for pair in options.items() for part in pair]
+        return start(
+            [*launcher, *arguments, "--resume", *more], cpu_environment(**environment), self.run.parent
+        )
+
+    def finish(self) -> None:
+        status, _, errors = finish(self.start())
+        assert status == 0, errors[-3000:]
+
+    def newest(self) -> Checkpoint:
+        """The newest checkpoint, which is whole."""
+        checkpoint = Checkpoint.read(max((self.run / "checkpoints").glob("step_*[0-9]")))
+        assert checkpoint.damage() is None
+        return checkpoint
+
+    def assert_nothing_is_left(self) -> None:
+        wait_until(lambda: not processes_of(self.run), seconds=SECONDS_TO_END)
+
+
+def processes_of(run: Path) -> dict[str, psutil.Process]:
+    """The processes of a job, by what they are: "deepspeed", "launcher", "rank 0", "rank 1"."""
+    found: dict[str, psutil.Process] = {}
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if str(run) not in command:
+            continue
+        if "deepspeed.launcher.launch" in command:
+            name = "launcher"
+        elif any(Path(part).name == "deepspeed" for part in command[:2]):
+            name = "deepspeed"
+        else:
+            ranks = [part.partition("=")[2] for part in command if part.startswith("--local_rank=")]
+            name = f"rank {ranks[0]}" if ranks else f"process {process.pid}"
+        found.setdefault(name, process)  # a rank's data workers, forked, come after it
+    return found
