@@ -49,9 +49,18 @@ def _sha256(path: Path) -> str:
 
 
 def check_unoccupied(output_dir: Path) -> None:
-    """Raise UserError where a command's output folder holds something, or is a file."""
-    if output_dir.is_file() or (output_dir.is_dir() and any(output_dir.iterdir())):
-        raise UserError(f"{output_dir} exists already; choose another --output_dir or remove it")
+    """Raise UserError where a command's output folder is there already, unless it is an empty folder."""
+    try:
+        output_dir.lstat()
+        # A folder is renamed to it in the end: that replaces an empty folder, but no link to one.
+        if output_dir.is_symlink() or not output_dir.is_dir() or any(output_dir.iterdir()):
+            raise UserError(f"{output_dir} exists already; choose another --output_dir or remove it")
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise UserError(
+            f"{output_dir} cannot be made: {error.strerror}; choose another --output_dir"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

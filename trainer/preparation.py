@@ -14,11 +14,12 @@ from distilspeed.trainer.corpus import WHOLE, Corpus, Shard, load_tokenizer, ope
 from distilspeed.trainer.corpus_writer import RowWriter, finish_corpus, installed_versions, row_rules
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.files import check_unoccupied, parents_made
-from distilspeed.trainer.sources import Source, dataset_source, file_source
+from distilspeed.trainer.sources import Source, dataset_source, file_source, split_specification
 from distilspeed.trainer.unfinished import Recipe, UnfinishedCorpus, unfinished_corpus
 from distilspeed.trainer.workers import pack_documents
 
 MINIMUM_SEQ_LENGTH = 16
+MAXIMUM_SEQ_LENGTH = 1 << 16  # some tokenizers know no limit
 
 
 def _available_cores() -> int:
@@ -55,21 +56,19 @@ def prepare_corpus(arguments: CorpusArguments) -> Corpus:
     bytes whatever ``num_proc``, interrupted or not. ``UserError`` for anything the caller can put right.
     """
     _check_arguments(arguments)
-    column, shard = arguments.text_column, arguments.shard
-    sources = [file_source(path, column, shard) for path in arguments.text]
-    sources += [dataset_source(name, column, shard) for name in arguments.dataset]
+    sources = _open_sources(arguments)
     tokenizer = load_tokenizer(arguments.tokenizer)
     _check_seq_length(arguments.seq_length, tokenizer)
-    if shard.count == 1:  # a shard may well find nothing in a small source
+    if arguments.shard.count == 1:  # a shard may well find nothing in a small source
         for source in sources:
             _check_holds_text(source)
     recipe = Recipe(
         sources=tuple(source.record for source in sources),
-        text_column=column,
+        text_column=arguments.text_column,
         tokenizer_hash=tokenizer_hash(tokenizer),
         seq_length=arguments.seq_length,
         held_out_fraction=arguments.held_out_fraction,
-        shard=shard,
+        shard=arguments.shard,
         versions=installed_versions(),
     )
     try:
@@ -103,12 +102,30 @@ def _check_arguments(arguments: CorpusArguments) -> None:
     check_unoccupied(arguments.output_dir)
 
 
+def _open_sources(arguments: CorpusArguments) -> list[Source]:
+    column, shard = arguments.text_column, arguments.shard
+    try:
+        sources = [file_source(path, column, shard) for path in arguments.text]
+        sources += [dataset_source(name, column, shard) for name in arguments.dataset]
+    except OSError as error:
+        raise UserError(
+            f"cannot read {error.filename}: {error.strerror}; check --text and --dataset"
+        ) from error
+    for name in arguments.dataset:
+        folder = Path(split_specification(name)[0])
+        if folder.is_dir() and folder.resolve() in arguments.output_dir.resolve().parents:
+            raise UserError(
+                f"{arguments.output_dir} is inside the dataset {name}; choose another --output_dir"
+            )
+    return sources
+
+
 def _check_seq_length(seq_length: int, tokenizer: PreTrainedTokenizerFast) -> None:
-    # A tokenizer that knows no limit says 1e30, which is above any length that could be asked for.
-    if not MINIMUM_SEQ_LENGTH <= seq_length <= tokenizer.model_max_length:
+    limit = min(tokenizer.model_max_length, MAXIMUM_SEQ_LENGTH)
+    if not MINIMUM_SEQ_LENGTH <= seq_length <= limit:
         raise UserError(
             f"--seq_length {seq_length} is not between {MINIMUM_SEQ_LENGTH} and the tokenizer's limit of "
-            f"{tokenizer.model_max_length} tokens; choose one that is"
+            f"{limit} tokens; choose one that is"
         )
 
 

@@ -8,11 +8,12 @@ datasets are divided by rows and streamed ones as `datasets` divides them betwee
 
 import codecs
 import json
+import math
 import os
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
 
 import datasets
 import pyarrow as pa
@@ -23,6 +24,9 @@ from distilspeed.trainer.corpus import WHOLE, Shard, SourceRecord
 from distilspeed.trainer.errors import UserError, first_line
 
 READ_BATCH = 1000  # documents read from a dataset at a time
+READ_BYTES = 1 << 20  # of a file, at a time
+# A longer line, give or take READ_BYTES, is refused: one as long takes 2 GB to prepare (November 2026).
+LONGEST_LINE = 64 << 20
 BYTE_ORDER_MARK = "\ufeff".encode()
 
 
@@ -38,47 +42,49 @@ class Source:
 
     def documents(self) -> Generator[str]:
         """The documents that are not blank. ``UserError`` for what cannot be read or is not text."""
-        for value in self.read():
-            if value is not None and not isinstance(value, str):
-                raise UserError(
-                    f"{self.record.name} holds {type(value).__name__} where text is expected; "
-                    "name the field that holds the text with --text_column"
-                )
-            if value and not value.isspace():
-                yield value
+        try:
+            for value in self.read():
+                if value is not None and not isinstance(value, str):
+                    raise UserError(
+                        f"{self.record.name} holds {type(value).__name__} where text is expected; "
+                        "name the field that holds the text with --text_column"
+                    )
+                if value and not value.isspace():
+                    yield value
+        except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+            raise UserError(f"{self.record.name} cannot be read: {first_line(error)}; check it") from error
 
 
 def file_source(path: Path, text_column: str, shard: Shard = WHOLE) -> Source:
-    """A Parquet, JSON (an object a line, or an array) or text file (a document a line), by its suffix."""
+    """A Parquet, JSON (an object a line, or an array) or text file (a document a line), by its suffix.
+
+    An array is read whole, anything else in parts. ``UserError`` for what is no file, or no text in UTF-8;
+    ``OSError`` for what cannot be read.
+    """
     if not path.is_file():
-        raise UserError(f"the text file {path} does not exist; check --text")
-    if not os.access(path, os.R_OK):
-        raise UserError(f"the text file {path} may not be read; check its permissions")
+        raise UserError(f"there is no text file {path}; check --text (a folder goes with --dataset)")
     if path.stat().st_size == 0:
         raise UserError(f"the text file {path} is empty; leave it out or fill it")
     record = SourceRecord(path.name, path.stat().st_size)
     if path.suffix == ".parquet":
         return Source(record, lambda: _read_parquet(path, text_column, shard))
+    is_json = path.suffix in (".json", ".jsonl")
+    if is_json and _begins_as_array(path):
+        _check_text(path, range(path.stat().st_size), math.inf)
+        return Source(record, lambda: _read_json_array(path, text_column, shard))
     with path.open("rb") as file:
         lines = _lines_of(file, shard)
-    _check_utf8(path, lines)
-    if path.suffix in (".json", ".jsonl"):
-        return Source(record, lambda: _read_json(path, text_column, shard, lines))
+    _check_text(path, lines, LONGEST_LINE)
+    if is_json:
+        return Source(record, lambda: _read_json_lines(path, text_column, lines))
     return Source(record, lambda: _read_lines(path, lines))
 
 
 def dataset_source(specification: str, text_column: str, shard: Shard = WHOLE) -> Source:
     """``NAME[:CONFIG[:SPLIT]]``: a folder where one exists (its name may hold colons), else a hub dataset."""
-    parts = specification.split(":")
-    if not parts[0]:
+    name, *options = split_specification(specification)
+    if not name:
         raise UserError(f"--dataset {specification!r} names no dataset; give NAME[:CONFIG[:SPLIT]]")
-    for used in range(len(parts), 0, -1):
-        folder = Path(":".join(parts[:used]))
-        if folder.exists():
-            name, options = str(folder), parts[used:]
-            break
-    else:
-        name, options = parts[0], parts[1:]
     if len(options) > 2:
         raise UserError(f"--dataset {specification} is not NAME[:CONFIG[:SPLIT]]; check it")
     if Path(name).is_file():
@@ -88,6 +94,16 @@ def dataset_source(specification: str, text_column: str, shard: Shard = WHOLE) -
     size = sum(file.stat().st_size for file in Path(name).rglob("*") if file.is_file()) if is_folder else None
     record = SourceRecord(":".join([Path(name).name if is_folder else name, *options]), size)
     return Source(record, lambda: _read_dataset(specification, name, config, split, text_column, shard))
+
+
+def split_specification(specification: str) -> list[str]:
+    """Name or folder of a dataset, and the configuration and split that follow it."""
+    parts = specification.split(":")
+    for used in range(len(parts), 0, -1):
+        folder = ":".join(parts[:used])
+        if Path(folder).exists():
+            return [folder, *parts[used:]]
+    return parts
 
 
 def _lines_of(file: BinaryIO, shard: Shard) -> range:
@@ -101,27 +117,40 @@ def _next_line(file: BinaryIO, offset: int) -> int:
     if offset == 0:
         return 0
     file.seek(offset - 1)
-    file.readline()
+    while (part := file.readline(READ_BYTES)) and not part.endswith(b"\n"):
+        pass
     return file.tell()
 
 
-def _check_utf8(path: Path, lines: range) -> None:
+def _check_text(path: Path, lines: range, longest_line: float) -> None:
     decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = lines.start
+    offset = line_start = lines.start
     with path.open("rb") as file:
         file.seek(offset)
         while True:
-            block = file.read(min(1 << 20, lines.stop - offset))
+            block = file.read(min(READ_BYTES, lines.stop - offset))
             carried = len(decoder.getstate()[0])
             try:
                 decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 raise UserError(
-                    f"{path} is not UTF-8 at byte {offset - carried + error.start}; convert it to UTF-8"
+                    f"{path} is not UTF-8 at byte {offset - carried + error.start}; "
+                    "convert it to UTF-8, or unpack it if it is compressed"
                 ) from error
             if not block:
                 return
+            if (place := block.find(b"\0")) >= 0:
+                raise UserError(
+                    f"{path} is binary or UTF-16: byte {offset + place} is 0; convert it to UTF-8"
+                )
+            if (end := block.rfind(b"\n")) >= 0:
+                line_start = offset + end + 1
             offset += len(block)
+            if offset - line_start > longest_line:
+                raise UserError(
+                    f"{path} has a line of more than {LONGEST_LINE >> 20} MiB at byte {line_start}; "
+                    "give it a line for each document"
+                )
 
 
 def _read_lines(path: Path, lines: range) -> Iterator[str]:
@@ -131,6 +160,8 @@ def _read_lines(path: Path, lines: range) -> Iterator[str]:
         left = len(lines)
         while left > 0:
             line = file.readline()
+            if not line:
+                raise OSError("it has become shorter")
             if left == len(lines) and lines.start == 0:
                 left -= len(BYTE_ORDER_MARK) if line.startswith(BYTE_ORDER_MARK) else 0
                 line = line.removeprefix(BYTE_ORDER_MARK)
@@ -140,13 +171,18 @@ def _read_lines(path: Path, lines: range) -> Iterator[str]:
                 yield part.decode("utf-8")
 
 
-def _read_json(path: Path, text_column: str, shard: Shard, lines: range) -> Iterator[Any]:
-    with path.open(encoding="utf-8-sig") as file:
-        if _first_character(file) == "[":
-            records = _parse_json(file.read(), str(path))
-            for number in shard.of(len(records)):
-                yield _column_of(records[number], text_column, f"{path}, record {number + 1}")
-            return
+def _begins_as_array(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(READ_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
+
+
+def _read_json_array(path: Path, text_column: str, shard: Shard) -> Iterator[Any]:
+    records = _parse_json(path.read_text(encoding="utf-8-sig"), str(path))
+    for number in shard.of(len(records)):
+        yield _column_of(records[number], text_column, f"{path}, record {number + 1}")
+
+
+def _read_json_lines(path: Path, text_column: str, lines: range) -> Iterator[Any]:
     after = f" after byte {lines.start}" if lines.start else ""
     for number, line in enumerate(_read_lines(path, lines), start=1):
         if line and not line.isspace():
@@ -157,14 +193,8 @@ def _read_json(path: Path, text_column: str, shard: Shard, lines: range) -> Iter
 def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {error}; correct it") from error
-
-
-def _first_character(file: TextIO) -> str:
-    first = next((line.lstrip()[0] for line in file if not line.isspace()), "")
-    file.seek(0)
-    return first
 
 
 def _column_of(record: Any, text_column: str, where: str) -> Any:
@@ -182,22 +212,19 @@ def _no_column(where: str, text_column: str, columns: Any) -> str:
 
 
 def _read_parquet(path: Path, text_column: str, shard: Shard) -> Iterator[Any]:
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if text_column not in file.schema_arrow.names:
-                raise UserError(_no_column(str(path), text_column, file.schema_arrow.names))
-            rows = shard.of(file.metadata.num_rows)
-            end = 0
-            for group in range(file.num_row_groups):
-                begin, end = end, end + file.metadata.row_group(group).num_rows
-                if end <= rows.start or rows.stop <= begin:
-                    continue
-                for batch in file.iter_batches(READ_BATCH, row_groups=[group], columns=[text_column]):
-                    ours = batch.slice(max(0, rows.start - begin), max(0, rows.stop - max(begin, rows.start)))
-                    yield from ours.column(0).to_pylist()
-                    begin += len(batch)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read as Parquet: {first_line(error)}; check it") from error
+    with pyarrow.parquet.ParquetFile(path) as file:
+        if text_column not in file.schema_arrow.names:
+            raise UserError(_no_column(str(path), text_column, file.schema_arrow.names))
+        rows = shard.of(file.metadata.num_rows)
+        end = 0
+        for group in range(file.num_row_groups):
+            begin, end = end, end + file.metadata.row_group(group).num_rows
+            if end <= rows.start or rows.stop <= begin:
+                continue
+            for batch in file.iter_batches(READ_BATCH, row_groups=[group], columns=[text_column]):
+                ours = batch.slice(max(0, rows.start - begin), max(0, rows.stop - max(begin, rows.start)))
+                yield from ours.column(0).to_pylist()
+                begin += len(batch)
 
 
 def _read_dataset(
