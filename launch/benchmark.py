@@ -41,8 +41,7 @@ def main() -> None:
 
         serve(contestant, run, laps and laps.split(","))
         return
-    if output and output.exists():
-        raise UserError(f"{output} exists already; choose another --output or remove it")
+    _check_before_measuring(run, rounds, ranks, output, check)
     report = _measure(run, rounds, ranks)
     print(report.table())
     _keep(report, output, check)
@@ -60,6 +59,28 @@ def _prepare(options: dict[str, Any]) -> "Run":
         raise UserError("a benchmark compares distillations; give a --teacher")
     with tempfile.TemporaryDirectory() as folder:  # nothing is written there
         return prepare_run(TrainArguments(**options, output_dir=Path(folder), max_steps=STEPS_OF_SCHEDULE))
+
+
+def _check_before_measuring(
+    run: "Run", rounds: int, ranks: tuple[int, ...], output: Path | None, check: Path | None
+) -> None:
+    from distilspeed.trainer.config import read_deepspeed_config, resolve_batch_equation
+    from distilspeed.trainer.files import check_new_file
+    from distilspeed.trainer.throughput.report import read_stored
+
+    for name, number in (("rounds", rounds), *(("ranks", count) for count in ranks)):
+        if number < 1:
+            raise UserError(f"--{name} {number} is below 1; give at least 1")
+    arguments = run.arguments
+    config = read_deepspeed_config(arguments.deepspeed_config)
+    for count in ranks:
+        resolve_batch_equation(
+            config, count, arguments.train_batch_size, arguments.per_device_train_batch_size
+        )
+    if output:
+        check_new_file(output)
+    if check:
+        read_stored(check)
 
 
 def _measure(run: "Run", rounds: int, ranks: tuple[int, ...]) -> "BenchmarkReport":

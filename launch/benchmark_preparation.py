@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from distilspeed.trainer.errors import CommandParser, UserError, run_command
-from distilspeed.trainer.files import write_text
+from distilspeed.trainer.files import check_new_file, write_text
 
 SECONDS_BETWEEN_LOOKS = 0.1
 SMALL_TEXT_BYTES = 10_000_000  # the text whose memory is compared with that of all the text
@@ -134,6 +134,8 @@ def _run(command: list[str]) -> tuple[float, int, str]:
         time.sleep(SECONDS_BETWEEN_LOOKS)
     seconds = time.perf_counter() - start
     output = process.stdout.read() if process.stdout else ""
+    if process.returncode == UserError.status:  # it has said why
+        sys.exit(process.returncode)
     if process.returncode:
         raise UserError(
             f"{' '.join(command[:2])} failed with status {process.returncode}; see its error above"
@@ -150,6 +152,22 @@ def _memory_of_tree(pid: int) -> int:
     except OSError:  # it ended while it was looked at
         return 0
     return pages * resource.getpagesize() + sum(map(_memory_of_tree, children))
+
+
+def check_input(options: argparse.Namespace) -> None:
+    """Raise UserError for what ours would refuse: the original does not check it."""
+    from distilspeed.trainer.preparation import CorpusArguments, open_input
+
+    with tempfile.TemporaryDirectory() as work:  # nothing is written there
+        open_input(
+            CorpusArguments(
+                options.tokenizer,
+                Path(work) / "corpus",
+                text=(options.text,),
+                seq_length=options.seq_length,
+                num_proc=options.num_proc,
+            )
+        )
 
 
 def compare(options: argparse.Namespace) -> list[Comparison]:
@@ -200,16 +218,17 @@ def main() -> None:
     add("--output", type=Path, metavar="FILE", help="also write it as JSON")
     add("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args()
-    if not options.text.is_file():
-        raise UserError(f"the text file {options.text} does not exist; check --text")
     if options.rounds < 1:
         raise UserError(f"--rounds {options.rounds} is below 1; give at least 1")
+    if options.output:
+        check_new_file(options.output)
     # After the parsing, because importing torch takes seconds.
     import torch
 
     from distilspeed.kernels.profiling.machine import Machine
     from distilspeed.trainer.corpus_writer import installed_versions
 
+    check_input(options)
     machine = Machine.here(torch.device("cpu"))
     comparisons = compare(options)
     print(f"{table(comparisons)}\n{machine.cpu}, {machine.cores} cores; {machine.date}")

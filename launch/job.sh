@@ -2,8 +2,12 @@
 # Sourced by v100x8.sh, multi_node.sh and slurm.sbatch; they set root, the project's folder.
 
 fail() {
-  echo "error: $1" >&2
+  echo "error: ${1//[[:cntrl:]]/ }" >&2
   exit 2
+}
+
+check_port() {
+  [[ $2 =~ ^[1-9][0-9]{0,4}$ && $2 -le 65535 ]] || fail "$1 is '$2'; it must be a port, from 1 to 65535"
 }
 
 # What every one of these jobs is: 4096 rows a step in fp16 with dynamic loss scaling, continued where it was when it is

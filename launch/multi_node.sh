@@ -36,19 +36,20 @@ while [ $# -gt 0 ]; do
   esac
 done
 [ -n "$hostfile" ] || fail "--hostfile is needed; see bash launch/multi_node.sh --help"
-[ -r "$hostfile" ] || fail "cannot read the hostfile $hostfile; it has a line 'NAME slots=GPUS' for each host"
-find_python
+{ [ -r "$hostfile" ] && [ ! -d "$hostfile" ]; } || fail "cannot read the hostfile $hostfile; it has a line 'NAME slots=GPUS' for each host"
+check_port --master_port "$port"
 
 hosts=() world=''
 while read -r name slots _ || [ -n "$name" ]; do
   [[ $name != '' && $name != \#* ]] || continue
-  [[ $slots =~ ^slots=[1-9][0-9]*$ ]] ||
+  [[ $name =~ ^[[:alnum:]][[:alnum:]_.:@%-]*$ && $slots =~ ^slots=[1-9][0-9]*$ ]] ||
     fail "the hostfile $hostfile has the line '$name $slots'; it must be 'NAME slots=GPUS'"
   [[ " ${hosts[*]} " != *" $name "* ]] || fail "the hostfile $hostfile names $name twice; give it one line"
   hosts+=("$name")
   world+="${world:+, }\"$name\": [$(seq -s, 0 $((${slots#slots=} - 1)))]"
 done <"$hostfile"
 [ ${#hosts[@]} -gt 0 ] || fail "the hostfile $hostfile names no host; it has a line 'NAME slots=GPUS' for each"
+find_python
 
 # A host that is gone is noticed after two minutes, not never.
 read -ra ssh <<<"${SSH_COMMAND:-ssh}"

@@ -15,7 +15,7 @@ bash launch/quickstart.sh --teacher ID_OR_DIR (--dataset NAME[:CONFIG[:SPLIT]] |
 A run that was stopped goes on where it was when started again."
 
 fail() {
-  echo "error: $1" >&2
+  echo "error: ${1//[[:cntrl:]]/ }" >&2
   exit 2
 }
 
@@ -37,14 +37,16 @@ while [ $# -gt 0 ]; do
     *) fail "unknown argument $1; see bash launch/quickstart.sh --help" ;;
   esac
 done
-[ -z "$teacher" ] && [ ${#text[@]} -gt 0 ] && fail "--dataset and --text go with --teacher"
-[ -n "$teacher" ] && [ ${#text[@]} -eq 0 ] && fail "--teacher needs text: give --dataset or --text"
+[ -z "$teacher" ] && [ ${#text[@]} -gt 0 ] && fail "--dataset and --text go with --teacher; give one, or leave them out"
+[ -n "$teacher" ] && [ ${#text[@]} -eq 0 ] && fail "--teacher needs text; give --dataset or --text"
+[ -z "$config" ] || [ -f "$config" ] || fail "there is no DeepSpeed config $config; see ds_configs/"
+[[ $epochs =~ ^[0-9]*\.?[0-9]*$ && $epochs =~ [1-9] ]] || fail "--num_train_epochs is '$epochs'; it must be a number above 0"
+mkdir -p -- "$out" 2>/dev/null || fail "cannot make the folder $out; choose another --output_dir"
+out=$(cd -- "$out" && pwd)
 
 setup_venv ""
 choose_accelerator
 export PATH=$PWD/.venv/bin:$PATH
-mkdir -p "$out"
-out=$(cd "$out" && pwd)
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 
 step() { printf '\n== %s\n' "$1"; }

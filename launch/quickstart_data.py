@@ -13,6 +13,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from distilspeed.trainer.errors import CommandParser, run_command
+from distilspeed.trainer.files import check_unoccupied, folder_written_whole, parents_made
 
 VOCABULARY = 2048
 ROW_LENGTH = 128
@@ -56,11 +57,19 @@ def main() -> None:
     parser = CommandParser(prog="launch/quickstart_data.py", description=__doc__)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    folder: Path = parser.parse_args().output_dir
+    output_dir: Path = parser.parse_args().output_dir
+    check_unoccupied(output_dir)
+    with parents_made(output_dir), folder_written_whole(output_dir) as folder:
+        summary = write_data(folder)
+    print(f"{output_dir}: {summary}")
+
+
+def write_data(folder: Path) -> str:
+    """Write text.txt, tokenizer/ and teacher_config.json to a folder; says how much text there is."""
+    # After the parsing, because these take seconds.
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertTokenizer
 
-    folder.mkdir(parents=True, exist_ok=True)
     texts = [*topics.values(), *docstrings(Path(sysconfig.get_path("purelib")))]
     # Each paragraph once: a paragraph in both training and held-out rows would be no test.
     paragraphs = list(dict.fromkeys(line for text in texts for line in prose_paragraphs(text)))
@@ -74,7 +83,7 @@ def main() -> None:
     config = TEACHER | {"vocab_size": len(tokenizer)}
     (folder / "teacher_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     megabytes = sum(map(len, paragraphs)) / 1e6
-    print(f"{folder}: {len(paragraphs):,} paragraphs of English prose, {megabytes:.1f} MB")
+    return f"{len(paragraphs):,} paragraphs of English prose, {megabytes:.1f} MB"
 
 
 if __name__ == "__main__":

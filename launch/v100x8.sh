@@ -14,6 +14,7 @@ case $1 in --help | -h) echo "$usage" && exit 0 ;; esac
 
 gpus=${NUM_GPUS:-8}
 [[ $gpus =~ ^[1-9][0-9]*$ ]] || fail "NUM_GPUS is '$gpus'; it must be a whole number above 0"
+[ -z "${MASTER_PORT:-}" ] || check_port MASTER_PORT "$MASTER_PORT"
 find_python
 
 # A GPU that torch has no code for is found here, because torch itself says it only at the first kernel.

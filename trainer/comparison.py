@@ -70,10 +70,6 @@ class EvaluateArguments:
             (0 < self.task_learning_rate < 1, "--task_learning_rate must be between 0 and 1"),
             (0 <= self.seed < 1 << 32, "--seed must be from 0 to 2^32 - 1"),
             (self.device in ("auto", "cpu", "cuda"), "--device must be auto, cpu or cuda"),
-            (
-                len({task.resolve().name for task in self.task}) == len(self.task),
-                "two --task folders have the same name; the report could not tell them apart, rename one",
-            ),
         ]
         for holds, message in checks:
             if not holds:
@@ -116,6 +112,10 @@ def evaluate(arguments: EvaluateArguments) -> Report:
     device = choose_device(arguments.device)
     _check_output_dir(arguments.output_dir)
     tasks = [read_task(folder) for folder in arguments.task]
+    if len({task.name for task in tasks}) < len(tasks):
+        raise UserError(
+            "two --task folders have the same name; the report could not tell them apart, rename one"
+        )
     corpus = open_corpus(arguments.data_dir)
     models = [load_masked_language_model(role, name) for role, name in arguments.models.items()]
     for (role, name), model in zip(arguments.models.items(), models, strict=True):

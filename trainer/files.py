@@ -63,6 +63,17 @@ def check_unoccupied(output_dir: Path) -> None:
         ) from error
 
 
+def check_new_file(path: Path) -> None:
+    """Raise UserError where a command's output file is there already, or could not be written."""
+    try:
+        if path.exists() or path.is_symlink():
+            raise UserError(f"{path} exists already; choose another --output or remove it")
+        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            raise UserError(f"{path} cannot be made: {path.parent} is no folder to write to; make it")
+    except OSError as error:
+        raise UserError(f"{path} cannot be made: {error.strerror}; choose another --output") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace ``path`` by ``text``: written beside, synced to disk, renamed."""
     beside = path.with_name(f".{path.name}.incomplete")

@@ -55,13 +55,7 @@ def prepare_corpus(arguments: CorpusArguments) -> Corpus:
     partial (unfinished.py says what stays behind when it is interrupted). The same arguments give the same
     bytes whatever ``num_proc``, interrupted or not. ``UserError`` for anything the caller can put right.
     """
-    _check_arguments(arguments)
-    sources = _open_sources(arguments)
-    tokenizer = load_tokenizer(arguments.tokenizer)
-    _check_seq_length(arguments.seq_length, tokenizer)
-    if arguments.shard.count == 1:  # a shard may well find nothing in a small source
-        for source in sources:
-            _check_holds_text(source)
+    sources, tokenizer = open_input(arguments)
     recipe = Recipe(
         sources=tuple(source.record for source in sources),
         text_column=arguments.text_column,
@@ -82,6 +76,18 @@ def prepare_corpus(arguments: CorpusArguments) -> Corpus:
             "a tokenising process died, most often for lack of memory; try again with a smaller --num_proc"
         ) from error
     return open_corpus(arguments.output_dir)
+
+
+def open_input(arguments: CorpusArguments) -> tuple[list[Source], PreTrainedTokenizerFast]:
+    """Sources and tokenizer. ``UserError`` for all that can be known to be wrong before anything is written."""
+    _check_arguments(arguments)
+    sources = _open_sources(arguments)
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    _check_seq_length(arguments.seq_length, tokenizer)
+    if arguments.shard.count == 1:  # a shard may well find nothing in a small source
+        for source in sources:
+            _check_holds_text(source)
+    return sources, tokenizer
 
 
 def _check_arguments(arguments: CorpusArguments) -> None:

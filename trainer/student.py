@@ -172,5 +172,6 @@ def _load(auto_class: Any, role: str, name: str, **options: Any) -> Any:
         return auto_class.from_pretrained(name, **options)
     except Exception as error:  # the hub's, the file system's, safetensors' and transformers' own
         raise UserError(
-            f"cannot load the {role} {name}: {first_line(error)}; give a folder or hub id with safetensors weights"
+            f"cannot load the {role} {name}: {first_line(error)}; "
+            "give a folder or hub id with safetensors weights, which transformers' save_pretrained writes"
         ) from error

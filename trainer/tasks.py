@@ -116,7 +116,7 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
 def _parse(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {error}; a task has one object a line") from error
     if not isinstance(record, dict):
         raise UserError(f"{where} is not an object; a task has one object a line")

@@ -3,12 +3,16 @@
 Each case is a command line, given in a folder of malformed files (:func:`inputs`), and a part of the line it gets.
 """
 
+import fcntl
 import gzip
+import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +24,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from launcher import CPU_CONFIG, ROOT
-from refusals import refusal
+from refusals import refusal, snapshot
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
@@ -32,6 +36,7 @@ from transformers import (
 )
 
 from distilspeed.trainer.corpus import Shard
+from distilspeed.trainer.corpus_writer import RowWriter
 from distilspeed.trainer.preparation import CorpusArguments, prepare_corpus
 from distilspeed.trainer.sources import LONGEST_LINE, READ_BYTES
 from distilspeed.trainer.student import load_teacher, make_student
@@ -282,6 +287,9 @@ def _write_scripts(folder: Path) -> None:
         ROOT / "launch", folder / "checkout" / "launch", ignore=shutil.ignore_patterns("__pycache__")
     )
     shutil.copy(ROOT / "setup.py", folder / "checkout")
+    (folder / "bin").mkdir()
+    (folder / "bin" / "scontrol").write_text("#!/bin/sh\n")
+    (folder / "bin" / "scontrol").chmod(0o755)
     for name, content in (
         ("hosts_empty", b"# none\n\n"),
         ("hosts_without_slots", b"host1\n"),
@@ -319,7 +327,7 @@ def check(
 ) -> None:
     line = refusal(script, [*shlex.split(arguments)], folder, monkeypatch, capfd)
     assert said in line
-    assert "; " in line, "it does not say what to do"
+    assert "; " in line or " must be " in line, "it does not say what to do"
 
 
 # --- prepare_data.py ------------------------------------------------------------------------------------
@@ -495,3 +503,337 @@ def test_prepare_data_refuses_shards(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     check("prepare_data.py", f"--output_dir out/corpus --merge {arguments}", said, inputs, monkeypatch, capfd)
+
+
+@pytest.fixture
+def interrupted(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of a build of half/corpus that Ctrl-C ended after its first rows; goes after the test."""
+    with monkeypatch.context() as patch:
+        patch.setattr("distilspeed.trainer.workers.BATCH_CHARACTERS", 20_000)
+        patch.setattr("distilspeed.trainer.unfinished.SECONDS_BETWEEN_RECORDS", 0.0)
+        add, batches = RowWriter.add, itertools.count()
+
+        def interrupt(writer: RowWriter, batch: Any) -> None:
+            add(writer, batch)
+            if next(batches):
+                raise KeyboardInterrupt
+
+        patch.setattr(RowWriter, "add", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_corpus(
+                CorpusArguments(
+                    "tokenizer", Path("half/corpus"), (Path("good.txt"),), seq_length=64, num_proc=1
+                )
+            )
+    yield inputs / "half" / "corpus.incomplete"
+    shutil.rmtree(inputs / "half")
+
+
+@pytest.mark.parametrize(
+    ("damage", "arguments", "said"),
+    [
+        ("", "", "half/corpus.incomplete holds an unfinished build; go on with --resume"),
+        ("", "--resume --seq_length 32", "was begun with seq_length 64, not 32"),
+        ("", "--resume --text few.txt", "was begun with sources"),
+        (
+            "",
+            "--resume --tokenizer limitless_tokenizer --held_out_fraction 0.2",
+            "was begun with held_out_fraction",
+        ),
+        ("progress.json: {", "--resume", "half/corpus.incomplete cannot be gone on with"),
+        ("progress.json: []", "--resume", "half/corpus.incomplete cannot be gone on with"),
+        ("progress.json: \xff", "--resume", "half/corpus.incomplete cannot be gone on with"),
+        ('progress.json: {"recipe": {}}', "--resume", "half/corpus.incomplete cannot be gone on with"),
+        ("train/data.arrow: ", "--resume", "half/corpus.incomplete is damaged: its rows are cut short"),
+        ("locked", "--resume", "another process is preparing half/corpus"),
+    ],
+)
+def test_prepare_data_refuses_to_go_on(
+    damage: str,
+    arguments: str,
+    said: str,
+    inputs: Path,
+    interrupted: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    lock = os.open(interrupted, os.O_RDONLY)
+    if damage == "locked":
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    elif damage:
+        name, content = damage.split(": ", maxsplit=1)
+        (interrupted / name).write_bytes(content.encode("latin-1"))
+    options = "--text good.txt --tokenizer tokenizer --seq_length 64 --num_proc 1 --output_dir half/corpus"
+    check("prepare_data.py", f"{options} {arguments}", said, inputs, monkeypatch, capfd)
+    os.close(lock)
+
+
+# --- evaluate.py ----------------------------------------------------------------------------------------
+
+EVALUATE = [
+    ("--teacher nowhere", "cannot load the teacher nowhere"),
+    ("--student nobody/nothing", "cannot load the student nobody/nothing"),
+    ("--baseline void", "cannot load the baseline void"),
+    ("--student good.txt", "cannot load the student good.txt"),
+    ("--student loop", "cannot load the student loop"),
+    ("--student headless", "the student headless lacks weights"),
+    ("--student small_vocabulary", "the student small_vocabulary has a vocabulary of 500 tokens"),
+    ("--student short", "the student short only 32 positions"),
+    ("--teacher roberta", 'the teacher roberta is a "roberta" model'),
+    ("--student pickled_weights", "cannot load the student pickled_weights"),
+    ("--student pickled_weights", "save_pretrained writes"),
+    ("--student cut_weights", "cannot load the student cut_weights"),
+    ("--student nan_weights", "the student nan_weights has NaN"),
+    ("--student no_config", "cannot load the student no_config"),
+    ("--student config_not_json", "cannot load the student config_not_json"),
+    ("--student other_tokenizer", "another tokenizer than that of the student other_tokenizer"),
+    ("--data_dir nowhere", "nowhere is not a prepared corpus"),
+    ("--data_dir void", "void is not a prepared corpus"),
+    ("--data_dir good.txt", "good.txt is not a prepared corpus"),
+    ("--data_dir corpus_cut", "the corpus corpus_cut is damaged: train/data.arrow has 1000 bytes"),
+    ("--data_dir corpus_no_manifest", "the corpus corpus_no_manifest is damaged: manifest.json"),
+    ("--data_dir corpus_without_counts", "token_counts.npy is missing"),
+    ("--task nowhere", "cannot read nowhere/train.jsonl"),
+    ("--task loop", "cannot read loop/train.jsonl"),
+    ("--task good.txt", "cannot read good.txt/train.jsonl"),
+    ("--task tasks/no_dev", "cannot read tasks/no_dev/dev.jsonl"),
+    ("--task tasks/no_label", 'tasks/no_label/train.jsonl, line 1 needs "text"'),
+    ("--task tasks/label_list", 'tasks/label_list/train.jsonl, line 1 needs "text"'),
+    ("--task tasks/label_fraction", 'tasks/label_fraction/train.jsonl, line 1 needs "text"'),
+    ("--task tasks/text_number", 'tasks/text_number/train.jsonl, line 1 needs "text"'),
+    ("--task tasks/one_class", "task tasks/one_class have the label 1"),
+    ("--task tasks/new_class", "dev.jsonl of the task tasks/new_class has labels that train.jsonl lacks (7)"),
+    ("--task tasks/mixed", "tasks/mixed mixes"),
+    ("--task tasks/empty_dev", "tasks/empty_dev/dev.jsonl is empty"),
+    ("--task tasks/not_json", "tasks/not_json/dev.jsonl, line 1 is not JSON"),
+    ("--task tasks/deep", "tasks/deep/dev.jsonl, line 1 is not JSON"),
+    ("--task tasks/array", "tasks/array/dev.jsonl, line 1 is not an object"),
+    ("--task tasks/latin1", "tasks/latin1/dev.jsonl is not UTF-8"),
+    ("--task tasks/good --task more/good", "two --task folders have the same name"),
+    ("--max_rows 0", "--max_rows must be at least 1"),
+    ("--max_rows many", "argument --max_rows: invalid int value: 'many'"),
+    ("--task_epochs 0", "--task_epochs must be at least 1"),
+    ("--task_seeds -1", "--task_seeds must be at least 1"),
+    ("--task_batch_size 0", "--task_batch_size must be at least 1"),
+    ("--task_learning_rate nan", "--task_learning_rate must be between 0 and 1"),
+    ("--task_learning_rate 0", "--task_learning_rate must be between 0 and 1"),
+    ("--seed -1", "--seed must be from 0"),
+    ("--seed 4294967296", "--seed must be from 0"),
+    ("--device tpu", "argument --device: invalid choice: 'tpu'"),
+    ("--output_dir occupied", "occupied exists already"),
+    ("--output_dir good.txt", "good.txt exists already"),
+    ("--output_dir corpus", "corpus exists already"),
+    ("--output_dir loop", "loop exists already"),
+    ("--output_dir link_to_void", "link_to_void exists already"),
+    ("--output_dir good.txt/evaluation", "good.txt/evaluation cannot be made"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), EVALUATE)
+def test_evaluate_refuses(
+    arguments: str,
+    said: str,
+    inputs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    options = "--teacher teacher --student student --data_dir corpus --output_dir out/evaluation --device cpu"
+    check("evaluate.py", f"{options} {arguments}", said, inputs, monkeypatch, capfd)
+
+
+# --- profile_kernels.py, benchmark.py, benchmark_preparation.py, quickstart_data.py -----------------------
+
+PROFILE = [
+    ("--tokens 0", "--tokens must be at least 1"),
+    ("--tokens -4", "--tokens must be at least 1"),
+    ("--tokens 1e3", "argument --tokens: invalid int value: '1e3'"),
+    ("--tokens 1000000000", "use fewer --tokens"),
+    ("--vocab_size 0", "--vocab_size must be at least 1"),
+    ("--hidden_size 0", "--hidden_size must be at least 1"),
+    ("--repeats 0", "--repeats must be at least 1"),
+    ("--temperature 0", "--temperature must be a positive number"),
+    ("--temperature nan", "--temperature must be a positive number"),
+    ("--temperature inf", "--temperature must be a positive number"),
+    ("--dtype fp8", "argument --dtype: invalid choice: 'fp8'"),
+    ("--device tpu", "argument --device: invalid choice: 'tpu'"),
+    ("--peers apex", "--peers must be of compile, eager, liger, or none"),
+    ("--peers ''", "--peers must be of compile, eager, liger, or none"),
+    ("--output_dir occupied", "occupied exists already"),
+    ("--output_dir loop", "loop exists already"),
+    ("--output_dir good.txt/profile", "cannot write good.txt/profile"),
+    ("--trace", "--trace writes to a folder; give --output_dir"),
+    ("--tune", "--tune goes with --vocab_size only; leave out --"),
+]
+BENCHMARK = [
+    ("--teacher none", "give a --teacher"),
+    ("--teacher nowhere", "cannot load the teacher nowhere"),
+    ("--data_dir void", "void is not a prepared corpus"),
+    ("--deepspeed_config nowhere.json", "cannot read the DeepSpeed config nowhere.json"),
+    ("--deepspeed_config not_json.json", "the DeepSpeed config not_json.json is not valid JSON"),
+    ("--deepspeed_config fp16_and_bf16.json", 'enables both "fp16" and "bf16"'),
+    ("--train_batch_size 17", "train_batch_size 17 cannot be divided into micro-batch 8 x 1 ranks"),
+    ("--train_batch_size 0", "--train_batch_size must be above 0"),
+    ("--rounds 0", "--rounds 0 is below 1"),
+    ("--rounds few", "argument --rounds: invalid int value: 'few'"),
+    ("--ranks 0", "--ranks 0 is below 1"),
+    ("--ranks 1,3", "train_batch_size 16 cannot be divided into micro-batch 8 x 3 ranks"),
+    ("--ranks two", "argument --ranks: invalid rank_counts value: 'two'"),
+    ("--output result.json", "result.json exists already"),
+    ("--output occupied", "occupied exists already"),
+    ("--output loop", "loop exists already"),
+    ("--output nowhere/result.json", "nowhere/result.json cannot be made"),
+    ("--output good.txt/result.json", "good.txt/result.json cannot be made"),
+    (f"--output {LONG_NAME}", "File name too long"),
+    ("--check nowhere.json", "nowhere.json is no stored benchmark"),
+    ("--check result.json", "result.json is no stored benchmark"),
+    ("--check not_json.json", "not_json.json is no stored benchmark"),
+    ("--contestant theirs", "argument --contestant: invalid choice: 'theirs'"),
+]
+BENCHMARK_PREPARATION = [
+    ("--text nowhere.txt", "there is no text file nowhere.txt"),
+    ("--text occupied", "there is no text file occupied"),
+    ("--text empty.txt", "empty.txt is empty"),
+    ("--text blank.txt", "blank.txt holds no text"),
+    ("--text latin1.txt", "latin1.txt is not UTF-8 at byte 4"),
+    ("--tokenizer nowhere", "the tokenizer nowhere cannot be loaded"),
+    ("--tokenizer no_mask", "the tokenizer no_mask has no mask token"),
+    ("--seq_length 15", "--seq_length 15 is not between 16"),
+    ("--num_proc 0", "--num_proc 0 is below 1"),
+    ("--rounds 0", "--rounds 0 is below 1"),
+    ("--output result.json", "result.json exists already"),
+    ("--output nowhere/result.json", "nowhere/result.json cannot be made"),
+]
+QUICKSTART_DATA = [
+    ("", "the following arguments are required: --output_dir"),
+    ("--output_dir occupied", "occupied exists already"),
+    ("--output_dir good.txt", "good.txt exists already"),
+    ("--output_dir loop", "loop exists already"),
+    ("--output_dir good.txt/data", "cannot write good.txt/data"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), PROFILE)
+def test_profile_kernels_refuses(
+    arguments: str,
+    said: str,
+    inputs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    options = "--tokens 32 --vocab_size 100 --hidden_size 16 --device cpu"
+    check("profile_kernels.py", f"{options} {arguments}", said, inputs, monkeypatch, capfd)
+
+
+@pytest.mark.parametrize(("arguments", "said"), BENCHMARK)
+def test_benchmark_refuses(
+    arguments: str,
+    said: str,
+    inputs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    options = "--deepspeed_config good_config.json --teacher teacher --data_dir corpus"
+    options += " --train_batch_size 16 --per_device_train_batch_size 8"
+    check("benchmark.py", f"{options} {arguments}", said, inputs, monkeypatch, capfd)
+
+
+@pytest.mark.parametrize(("arguments", "said"), BENCHMARK_PREPARATION)
+def test_benchmark_preparation_refuses(
+    arguments: str,
+    said: str,
+    inputs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    options = "--text good.txt --tokenizer tokenizer"
+    check("benchmark_preparation.py", f"{options} {arguments}", said, inputs, monkeypatch, capfd)
+
+
+@pytest.mark.parametrize(("arguments", "said"), QUICKSTART_DATA)
+def test_quickstart_data_refuses(
+    arguments: str,
+    said: str,
+    inputs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    check("quickstart_data.py", arguments, said, inputs, monkeypatch, capfd)
+
+
+# --- the shell scripts ----------------------------------------------------------------------------------
+
+# In the checkout without .venv, so that a script that refuses nothing installs nothing.
+SCRIPTS = [
+    ("quickstart.sh --nonsense", "unknown argument --nonsense;"),
+    ("quickstart.sh $'two\\nlines'", "unknown argument two lines;"),
+    ("quickstart.sh --output_dir", "--output_dir needs a value;"),
+    ("quickstart.sh --teacher somebody/bert", "--teacher needs text;"),
+    ("quickstart.sh --dataset somebody/text", "--dataset and --text go with --teacher;"),
+    ("quickstart.sh --output_dir ../good.txt", "cannot make the folder ../good.txt;"),
+    ("quickstart.sh --output_dir ../good.txt/run", "cannot make the folder ../good.txt/run;"),
+    ("quickstart.sh --output_dir ../loop", "cannot make the folder ../loop;"),
+    ("quickstart.sh --output_dir ''", "cannot make the folder ;"),
+    ("quickstart.sh --deepspeed_config nowhere.json", "there is no DeepSpeed config nowhere.json;"),
+    ("quickstart.sh --deepspeed_config ../occupied", "there is no DeepSpeed config ../occupied;"),
+    ("quickstart.sh --num_train_epochs three", "--num_train_epochs is 'three';"),
+    ("quickstart.sh --num_train_epochs 0", "--num_train_epochs is '0';"),
+    ("quickstart.sh --num_train_epochs -1", "--num_train_epochs is '-1';"),
+    ("quickstart.sh --output_dir ../void", "Python 3.11 or newer is needed;"),
+    ("test.sh", "Python 3.11 or newer is needed;"),
+    ("v100x8.sh --plan", "distilspeed is not installed for /nowhere/python;"),
+    ("NUM_GPUS=0 v100x8.sh --plan", "NUM_GPUS is '0';"),
+    ("NUM_GPUS=8x v100x8.sh --plan", "NUM_GPUS is '8x';"),
+    ("NUM_GPUS=-1 v100x8.sh --plan", "NUM_GPUS is '-1';"),
+    ("MASTER_PORT=http v100x8.sh --plan", "MASTER_PORT is 'http';"),
+    ("MASTER_PORT=65536 v100x8.sh --plan", "MASTER_PORT is '65536';"),
+    ("multi_node.sh --plan", "--hostfile is needed;"),
+    ("multi_node.sh --hostfile", "--hostfile needs a value;"),
+    ("multi_node.sh --hostfile ../hosts --plan", "distilspeed is not installed for /nowhere/python;"),
+    ("multi_node.sh --hostfile ../hosts --master_port 0", "--master_port is '0';"),
+    ("multi_node.sh --hostfile ../hosts --master_port 29500x", "--master_port is '29500x';"),
+    ("multi_node.sh --hostfile nowhere --plan", "cannot read the hostfile nowhere;"),
+    ("multi_node.sh --hostfile ../occupied --plan", "cannot read the hostfile ../occupied;"),
+    ("multi_node.sh --hostfile ../loop --plan", "cannot read the hostfile ../loop;"),
+    ("multi_node.sh --hostfile ../hosts_empty --plan", "names no host;"),
+    ("multi_node.sh --hostfile ../hosts_without_slots --plan", "has the line 'host1 ';"),
+    ("multi_node.sh --hostfile ../hosts_zero --plan", "has the line 'host1 slots=0';"),
+    ("multi_node.sh --hostfile ../hosts_word --plan", "has the line 'host1 slots=two';"),
+    ("multi_node.sh --hostfile ../hosts_twice --plan", "names host1 twice;"),
+    ("multi_node.sh --hostfile ../hosts_windows --plan", "has the line 'host1 slots=1 ';"),
+    ("multi_node.sh --hostfile ../hosts_option --plan", "has the line '-oProxyCommand=touch"),
+    ("multi_node.sh --hostfile ../hosts_quote --plan", "has the line 'ho\"st slots=1';"),
+    ("multi_node.sh --hostfile ../hosts_binary --plan", "has the line "),
+    ("slurm.sbatch --plan", "this is no Slurm job;"),
+    ("SLURM_JOB_ID=7 slurm.sbatch --plan", "this is no Slurm job;"),
+    (
+        "SLURM_JOB_ID=7 SLURM_SUBMIT_DIR=/nowhere PATH=../bin:$PATH slurm.sbatch --plan",
+        "/nowhere has no launch/job.sh;",
+    ),
+    ("SLURM_JOB_ID=7 MASTER_PORT=x PATH=../bin:$PATH slurm.sbatch --plan", "MASTER_PORT is 'x';"),
+    (
+        "SLURM_JOB_ID=7 PATH=../bin:$PATH slurm.sbatch --plan",
+        "distilspeed is not installed for /nowhere/python;",
+    ),
+]
+
+
+@pytest.mark.parametrize(("command", "said"), SCRIPTS)
+def test_a_script_refuses(command: str, said: str, inputs: Path) -> None:
+    command = re.sub(r"(\w+\.(sh|sbatch))", r"bash launch/\1", command, count=1)
+    hidden = ("SLURM_", "MASTER_", "NUM_GPUS", "CUDA_VISIBLE_DEVICES")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    before = snapshot(inputs)
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=inputs / "checkout",
+        env=environment | {"PYTHON": "/nowhere/python"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    lines = done.stderr.decode(errors="replace").splitlines()
+    assert (done.returncode, done.stdout, len(lines)) == (2, b"", 1), (done.returncode, done.stdout, lines)
+    assert said in lines[0]
+    assert lines[0].startswith("error: ")
+    assert snapshot(inputs) == before

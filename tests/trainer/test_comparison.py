@@ -175,8 +175,6 @@ def test_numbers_that_make_no_sense_are_refused(arguments: EvaluateArguments, tm
             replace(arguments, task_learning_rate=rate)
     with pytest.raises(UserError, match="--seed"):
         replace(arguments, seed=-1)
-    with pytest.raises(UserError, match="same name"):
-        replace(arguments, task=(tmp_path / "a" / "rte", tmp_path / "b" / "rte"))
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

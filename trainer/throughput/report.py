@@ -1,6 +1,7 @@
 """What a benchmark found: table, JSON, and the check against an earlier one."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -116,15 +117,23 @@ class BenchmarkReport:
         return "\n".join(lines)
 
 
+def read_stored(path: Path) -> tuple[float, dict[str, Any]]:
+    """Ratio and setting of a stored report; UserError for any other file."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        ratio, setting = float(stored["ratio"]), dict(stored["setting"])
+        if not 0 < ratio < math.inf:
+            raise ValueError(f"its ratio is {ratio}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is no stored benchmark ({error}); give a file that --output wrote"
+        ) from error
+    return ratio, setting
+
+
 def check_against(stored: Path, report: BenchmarkReport) -> None:
     """Raise a UserError where the ratio is more than 10 % below that of a stored report of the same setting."""
-    try:
-        earlier = json.loads(stored.read_text(encoding="utf-8"))
-        ratio, setting = float(earlier["ratio"]), earlier["setting"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{stored} is no stored benchmark ({error}); give a file that --output wrote"
-        ) from error
+    ratio, setting = read_stored(stored)
     different = [name for name, value in report.setting.items() if setting.get(name) != value]
     if different:
         raise UserError(f"{stored} was measured with another {', '.join(different)}; compare with the same")
