@@ -42,7 +42,7 @@ check_port --master_port "$port"
 hosts=() world=''
 while read -r name slots _ || [ -n "$name" ]; do
   [[ $name != '' && $name != \#* ]] || continue
-  [[ $name =~ ^[[:alnum:]][[:alnum:]_.:@%-]*$ && $slots =~ ^slots=[1-9][0-9]*$ ]] ||
+  [[ $name =~ ^[[:alnum:]][[:alnum:]_.:@%-]*$ && $slots =~ ^slots=[1-9][0-9]{0,2}$ ]] ||
     fail "the hostfile $hostfile has the line '$name $slots'; it must be 'NAME slots=GPUS'"
   [[ " ${hosts[*]} " != *" $name "* ]] || fail "the hostfile $hostfile names $name twice; give it one line"
   hosts+=("$name")

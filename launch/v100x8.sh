@@ -13,7 +13,7 @@ usage="bash launch/v100x8.sh --teacher ID_OR_DIR --data_dir DIR --output_dir DIR
 case $1 in --help | -h) echo "$usage" && exit 0 ;; esac
 
 gpus=${NUM_GPUS:-8}
-[[ $gpus =~ ^[1-9][0-9]*$ ]] || fail "NUM_GPUS is '$gpus'; it must be a whole number above 0"
+[[ $gpus =~ ^[1-9][0-9]{0,2}$ ]] || fail "NUM_GPUS is '$gpus'; it must be a whole number from 1 to 999"
 [ -z "${MASTER_PORT:-}" ] || check_port MASTER_PORT "$MASTER_PORT"
 find_python
 

@@ -1,6 +1,7 @@
 """Documents from every kind of source, whole and in shards."""
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distilspeed.trainer.corpus import Shard
+from distilspeed.trainer.corpus import WHOLE, Shard
 from distilspeed.trainer.errors import UserError
-from distilspeed.trainer.sources import dataset_source, file_source
+from distilspeed.trainer.sources import LONGEST_LINE, READ_BYTES, dataset_source, file_source
 
 
 def write_json_array(records: datasets.Dataset, path: Path) -> None:
@@ -73,6 +74,37 @@ def test_half_a_surrogate_pair_in_json_does_not_stop_the_work(tmp_path: Path) ->
     path = tmp_path / "scraped.jsonl"
     path.write_text(json.dumps({"text": "an expression \ud83d in a statement"}) + "\n")
     assert list(file_source(path, "text").documents()) == ["an expression ? in a statement"]
+
+
+@pytest.mark.parametrize("name", ["some.txt", "some.jsonl", "array.json", "some.parquet"])
+@pytest.mark.parametrize("becomes", ["gone", "shorter", "another"])
+def test_a_file_that_changes_before_it_is_read_ends_in_one_error(
+    tmp_path: Path, name: str, becomes: str
+) -> None:
+    path = tmp_path / name
+    records = datasets.Dataset.from_dict({"text": [f"document {number}" for number in range(50)]})
+    write = {".txt": records.to_csv, ".parquet": records.to_parquet}.get(path.suffix, records.to_json)
+    write(path)
+    source = file_source(path, "text")
+    whole = path.read_bytes()
+    if becomes == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(whole[: len(whole) // 2] if becomes == "shorter" else b"\xff" * len(whole))
+    with pytest.raises(UserError, match=path.name):
+        list(source.documents())
+
+
+def test_a_line_that_is_too_long_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "endless.txt"
+    with path.open("wb") as file:
+        file.write(b"a line\n" + b"a" * (LONGEST_LINE + 2 * READ_BYTES))
+    tracemalloc.start()
+    for shard in (WHOLE, Shard(0, 2)):
+        with pytest.raises(UserError, match="a line of more than 64 MiB at byte 7;"):
+            file_source(path, "text", shard)
+    assert tracemalloc.get_traced_memory()[1] < 10 * READ_BYTES
+    tracemalloc.stop()
 
 
 # --- shards ---------------------------------------------------------------------------------------------
