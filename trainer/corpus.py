@@ -162,7 +162,8 @@ def read_rows(dataset: datasets.Dataset, indices: Sequence[int] | np.ndarray) ->
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """A fast tokenizer from a folder or the hub, with every token that masking needs; else ``UserError``."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        # False, because unless told transformers asks at the terminal whether to run a repository's code.
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the hub's, the file system's, and bare ones out of the tokenizers library
         raise UserError(
             f"the tokenizer {name} cannot be loaded: {first_line(error)}; "

@@ -169,7 +169,8 @@ def check_fits_corpus(role: str, name: str, model: PreTrainedModel, corpus: Corp
 
 def _load(auto_class: Any, role: str, name: str, **options: Any) -> Any:
     try:
-        return auto_class.from_pretrained(name, **options)
+        # False, because unless told transformers asks at the terminal whether to run a repository's code.
+        return auto_class.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # the hub's, the file system's, safetensors' and transformers' own
         raise UserError(
             f"cannot load the {role} {name}: {first_line(error)}; "
