@@ -115,10 +115,11 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
     try:
         yield beside
         sync_tree(beside)
-        # mkdtemp makes folders that only their owner may read; an output folder follows the umask.
+        # mkdtemp makes folders that only their owner may read, safetensors such files; output follows the umask.
         umask = os.umask(0)
         os.umask(umask)
-        beside.chmod(0o777 & ~umask)
+        for made in [beside, *beside.rglob("*")]:
+            made.chmod((0o777 if made.is_dir() else 0o666) & ~umask)
         beside.rename(path)
         sync(path.parent)
     except BaseException:

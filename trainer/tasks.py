@@ -133,7 +133,9 @@ def _text_fields(record: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _example(record: dict[str, Any], text_fields: tuple[str, ...], classes: dict[Label, int]) -> Example:
-    text, pair = (*(record[field] for field in text_fields), None)[:2]
+    # JSON can spell half of a surrogate pair ("\ud83d"), which is no character and cannot be tokenised.
+    texts = [record[field].encode("utf-8", "replace").decode() for field in text_fields]
+    text, pair = (*texts, None)[:2]
     return Example(text, pair, classes[record["label"]])
 
 

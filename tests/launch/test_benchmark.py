@@ -24,12 +24,14 @@ def arguments(teacher: object, corpus: Path) -> list[object]:
 
 
 def test_it_compares_measures_and_stores(
-    tmp_path: Path, tiny_teacher_dir: Path, small_corpus_dir: Path
+    tmp_path: Path, tiny_teacher_dir: Path, small_corpus_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_b3V0c2lkZXIx")
     output = tmp_path / "result.json"
     command = [BENCHMARK, *arguments(tiny_teacher_dir, small_corpus_dir), "--ranks", "2", "--output", output]
     result = python(*command)
     assert result.returncode == 0, result.stderr[-3000:]
+    assert "hf_b3V0c2lkZXIx" not in output.read_text() + result.stdout + result.stderr
     report = json.loads(output.read_text())
     assert len(report["ratios"]) == 2
     assert report["ratio"] > 0

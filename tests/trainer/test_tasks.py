@@ -55,6 +55,11 @@ def test_sentences_and_pairs_are_read_with_their_classes(tmp_path: Path) -> None
     assert single.majority_accuracy == pytest.approx(2 / 3)
 
 
+def test_half_a_surrogate_pair_is_no_character(tmp_path: Path) -> None:
+    task = read_task(write_task(tmp_path, [SINGLE, {"text": "a \ud83d b", "label": 1}], [SINGLE]))
+    assert task.train[1].text == "a ? b"
+
+
 @pytest.mark.parametrize(
     ("train", "dev", "message"),
     [
