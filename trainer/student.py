@@ -173,6 +173,5 @@ def _load(auto_class: Any, role: str, name: str, **options: Any) -> Any:
         return auto_class.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # the hub's, the file system's, safetensors' and transformers' own
         raise UserError(
-            f"cannot load the {role} {name}: {first_line(error)}; "
-            "give a folder or hub id with safetensors weights, which transformers' save_pretrained writes"
+            f"cannot load the {role} {name}: {first_line(error)}; give a folder or hub id with safetensors weights"
         ) from error

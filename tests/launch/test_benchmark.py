@@ -50,9 +50,3 @@ def test_a_contestant_that_cannot_start_ends_it_with_one_line(tmp_path: Path, sm
     result = python(BENCHMARK, *arguments(tmp_path / "none", small_corpus_dir))
     assert result.returncode == 2
     assert len(error_lines(result)) == 1
-
-
-def test_a_teacher_is_needed(small_corpus_dir: Path) -> None:
-    result = python(BENCHMARK, *arguments("none", small_corpus_dir))
-    assert result.returncode == 2
-    assert len(error_lines(result)) == 1

@@ -51,26 +51,13 @@ def test_the_command_writes_a_report_and_prints_its_table(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation", "words"]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--teacher", "nowhere"), "cannot load the teacher nowhere"),
-        (("--max_rows", "many"), "argument --max_rows: invalid int value"),
-    ],
-)
-def test_a_wrong_option_is_one_line_and_status_2(
-    options: tuple[str, ...],
-    message: str,
-    tiny_teacher_dir: Path,
-    student_dir: Path,
-    small_corpus_dir: Path,
-    tmp_path: Path,
+def test_a_mistake_is_one_line_and_status_2(
+    tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
 ) -> None:
-    models = ("--teacher", tiny_teacher_dir, "--student", student_dir)
+    models = ("--teacher", tiny_teacher_dir, "--student", "nowhere")
     output = tmp_path / "runs" / "evaluation"
-    done = run_evaluate(*models, "--data_dir", small_corpus_dir, "--output_dir", output, *options)
+    done = run_evaluate(*models, "--data_dir", small_corpus_dir, "--output_dir", output)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: ")
-    assert message in done.stderr
+    assert done.stderr.startswith("error: cannot load the student nowhere")
     assert done.stderr.count("\n") == 1
     assert not any(tmp_path.iterdir())

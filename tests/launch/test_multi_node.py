@@ -185,37 +185,10 @@ def test_the_hosts_end_even_when_the_script_is_killed(stand_ins: StandIns) -> No
 
 
 @pytest.mark.parametrize(
-    ("hostfile", "said"),
-    [
-        ("", "names no host"),
-        ("host1\n", "'host1 '; it must be 'NAME slots=GPUS'"),
-        ("host1 slots=0\n", "slots=0"),
-        ("host1 slots=two\n", "slots=two"),
-        ("host1 slots=1\nhost1 slots=1\n", "twice"),
-        (None, "cannot read the hostfile"),
-    ],
-)
-def test_a_wrong_hostfile_is_refused_in_one_line(hostfile: str | None, said: str, tmp_path: Path) -> None:
-    path = tmp_path / "hostfile"
-    if hostfile is not None:
-        path.write_text(hostfile)
-    job = start(
-        ["bash", SCRIPT, "--hostfile", path, "--plan"], cpu_environment(PYTHON=sys.executable), tmp_path
-    )
-    status, _, errors = finish(job)
-    assert status == 2
-    assert errors.startswith("error: ")
-    assert errors.count("\n") == 1
-    assert said in errors
-
-
-@pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
         ([], 2, "--hostfile FILE"),
         (["--help"], 0, "--hostfile FILE"),
-        (["--plan"], 2, "error: --hostfile is needed"),
-        (["--hostfile"], 2, "error: --hostfile needs a value"),
     ],
 )
 def test_it_explains_itself(arguments: list[str], status: int, said: str, tmp_path: Path) -> None:

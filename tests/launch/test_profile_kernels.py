@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -104,41 +103,3 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --tokens must be at least 1\n"
     assert not any(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        (("--vocab_size", 0), "--vocab_size must be at least 1"),
-        (("--tokens", 10**9), "use fewer --tokens"),
-        (("--dtype", "fp8"), "argument --dtype: invalid choice"),
-        (("--peers", "apex"), "--peers must be of compile, eager, liger, or none"),
-        (("--output_dir", "occupied"), "occupied exists already; choose another --output_dir or remove it"),
-        (("--output_dir", "occupied/notes.txt/profile"), "cannot write occupied/notes.txt/profile"),
-        (("--trace",), "give --output_dir"),
-        (("--tune",), "--tune goes with --vocab_size only; leave out --"),
-    ],
-)
-def test_what_cannot_be_done_is_refused_before_anything_is_measured(
-    options: tuple[object, ...],
-    named: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    (tmp_path / "occupied").mkdir()
-    (tmp_path / "occupied" / "notes.txt").write_text("mine")
-    monkeypatch.chdir(tmp_path)
-    # The command in this process: importing torch anew for each case would take most of the test's time.
-    monkeypatch.setattr(sys, "argv", [str(part) for part in (COMMAND, *SMALL, *options)])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(COMMAND), run_name="__main__")
-    shown = capsys.readouterr()
-    assert (ended.value.code, shown.out) == (2, "")
-    assert shown.err.startswith("error: ")
-    assert shown.err.count("\n") == 1
-    assert named in shown.err
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
-        "occupied",
-        "occupied/notes.txt",
-    ]

@@ -2,10 +2,8 @@
 
 import json
 import runpy
-import subprocess
 from pathlib import Path
 
-import pytest
 from launcher import ROOT, python
 from transformers import AutoTokenizer
 
@@ -43,20 +41,3 @@ def test_text_tokenizer_and_config_go_together(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "data" / "teacher_config.json").read_text())
     assert config["vocab_size"] == len(tokenizer)
     assert tokenizer.decode(tokenizer(lines[0])["input_ids"], skip_special_tokens=True)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--nonsense"], "unknown argument --nonsense"),
-        (["--output_dir"], "--output_dir needs a value"),
-        (["--teacher", "somebody/bert"], "needs text"),
-        (["--dataset", "somebody/text"], "go with --teacher"),
-    ],
-)
-def test_wrong_arguments_are_one_line_with_status_2(arguments: list[str], named: str) -> None:
-    result = subprocess.run(["bash", QUICKSTART, *arguments], capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: ")
-    assert len(result.stderr.splitlines()) == 1
-    assert named in result.stderr

@@ -67,7 +67,7 @@ def run_guarded(folder: Path, *arguments: object) -> str:
 def check_files(folder: Path) -> None:
     """No file holds a secret; modes follow the mask, but for the scripts that DeepSpeed puts among its checkpoints."""
     paths = [folder, *folder.rglob("*")]
-    assert len(paths) > 3
+    assert len(paths) > 2
     for path in paths:
         content = b"" if path.is_dir() else path.read_bytes()
         assert not [name for name, secret in SECRETS.items() if secret.encode() in content], path

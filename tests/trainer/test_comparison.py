@@ -10,11 +10,6 @@ import pytest
 import torch
 from transformers import (
     AutoModelForMaskedLM,
-    AutoTokenizer,
-    BertConfig,
-    BertForMaskedLM,
-    RobertaConfig,
-    RobertaForMaskedLM,
 )
 
 from distilspeed.trainer import comparison
@@ -66,9 +61,9 @@ def arguments(
     )
 
 
-def tiny_task(folder: Path, label: str = "label") -> Path:
+def tiny_task(folder: Path) -> Path:
     folder.mkdir()
-    records = [{"text": f"the list {number}", label: number % 2} for number in range(12)]
+    records = [{"text": f"the list {number}", "label": number % 2} for number in range(12)]
     for name in ("train", "dev"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
@@ -110,71 +105,6 @@ def test_student_and_baseline_are_measured_against_the_teacher(
     ]
     assert str(tmp_path) not in (arguments.output_dir / "report.json").read_text()
     assert [path.name for path in arguments.output_dir.parent.iterdir()] == ["evaluation"]
-
-
-def refusals(folder: Path, arguments: EvaluateArguments) -> dict[str, EvaluateArguments]:
-    """What is wrong (part of the message), and the arguments with which it is."""
-
-    def saved(name: str, model: Any) -> str:
-        model.save_pretrained(folder / name)
-        return str(folder / name)
-
-    vocab_size = BertConfig.from_pretrained(arguments.teacher).vocab_size
-    other_tokenizer = folder / "other_tokenizer"
-    shutil.copytree(arguments.teacher, other_tokenizer)
-    tokenizer = AutoTokenizer.from_pretrained(other_tokenizer)
-    tokenizer.add_tokens("another")
-    tokenizer.save_pretrained(other_tokenizer)
-    headless = BertForMaskedLM(BertConfig(vocab_size=vocab_size, **TINY)).bert
-    no_weights = folder / "no_weights"
-    shutil.copytree(arguments.student, no_weights)
-    (no_weights / "model.safetensors").write_bytes(b"nothing")
-    full = folder / "full"
-    full.mkdir()
-    (full / "notes.txt").touch()
-    short = BertConfig(vocab_size=vocab_size, max_position_embeddings=32, **TINY)
-    roberta = RobertaConfig(vocab_size=vocab_size, initializer_range=0.2, **TINY)
-    return {
-        "cannot load the teacher": replace(arguments, teacher=str(folder / "nowhere")),
-        "cannot load the student": replace(arguments, student=str(no_weights)),
-        "lacks weights": replace(arguments, baseline=saved("headless", headless)),
-        "a vocabulary of 500 tokens": replace(
-            arguments, student=saved("small", BertForMaskedLM(BertConfig(vocab_size=500, **TINY)))
-        ),
-        "another tokenizer": replace(arguments, student=str(other_tokenizer)),
-        "only 32 positions": replace(arguments, student=saved("short", BertForMaskedLM(short))),
-        'is a "roberta" model': replace(arguments, teacher=saved("roberta", RobertaForMaskedLM(roberta))),
-        "is not a prepared corpus": replace(arguments, data_dir=folder),
-        "train.jsonl": replace(arguments, task=(folder,)),
-        'needs "text"': replace(arguments, task=(tiny_task(folder / "no_label", label="class"),)),
-        "exists already": replace(arguments, output_dir=full),
-        "cannot be made": replace(arguments, output_dir=full / "notes.txt" / "evaluation"),
-    }
-
-
-def test_what_cannot_be_compared_is_refused_before_anything_is_measured(
-    arguments: EvaluateArguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def measured(*_: object) -> None:
-        raise AssertionError("a measurement began")
-
-    monkeypatch.setattr(comparison, "_measure", measured)
-    for message, refused in refusals(tmp_path, arguments).items():
-        before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(UserError, match=message):
-            evaluate(refused)
-        assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_numbers_that_make_no_sense_are_refused(arguments: EvaluateArguments, tmp_path: Path) -> None:
-    for name in ("max_rows", "task_epochs", "task_seeds", "task_batch_size"):
-        with pytest.raises(UserError, match=f"--{name} must be at least 1"):
-            replace(arguments, **{name: 0})
-    for rate in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(UserError, match="--task_learning_rate"):
-            replace(arguments, task_learning_rate=rate)
-    with pytest.raises(UserError, match="--seed"):
-        replace(arguments, seed=-1)
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from transformers import AutoTokenizer, BertTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BertTokenizer
 
 from distilspeed.trainer import corpus_writer
 from distilspeed.trainer.corpus import Corpus
@@ -139,105 +139,7 @@ def test_sources_are_mixed_in_the_order_given(arguments: CorpusArguments, tmp_pa
     assert corpus.manifest.counts.documents == 201
 
 
-# --- what is refused, leaving nothing behind --------------------------------------------------------------
-
-
-def check_refused(arguments: CorpusArguments, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        prepare_corpus(arguments)
-    assert not arguments.output_dir.parent.exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"text": ()}, "--text or --dataset"),
-        ({"num_proc": 0}, "--num_proc 0"),
-        ({"seq_length": 15}, "between 16 and .* 512"),
-        ({"seq_length": 513}, "between 16 and .* 512"),
-        ({"held_out_fraction": 0.0}, "held_out_fraction 0.0"),
-        ({"held_out_fraction": 0.5}, "held_out_fraction 0.5"),
-        ({"text": (Path("nowhere.txt"),)}, "no text file nowhere.txt"),
-        ({"dataset": ("a:b:c:d",)}, r"not NAME\[:CONFIG\[:SPLIT\]\]"),
-        ({"dataset": ("",)}, "names no dataset"),
-        ({"tokenizer": "./nowhere"}, "tokenizer ./nowhere cannot be loaded"),
-    ],
-)
-def test_arguments_that_make_no_sense_are_refused(
-    arguments: CorpusArguments, changes: dict[str, object], message: str
-) -> None:
-    check_refused(replace(arguments, **changes), message)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("empty.txt", b"", "empty.txt is empty"),
-        ("blank.txt", b"\n \n", "blank.txt holds no text"),
-        (
-            "latin.txt",
-            b"a" * (1 << 20) + "Stra\xdfe".encode("latin-1"),
-            f"not UTF-8 at byte {(1 << 20) + 4};",
-        ),
-        ("cut.txt", b"abc\xe2\x82", "not UTF-8 at byte 3;"),
-        ("few.txt", b"one two three four five six seven eight nine ten eleven\n", "fills 1 row"),
-        ("other.jsonl", b'{"body": "a"}\n', "line 1 has no field 'text' but body;"),
-        ("other.json", b'[{"body": "a"}]', "record 1 has no field 'text' but body;"),
-        ("later.jsonl", b'{"text": "a"}\n{"body": "a"}\n', "line 2 has no field"),
-        ("number.jsonl", b'{"text": 3}\n', "holds int where text is expected"),
-        ("list.jsonl", b'"text"\n', "line 1 is not an object"),
-        ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
-        ("broken.json", b'[{"text": "a"}', "broken.json is not JSON"),
-        ("broken.parquet", b"PAR1", "cannot be read: "),
-    ],
-)
-def test_files_that_hold_no_text_are_refused(
-    arguments: CorpusArguments, tmp_path: Path, name: str, content: bytes, message: str
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    check_refused(replace(arguments, text=(tmp_path / name,)), message)
-
-
-def test_datasets_without_the_text_column_are_refused(arguments: CorpusArguments, tmp_path: Path) -> None:
-    folder = tmp_path / "saved"
-    records = datasets.Dataset.from_dict({"body": ["a"]})
-    records.save_to_disk(str(folder))
-    records.to_parquet(tmp_path / "body.parquet")
-    check_refused(replace(arguments, dataset=(str(folder),)), "has no field 'text' but body")
-    check_refused(replace(arguments, dataset=(f"{folder}::test",)), "without splits")
-    check_refused(replace(arguments, text=(tmp_path / "body.parquet",)), "has no field 'text' but body")
-
-
-def test_datasets_that_cannot_be_read_are_refused(
-    arguments: CorpusArguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    (tmp_path / "void").mkdir()
-    check_refused(replace(arguments, dataset=("nobody/nothing",)), "dataset nobody/nothing cannot be read")
-    check_refused(replace(arguments, dataset=(str(tmp_path / "void"),)), "void cannot be read")
-    check_refused(replace(arguments, dataset=(str(arguments.text[0]),)), "is a file; give it as --text")
-
-
-def test_a_slow_tokenizer_is_refused(arguments: CorpusArguments, tmp_path: Path) -> None:
-    ByT5Tokenizer().save_pretrained(tmp_path / "slow")
-    check_refused(replace(arguments, tokenizer=str(tmp_path / "slow")), "no fast tokenizer")
-
-
-def test_a_tokenizer_without_a_mask_is_refused(arguments: CorpusArguments, tmp_path: Path) -> None:
-    bare = PreTrainedTokenizerFast(
-        tokenizer_file=str(Path(arguments.tokenizer) / "tokenizer.json"), unk_token="[UNK]", pad_token="[PAD]"
-    )
-    bare.save_pretrained(tmp_path / "bare")
-    check_refused(replace(arguments, tokenizer=str(tmp_path / "bare")), "no cls, sep, mask token")
-
-
-def test_an_output_folder_in_use_is_left_alone(arguments: CorpusArguments) -> None:
-    arguments.output_dir.mkdir(parents=True)
-    (arguments.output_dir / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="exists already"):
-        prepare_corpus(arguments)
-    assert [path.name for path in arguments.output_dir.parent.rglob("*")] == ["corpus", "notes.txt"]
+# --- the output folder -----------------------------------------------------------------------------------
 
 
 def test_an_empty_output_folder_is_filled(arguments: CorpusArguments) -> None:

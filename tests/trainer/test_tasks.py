@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertForSequenceClassification
 
-from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.student import load_teacher, make_student
 from distilspeed.trainer.tasks import Example, FineTuning, encode, fine_tune, read_task
 
@@ -58,37 +57,6 @@ def test_sentences_and_pairs_are_read_with_their_classes(tmp_path: Path) -> None
 def test_half_a_surrogate_pair_is_no_character(tmp_path: Path) -> None:
     task = read_task(write_task(tmp_path, [SINGLE, {"text": "a \ud83d b", "label": 1}], [SINGLE]))
     assert task.train[1].text == "a ? b"
-
-
-@pytest.mark.parametrize(
-    ("train", "dev", "message"),
-    [
-        ([SINGLE, SINGLE], [SINGLE], "the label 0"),
-        ([SINGLE, OTHER], [{"text": "x", "label": 7}], "train.jsonl lacks"),
-        ([SINGLE, OTHER], [], "dev.jsonl is empty"),
-        ([SINGLE, "{"], [SINGLE], "train.jsonl, line 2 is not JSON"),
-        ([SINGLE, [1]], [SINGLE], "line 2 is not an object"),
-        ([SINGLE, {"text": "x"}], [SINGLE], 'line 2 needs "text"'),
-        ([SINGLE, {"text": 3, "label": 1}], [SINGLE], 'line 2 needs "text"'),
-        ([SINGLE, {"text_a": "x", "label": 1}], [SINGLE], 'line 2 needs "text"'),
-        ([SINGLE, {"text": "x", "label": 0.5}], [SINGLE], 'line 2 needs "text"'),
-        ([SINGLE, {"text_a": "x", "text_b": "y", "label": 1}], [SINGLE], "mixes"),
-    ],
-)
-def test_a_task_that_cannot_be_used_is_named(
-    tmp_path: Path, train: list[object], dev: list[object], message: str
-) -> None:
-    with pytest.raises(UserError, match=message):
-        read_task(write_task(tmp_path / "task", train, dev))
-
-
-def test_missing_files_and_other_encodings_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot read .*train\.jsonl"):
-        read_task(tmp_path)
-    task = write_task(tmp_path / "task", [SINGLE, OTHER], [SINGLE])
-    (task / "dev.jsonl").write_bytes(b'{"text": "caf\xe9", "label": 0}\n')
-    with pytest.raises(UserError, match=r"dev\.jsonl is not UTF-8"):
-        read_task(task)
 
 
 def test_a_model_gets_only_the_inputs_it_takes(small_tokenizer_dir: Path, tiny_teacher_dir: Path) -> None:
