@@ -100,5 +100,5 @@ def test_memory_is_that_of_all_processes_of_a_command(benchmark: ModuleType) -> 
 def test_a_text_that_is_not_there_is_refused(tmp_path: Path) -> None:
     done = run("--text", tmp_path / "nowhere.txt", "--tokenizer", "any")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: the text file ")
+    assert done.stderr.startswith("error: there is no text file ")
     assert done.stderr.count("\n") == 1
