@@ -76,11 +76,13 @@ def _train(run: Run, batches: MicroBatches, watch: JobWatch) -> None:
             progress = progress.after(result.is_update, batches.count_tokens(progress.batches))
             metrics.end_step(progress, _epoch(run, progress), result, learning_rate)
             told_by = watch.told_to_stop()
-            is_due = result.is_update and progress.step % arguments.save_steps == 0
-            if is_due or told_by or progress.step == run.total_steps:
+            if not result.is_update:
+                continue
+            is_last = progress.step == run.total_steps
+            if is_last or told_by or progress.step % arguments.save_steps == 0:
                 metrics.flush()
                 checkpoints.save(engine, progress)
-            if told_by and progress.step < run.total_steps:
+            if told_by and not is_last:
                 raise StoppedError(
                     f"by {told_by} after step {progress.step}, of which there is a checkpoint; go on with --resume"
                 )
