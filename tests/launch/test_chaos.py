@@ -4,7 +4,6 @@ The moments follow from a seed. Two runs with a few kills are in every test run,
 DISTILSPEED_CHAOS_REPORT=FILE what each kill did is added to FILE, a line of JSON a kill.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -65,14 +64,18 @@ def wait_for_moment(moment: str, run: Path, job: Job, chance: random.Random) -> 
     time.sleep(chance.uniform(0, delay))
 
 
-def kill_once(training: Training, moment: str, chance: random.Random) -> Kill:
+def kill_once(training: Training, moment: str, chance: random.Random) -> Kill | None:
+    """Start or go on with the training and kill; None where it has ended before."""
     run, job = training.run, training.start("--logging_steps", 1, "--ddp_timeout", SECONDS_TO_END)
     victim = chance.choice(VICTIMS)
     wait_for_moment(moment, run, job, chance)
+    if job.poll() is not None:
+        status, _, errors = finish(job)
+        assert status == 0, errors[-3000:]
+        return None
     step, began = last_step(run), time.monotonic()
     if victim == "everything":
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(job.pid, signal.SIGKILL)
+        os.killpg(job.pid, signal.SIGKILL)
     elif victim in (alive := processes_of(run)):
         alive[victim].kill()
     wait_until(lambda: not processes_of(run), seconds=SECONDS_TO_END)
@@ -104,10 +107,11 @@ def bystander(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 def kill_and_resume(seed: int, moments: tuple[str, ...], training: Training, reference: Path) -> None:
     chance = random.Random(f"{SEED} {seed}")
-    kills = []
+    kills: list[Kill] = []
     for moment in moments:
-        kills.append(kill_once(training, moment, chance))
-        if (training.run / "student").exists():  # the kill came too late
+        kill = kill_once(training, moment, chance)
+        kills += [kill] * (kill is not None)
+        if (training.run / "student").exists():
             break
     training.finish()
     assert_same_end(training.run, reference)
