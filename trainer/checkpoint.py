@@ -67,11 +67,13 @@ class Checkpoint:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """``OSError``, ``ValueError``, ``KeyError`` or ``TypeError`` for anything that ``to_json`` did not write."""
+        """``ValueError``, ``KeyError`` or ``TypeError`` for what is no manifest; UserError for other formats."""
         fields = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if fields["format_version"] != FORMAT_VERSION:
-            raise ValueError(
-                f"it has format {fields['format_version']}, and this version reads {FORMAT_VERSION}"
+        found = fields["format_version"]
+        if found != FORMAT_VERSION:
+            raise UserError(
+                f"the checkpoint {path} has format {found}, and this version reads {FORMAT_VERSION}; "
+                "go on with the version that wrote it, or start anew with another --output_dir"
             )
         files = tuple(FileRecord(**file) for file in fields["files"])
         return cls(path, Progress(**fields["progress"]), fields["world_size"], files)
@@ -121,8 +123,12 @@ class Checkpoints:
             try:
                 checkpoint = Checkpoint.read(path)
                 problem = checkpoint.damage()
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
                 problem = f"its {MANIFEST} cannot be read: {first_line(error)}"
+            except OSError as error:  # the disk's or the network's, which may pass
+                raise UserError(
+                    f"the checkpoint {path} cannot be read: {first_line(error)}; make it readable and try again"
+                ) from error
             if problem is None:
                 for bad, what in damaged:
                     print(f"warning: the checkpoint {bad} is damaged: {what}", file=sys.stderr)
@@ -156,6 +162,12 @@ class Checkpoints:
             )  # begins and ends in step
             if not is_first:
                 return
+            parts = len(list(beside.glob("*_optim_states.pt")))
+            if engine.zero_optimization() and parts != torch.distributed.get_world_size():
+                raise UserError(
+                    f"{beside} has the states of {parts} of {torch.distributed.get_world_size()} ranks; "
+                    "choose an --output_dir that all hosts share, and no node-local or decoupled checkpoints"
+                )
             for script in self.folder.glob("*.py"):
                 script.chmod(0o644)  # DeepSpeed's tools for its checkpoints, which it makes executable
             sync_tree(beside)
@@ -217,7 +229,10 @@ class Checkpoints:
     def _remove_unfinished(self) -> None:
         """Remove what was being written, or removed, when a process was killed."""
         for path in self.folder.glob(f"*{UNFINISHED}"):
-            shutil.rmtree(path)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()  # of a file that was being replaced (write_text)
 
 
 def _name(step: int) -> str:

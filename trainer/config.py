@@ -90,7 +90,7 @@ class TrainArguments:
                 "--save_retain_steps must be above 0",
             ),
             (self.logging_steps > 0, "--logging_steps must be above 0"),
-            (0 < self.ddp_timeout <= 1e7, "--ddp_timeout must be above 0 and at most 1e7"),
+            (10 <= self.ddp_timeout <= 1e7, "--ddp_timeout must be from 10 to 1e7 seconds"),
             (self.dataloader_num_workers >= 0, "--dataloader_num_workers must not be negative"),
             (self.gpu_memory is None or self.gpu_memory > 0, "--gpu_memory must be above 0"),
             (

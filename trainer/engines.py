@@ -79,7 +79,7 @@ def join_job(process: Process, timeout: float = 1800.0) -> None:
         deepspeed.init_distributed(
             auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout)
         )
-    except torch.distributed.DistNetworkError as error:
+    except torch.distributed.DistError as error:
         raise UserError(
             f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
             f"{first_line(error)}; choose another port (deepspeed --master_port)"

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import time
 import warnings
@@ -88,6 +89,10 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
         show_error(error)
         sys.exit(error.status)
+    except KeyboardInterrupt:
+        if "--debug" in sys.argv:
+            raise
+        sys.exit(128 + signal.SIGINT)
     sys.exit(0)
 
 

@@ -1,10 +1,12 @@
 """Writing files so that a reader never sees half of one."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,6 +85,32 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     beside.replace(path)
     sync(path.parent)
+
+
+@contextmanager
+def locked(folder: Path, wait: float, refusal: str) -> Iterator[None]:
+    """Keep other processes that want the same out of ``folder``.
+
+    Args:
+        wait: seconds to wait for one that is there.
+        refusal: the UserError for when it stays.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        # File systems without locks (some network ones) do without.
+        with contextlib.suppress(OSError):
+            end = time.monotonic() + wait
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if time.monotonic() >= end:
+                        raise UserError(refusal) from error
+                    time.sleep(0.5)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -13,7 +13,9 @@ from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # prctl's, in linux/prctl.h
 _LAUNCHER = "deepspeed.launcher.launch"
-_RUNNERS = ("deepspeed", "ds")
+_RUNNERS = ("deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner")
+_INIT = 1  # takes over the children of a process that ends
+_ENDED = 128 + signal.SIGTERM
 
 # A pidfd of the ``deepspeed`` command: can be read when that process has ended. None where there is none.
 runner: int | None = None
@@ -28,39 +30,37 @@ def end_with_launcher(was_launched: bool) -> None:
     global runner
     launcher = os.getppid()
     command = _command(launcher)
-    if _LAUNCHER not in command or not hasattr(os, "pidfd_open"):
-        if was_launched and launcher == 1:  # it has ended, and init has taken this process over
-            sys.exit(128 + signal.SIGTERM)
+    if _LAUNCHER not in command:
+        if was_launched and launcher == _INIT:
+            sys.exit(_ENDED)
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    # `deepspeed` always gives this option; where it is missing, the launcher was started without it.
-    if any(part.startswith("--enable_each_rank_log=") for part in command):
-        runner = _open(_parent(launcher), _RUNNERS)
-        if runner is None:
-            sys.exit(128 + signal.SIGTERM)
+    parent = _parent(launcher)
+    if _is_runner(parent):
+        try:
+            runner = os.pidfd_open(parent)
+        except ProcessLookupError:
+            sys.exit(_ENDED)
+        except (AttributeError, OSError):  # a system that has none: `deepspeed` is not watched
+            runner = None
+    # `deepspeed` gives its launcher this option, on other hosts together with --node_rank.
+    elif parent == _INIT and "--enable_each_rank_log" in str(command) and "--node_rank" not in str(command):
+        sys.exit(_ENDED)
     if os.getppid() != launcher:
-        sys.exit(128 + signal.SIGTERM)
+        sys.exit(_ENDED)
 
 
 def is_sibling(process: int) -> bool:
     """Whether ``process`` was started by the process that started this one."""
     try:
-        return _parent(process) == os.getppid()
+        return os.getppid() != _INIT and _parent(process) == os.getppid()
     except OSError:
         return False
 
 
-def _open(process: int, names: tuple[str, ...]) -> int | None:
-    """A pidfd of ``process`` if it is a program of one of these names."""
-    try:
-        descriptor = os.pidfd_open(process)
-    except OSError:
-        return None
-    # The program, or the interpreter and its script. Read after opening: the number is that process's until then.
-    if any(Path(part).name in names for part in _command(process)[:2]):
-        return descriptor
-    os.close(descriptor)
-    return None
+def _is_runner(process: int) -> bool:
+    # The program, or an interpreter with its switches and the script or module.
+    return any(Path(part).name in _RUNNERS for part in _command(process)[:4])
 
 
 def _command(process: int) -> list[str]:

@@ -1,5 +1,7 @@
 """The training loop, and the student that comes out of it."""
 
+import shutil
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import deepspeed
@@ -12,7 +14,7 @@ from distilspeed.trainer.engines import DTYPES, join_job
 from distilspeed.trainer.errors import StoppedError
 from distilspeed.trainer.evaluation import masked_token_quality
 from distilspeed.trainer.export import TrainingRecord, export_student, gather_weights, whole_student
-from distilspeed.trainer.files import writing
+from distilspeed.trainer.files import locked, writing
 from distilspeed.trainer.flops import measure_matmul_flops
 from distilspeed.trainer.metrics import Metrics, plot_losses, read_metrics
 from distilspeed.trainer.optimizers import describe_fused_parts
@@ -22,6 +24,7 @@ from distilspeed.trainer.watch import JobWatch
 
 HELD_OUT_ROWS_FOR_CARD = 200
 SECONDS_TO_NAME_RANK = 60.0
+SECONDS_TO_END = 60.0  # in which a job that was told to may be expected to have ended
 
 
 def train(run: Run) -> None:
@@ -42,12 +45,22 @@ def train(run: Run) -> None:
         check_same_run(run, identity)
     # A rank that does not answer is named by the watch; collectives, which name none, wait longer.
     join_job(process, arguments.ddp_timeout + SECONDS_TO_NAME_RANK)
-    with JobWatch(process, arguments.ddp_timeout) as watch:
+    with JobWatch(process, arguments.ddp_timeout) as watch, _alone_in_folder(run):
         batches = MicroBatches(run.corpus, run.batch, process.rank, arguments.seed)
         attention = settle_attention(run, batches)
         if process.rank == 0:
             record_run(run, identity, attention)
         _train(run, batches, watch)
+
+
+def _alone_in_folder(run: Run) -> AbstractContextManager[None]:
+    """Rank 0 makes the run's folder and keeps other jobs out: `deepspeed` can return before its ranks have ended."""
+    folder = run.arguments.output_dir
+    if run.process.rank != 0:
+        return nullcontext()
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return locked(folder, SECONDS_TO_END, f"another job is at work in {folder}; wait for it, or end it")
 
 
 def _train(run: Run, batches: MicroBatches, watch: JobWatch) -> None:
@@ -134,5 +147,7 @@ def _finish(run: Run, engine: deepspeed.DeepSpeedEngine) -> None:
                 nn.Module.to(student, run.process.device), run.corpus, HELD_OUT_ROWS_FOR_CARD
             ),
         )
+        for left in run.arguments.output_dir.glob("student.incomplete-*"):  # by an export that was killed
+            shutil.rmtree(left)
         export_student(student, record, run.arguments.output_dir / "student")
         print(f"student written to {run.arguments.output_dir}/student")

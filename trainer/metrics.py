@@ -92,7 +92,8 @@ class Metrics:
         self.pending: list[_PendingStep] = []
         self.since, self.tokens_before = time.perf_counter(), first.tokens
         if self.is_writer:
-            _keep_lines_up_to(path, first.step)
+            with writing(path):
+                _keep_lines_up_to(path, first.step)
 
     def end_step(self, progress: Progress, epoch: float, result: StepResult, lr: float) -> None:
         """Close a step, an update or not.

@@ -223,7 +223,6 @@ def record_run(run: Run, identity: dict[str, Any], attention: dict[str, str]) ->
         "versions": {package: version(package) for package in RECORDED_PACKAGES},
     }
     with writing(path):
-        run.arguments.output_dir.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(everything, indent=2) + "\n")
 
 

@@ -5,10 +5,7 @@
 build goes on, so a build may be killed at any moment.
 """
 
-import contextlib
-import fcntl
 import json
-import os
 import shutil
 import sys
 import time
@@ -21,7 +18,7 @@ from typing import Self
 from distilspeed.trainer.corpus import CorpusCounts, Shard, SourceRecord
 from distilspeed.trainer.corpus_writer import RowWriter, WriterState
 from distilspeed.trainer.errors import UserError
-from distilspeed.trainer.files import sync, sync_tree, write_text
+from distilspeed.trainer.files import locked, sync, sync_tree, write_text
 
 PROGRESS_FILE = "progress.json"
 SECONDS_BETWEEN_RECORDS = 10.0  # work that a kill can cost; a record takes a few fsyncs
@@ -99,7 +96,8 @@ def unfinished_corpus(output_dir: Path, recipe: Recipe, resume: bool) -> Iterato
     """
     folder = output_dir.with_name(f"{output_dir.name}.incomplete")
     folder.mkdir(exist_ok=True)
-    with _locked(folder, output_dir):
+    at_work = f"another process is preparing {output_dir}; wait for it or choose another --output_dir"
+    with locked(folder, wait=0, refusal=at_work):
         build = UnfinishedCorpus(folder, recipe, _what_was_written(folder, recipe, resume))
         try:
             yield build
@@ -113,23 +111,6 @@ def unfinished_corpus(output_dir: Path, recipe: Recipe, resume: bool) -> Iterato
             else:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-
-
-@contextmanager
-def _locked(folder: Path, output_dir: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        # File systems without locks (some network ones) do without: the lock is no part of the format.
-        with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"another process is preparing {output_dir}; wait for it or choose another --output_dir"
-                ) from error
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _what_was_written(folder: Path, recipe: Recipe, resume: bool) -> WriterState | None:

@@ -31,9 +31,8 @@ from distilspeed.trainer.engines import Process
 from distilspeed.trainer.errors import CommandError, LostRankError, show_error
 
 SECONDS_BETWEEN_BEATS = 1.0
-# A rank that has been silent this long when another one fails without a reason of its own is taken for the reason.
-SECONDS_OF_SUSPECT_SILENCE = 5.0
 SECONDS_TO_HANG_UP = 5.0
+SECONDS_TO_SPEAK = 3.0  # for the rank that says what has happened: where one ends, launchers end all
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 UNEXPECTED_STATUS = 1  # Python's, of an exception that nobody caught
 LOOPBACK = "127.0.0.1"
@@ -53,8 +52,8 @@ class _Member:
     def silence(self) -> float:
         return time.monotonic() - self.last_heard
 
-    def end_job(self, what: str) -> NoReturn:
-        """Say what became of this rank, and end this process; the launcher ends what is left."""
+    def report(self, what: str) -> None:
+        """Say what became of this rank."""
         place = f"process {self.process} on {self.host}"
         if os.environ["RANK"] == "0":
             print(file=sys.stderr)  # the progress bar stands in the last line
@@ -63,11 +62,15 @@ class _Member:
                 f"rank {self.rank} ({place}) {what}; go on from the newest checkpoint with --resume"
             )
         )
-        # A stopped process does not take SIGTERM, and the launcher waits 30 seconds before it sends SIGKILL.
+
+    def kill(self) -> None:
+        """Kill it, if it is a rank that this one's launcher started.
+
+        A stopped process does not take SIGTERM, and the launcher waits 30 seconds before it sends SIGKILL.
+        """
         if self.host == socket.gethostname() and launcher.is_sibling(self.process):
             with contextlib.suppress(OSError):
                 os.kill(self.process, signal.SIGKILL)
-        _end_process(LostRankError.status)
 
 
 class JobWatch:
@@ -95,13 +98,15 @@ class JobWatch:
             address = LOOPBACK if os.environ["MASTER_ADDR"] in (LOOPBACK, "localhost") else ""
             key = secrets.token_bytes(16)
             coordinator = _Coordinator((address, 0), key, self.process.world_size, self.timeout)
-            threading.Thread(target=coordinator.run, name="coordinator", daemon=True).start()
+            coordinator.start()
             place = [(coordinator.port, key, here)]
         torch.distributed.broadcast_object_list(place, device=self.process.device)
         port, key, rank_0 = place[0]
         self._rank_0 = _Member(**rank_0)
         self._connection = connection.Client((os.environ["MASTER_ADDR"], port), authkey=key)
         self._send(here)
+        # A copy in a data worker would keep the connection open when this process has died.
+        os.register_at_fork(after_in_child=self._connection.close)
         self._catch_signals()
         threading.Thread(target=self._run, name="watch", daemon=True).start()
         return self
@@ -121,9 +126,13 @@ class JobWatch:
             time.sleep(SECONDS_BETWEEN_BEATS)
             self._send({"kind": "failed", "status": UNEXPECTED_STATUS})
             self._may_leave.wait(self.timeout)
-        signal.set_wakeup_fd(-1)
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        if (
+            error is None
+        ):  # otherwise this process ends, and until it has a signal must not keep it from saying why
+            os.close(signal.set_wakeup_fd(-1))
+            self._signals.close()
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
 
     def told_to_stop(self) -> str | None:
         """Whether the job is to end with this step, and by what, a signal's name for example: the same on every rank.
@@ -163,30 +172,35 @@ class JobWatch:
                 try:
                     message = json.loads(self._connection.recv_bytes())
                 except (OSError, EOFError):
-                    self._without_rank_0("has died")
+                    self._end_without_rank_0("has died")
                 if self._is_over(message):
                     return
             if time.monotonic() - beat_at >= SECONDS_BETWEEN_BEATS:
                 self._send({"kind": "beat"})
                 beat_at = time.monotonic()
             if self._rank_0.silence() > self.timeout:
-                self._without_rank_0(f"has not answered for {self.timeout:g} seconds")
+                self._end_without_rank_0(f"has not answered for {self.timeout:g} seconds", kill=True)
 
     def _is_over(self, message: Message) -> bool:
         if message["kind"] == "step":
             self._answers.put(message["told_by"])
         elif message["kind"] == "leave":
-            if message["status"] and message["rank"] != self.process.rank:
-                _end_process(message["status"])
             self._connection.close()
+            if message["status"] and message["rank"] != self.process.rank:
+                time.sleep(SECONDS_TO_SPEAK)
+                _end_process(message["status"])
             self._may_leave.set()
             return True
         return False
 
-    def _without_rank_0(self, what: str) -> NoReturn:
-        if self.process.rank == 1:
-            self._rank_0.end_job(what)
-        time.sleep(SECONDS_BETWEEN_BEATS)  # for rank 1 to speak: the launcher ends all when one has ended
+    def _end_without_rank_0(self, what: str, kill: bool = False) -> NoReturn:
+        # One speaks on its host, and one on each other host, because that one may be gone as a whole.
+        if self.process.rank == 1 or self.process.local_rank == 0:
+            self._rank_0.report(what)
+            if kill:
+                self._rank_0.kill()
+        else:
+            time.sleep(SECONDS_TO_SPEAK)
         _end_process(LostRankError.status)
 
 
@@ -204,30 +218,42 @@ class _Coordinator:
         self.failed: dict[int, int] = {}
         self.decide_at = math.inf
 
-    def run(self) -> None:
+    def start(self) -> None:
+        os.register_at_fork(after_in_child=self._close)
+        for name, run in (("accept", self._accept), ("coordinator", self._run)):
+            threading.Thread(target=run, name=name, daemon=True).start()
+
+    def _close(self) -> None:
+        for source in (self.listener, *self.members):
+            source.close()
+
+    def _accept(self) -> None:
         while len(self.members) < self.world_size:
             with contextlib.suppress(OSError, EOFError, AuthenticationError):  # of a stranger
                 source = self.listener.accept()
                 self.members[source] = _Member(**json.loads(source.recv_bytes()))
         self.listener.close()
+
+    def _run(self) -> None:
         beat_at = 0.0
         while self.done < self.world_size:
             for member, message in self._receive():
                 self._note(member, message)
-            for member in self.members.values():
+            for member in list(self.members.values()):
                 if member.silence() > self.timeout:
-                    self._lose(member, f"has not answered for {self.timeout:g} seconds")
+                    self._lose(member, f"has not answered for {self.timeout:g} seconds", kill=True)
             if self.failed and (0 in self.failed or time.monotonic() > self.decide_at):
                 rank = min(self.failed)
                 self._dismiss({"kind": "leave", "status": self.failed[rank], "rank": rank})
                 return
             if time.monotonic() - beat_at >= SECONDS_BETWEEN_BEATS:
-                self._tell(self.members, {"kind": "beat"})
+                self._tell(list(self.members), {"kind": "beat"})
                 beat_at = time.monotonic()
         self._dismiss({"kind": "leave", "status": 0})
 
     def _receive(self) -> list[tuple[_Member, Message]]:
         received = []
+        # Ranks that connect meanwhile are heard a beat later.
         for source in connection.wait(list(self.members), SECONDS_BETWEEN_BEATS):
             member = self.members[source]
             member.last_heard = time.monotonic()
@@ -242,23 +268,23 @@ class _Coordinator:
             self.told_by.append(message["told_by"])
             if len(self.told_by) == self.world_size:
                 told_by = next(filter(None, self.told_by), None)
-                self._tell(self.members, {"kind": "step", "told_by": told_by})
+                self._tell(list(self.members), {"kind": "step", "told_by": told_by})
                 self.told_by.clear()
         elif message["kind"] == "done":
             self.done += 1
         elif message["kind"] == "failed":
-            silent = max(self.members.values(), key=_Member.silence)
-            if message["status"] == UNEXPECTED_STATUS and silent.silence() > SECONDS_OF_SUSPECT_SILENCE:
-                self._lose(silent, f"has not answered for {silent.silence():.0f} seconds")
             self.failed[member.rank] = message["status"]
             # What fails on all ranks is said by rank 0, if it has come as far.
             self.decide_at = min(self.decide_at, time.monotonic() + SECONDS_BETWEEN_BEATS)
 
-    def _lose(self, lost: _Member, what: str) -> NoReturn:
+    def _lose(self, lost: _Member, what: str, kill: bool = False) -> NoReturn:
+        lost.report(what)
         self._dismiss(
             {"kind": "leave", "status": LostRankError.status, "rank": lost.rank}, but={0, lost.rank}
         )
-        lost.end_job(what)
+        if kill:
+            lost.kill()
+        _end_process(LostRankError.status)
 
     def _dismiss(self, message: Message, but: Collection[int] = ()) -> None:
         """Tell the ranks to leave, this process's last: with it goes what the others have not read yet."""

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,12 +140,18 @@ def contents(corpus: Path) -> dict[str, str]:
     }
 
 
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
 def kill_and_prepare(seed: int, kills: int, text: Path, tokenizer: Path, folder: Path) -> None:
     """Kill the preparation of a corpus, or one of its workers, and go on until it is whole."""
     chance = random.Random(f"{SEED} {seed} preparation")
+    long_text = folder / "long.txt"
+    long_text.write_text(text.read_text(encoding="utf-8") * 5, encoding="utf-8")
 
     def command(output: Path) -> list[object]:
-        options = {"--text": text, "--tokenizer": tokenizer, "--seq_length": 64, "--output_dir": output}
+        options = {"--text": long_text, "--tokenizer": tokenizer, "--seq_length": 64, "--output_dir": output}
         script = [sys.executable, ROOT / "launch" / "prepare_data.py", "--num_proc", 2, "--resume"]
         return [*script, *(part for pair in options.items() for part in pair)]
 
@@ -152,11 +159,15 @@ def kill_and_prepare(seed: int, kills: int, text: Path, tokenizer: Path, folder:
     status, _, errors = finish(start(command(folder / "whole"), cpu_environment(), folder))
     whole_took = time.monotonic() - began
     assert status == 0, errors
-    done = []
-    for _ in range(kills):
+    done: list[Kill] = []
+    while len(done) < kills:
+        shutil.rmtree(folder / "killed", ignore_errors=True)  # of a build that was faster than its kill
         victim = chance.choice(("everything", "main process", "worker"))
         job = start(command(folder / "killed"), cpu_environment(), folder)
-        time.sleep(chance.uniform(0, whole_took))
+        time.sleep(chance.uniform(0.1, 0.8) * whole_took)
+        if job.poll() is not None:
+            assert finish(job)[0] == 0
+            continue
         began = time.monotonic()
         main = psutil.Process(job.pid)
         family = [main, *main.children(recursive=True)]
@@ -164,12 +175,12 @@ def kill_and_prepare(seed: int, kills: int, text: Path, tokenizer: Path, folder:
             os.killpg(job.pid, signal.SIGKILL)
         else:
             (family[-1] if victim == "worker" else main).kill()
-        wait_until(lambda family=family: not psutil.wait_procs(family, timeout=0)[1], seconds=SECONDS_TO_END)
-        seconds = time.monotonic() - began
-        done.append(Kill(victim, "preparation", 0, finish(job)[0], round(seconds, 2)))
-        if (folder / "killed").exists():
-            break
-    else:
+        status = finish(job)[0]
+        # Zombies that wait for init are no processes any more.
+        wait_until(lambda family=family: not any(map(is_alive, family)), seconds=SECONDS_TO_END)
+        done.append(Kill(victim, "preparation", 0, status, round(time.monotonic() - began, 2)))
+        assert status != 0 or (folder / "killed").exists()  # of a worker that had nothing to do any more
+    if not (folder / "killed").exists():
         assert finish(start(command(folder / "killed"), cpu_environment(), folder))[0] == 0
     assert contents(folder / "killed") == contents(folder / "whole")
     report(done)

@@ -85,14 +85,16 @@ def test_a_rank_that_stops_answering_is_named_and_ends_the_job(training: Trainin
 
 
 def test_a_rank_that_dies_is_named_and_ends_the_job(training: Training) -> None:
-    job = training.start()
+    job = training.start("--dataloader_num_workers", 1)  # which hold copies of its connections
     wait_for_checkpoint(training.run, job)
     processes_of(training.run)["rank 1"].kill()
     began = time.monotonic()
     status, _, errors = finish(job)
     assert time.monotonic() - began < 15
     assert status > 0
-    assert len(said(errors)) <= 1, errors  # the launcher may end rank 0 before it speaks
+    assert len(said(errors)) == 1, errors
+    assert "rank 1 (process " in said(errors)[0]
+    assert " has died; " in said(errors)[0]
     assert "Traceback" not in errors
     training.assert_nothing_is_left()
 

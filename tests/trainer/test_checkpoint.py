@@ -26,6 +26,9 @@ class Engine:
         script.write_text("#!/usr/bin/env python\n")
         script.chmod(0o755)
 
+    def zero_optimization(self) -> bool:
+        return True
+
 
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,11 +118,6 @@ def put_a_link_there(path: Path) -> None:
     path.symlink_to(path.rename(path.parent / f"elsewhere_{path.name}"))
 
 
-def another_format(path: Path) -> None:
-    manifest = path / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
-
-
 DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (truncate, "zero_pp_rank_0_mp_rank_00_optim_states.pt has 1999 bytes instead of 2000"),
     (alter, "the content of zero_pp_rank_0_mp_rank_00_optim_states.pt has changed"),
@@ -129,7 +127,6 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (add_a_pickle, "zero_pp_rank_1_mp_rank_00_optim_states.pt does not belong to it"),
     (link_to_another_folder, "mp_rank_00_model_states.pt is missing"),
     (put_a_link_there, "it is a link to another folder"),
-    (another_format, "format 2"),
 ]
 
 
@@ -168,6 +165,30 @@ def test_what_a_killed_process_was_writing_or_removing_is_no_checkpoint(tmp_path
     assert newest_step(checkpoints) == 6
     saved(tmp_path, 9)
     assert names(tmp_path) == ["step_000000006", "step_000000009"]
+
+
+def test_a_kill_while_latest_was_written_hinders_nothing(tmp_path: Path) -> None:
+    saved(tmp_path, 3, 6)
+    (tmp_path / ".latest.incomplete").write_text("step_0")
+    assert newest_step(saved(tmp_path, 9)) == 9
+    assert not (tmp_path / ".latest.incomplete").exists()
+
+
+def test_one_of_another_format_is_refused_and_not_taken_for_damaged(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 3, 6)
+    manifest = tmp_path / "step_000000006" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(UserError, match="has format 2"):
+        checkpoints.newest_good()
+    assert names(tmp_path) == ["step_000000003", "step_000000006"]
+
+
+def test_one_that_lacks_a_ranks_part_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = saved(tmp_path, 3)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(UserError, match="1 of 2 ranks"):
+        checkpoints.save(Engine(), Progress(6, 6, 600))  # type: ignore[arg-type]
+    assert newest_step(checkpoints) == 3
 
 
 def test_one_that_latest_does_not_name_yet_is_whole_all_the_same(tmp_path: Path) -> None:
