@@ -4,14 +4,16 @@ import gc
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch._C._profiler import _ExtraFields_Allocation, _ProfilerEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 logger = logging.getLogger(__name__)
@@ -215,9 +217,32 @@ def peak_cpu_bytes(run: Callable[[], object]) -> int:
     session = profiler.profiler
     if session is None or session.kineto_results is None:
         raise RuntimeError("the profiler recorded nothing; is another one running?")
-    allocations = [event for event in session.kineto_results.events() if event.name() == "[memory]"]
-    allocations.sort(key=lambda event: event.start_ns())
-    return max(accumulate((event.nbytes() for event in allocations), initial=0))
+    allocations = _allocations(session.kineto_results.experimental_event_tree())
+    in_use: dict[int, int] = {}  # by address
+    peak = 0
+    for allocation in sorted(allocations, key=attrgetter("time")):
+        if allocation.size > 0:
+            in_use[allocation.address] = allocation.size
+            peak = max(peak, sum(in_use.values()))
+        else:
+            # What was there before is no part of the run, though the profiler notes that it is freed if an
+            # earlier session saw something allocated at its address.
+            in_use.pop(allocation.address, None)
+    return peak
+
+
+class _Allocation(NamedTuple):
+    time: int  # ns
+    address: int
+    size: int  # bytes, below zero where they are freed
+
+
+def _allocations(events: Iterable[_ProfilerEvent]) -> Iterator[_Allocation]:
+    for event in events:
+        fields = event.extra_fields
+        if isinstance(fields, _ExtraFields_Allocation):
+            yield _Allocation(event.start_time_ns, fields.ptr, fields.alloc_size)
+        yield from _allocations(event.children)
 
 
 def trace_round(cases: Iterable[Case], stopwatch: Stopwatch, path: Path) -> None:

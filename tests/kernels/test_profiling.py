@@ -107,7 +107,21 @@ def test_peak_memory_counts_what_autograd_holds_and_the_gradient() -> None:
 
 
 def test_memory_freed_while_measuring_that_was_there_before_is_not_taken_off() -> None:
-    held = [torch.empty(100_000)]
+    addresses: list[int] = []
+
+    def note_addresses() -> list[Tensor]:
+        tensors = [torch.empty(2000) for _ in range(100)]
+        addresses.extend(tensor.data_ptr() for tensor in tensors)
+        return tensors
+
+    assert peak_cpu_bytes(note_addresses) == 100 * 8000
+    # The profiler still knows those: a tensor that gets one of them again, unseen, is seen when it is freed.
+    others = []
+    while (again := torch.empty(2000)).data_ptr() not in addresses:
+        others.append(again)
+        assert len(others) < 10_000
+    held = [again]
+    del again
 
     def run() -> Tensor:
         held.clear()
