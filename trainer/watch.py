@@ -114,25 +114,23 @@ class JobWatch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is None:
-            self._send({"kind": "done"})
-            self._may_leave.wait()
-        elif isinstance(error, CommandError):
-            error.ranks_agree = True
-            self._send({"kind": "failed", "status": error.status})
+        if error is not None:
+            if isinstance(error, CommandError):
+                error.ranks_agree = True
+                status = error.status
+            else:
+                # Where another rank has died, collectives may break here before that is known.
+                time.sleep(SECONDS_BETWEEN_BEATS)
+                status = UNEXPECTED_STATUS
+            self._send({"kind": "failed", "status": status})
             self._may_leave.wait(self.timeout)
-        else:
-            # Where another rank has died, collectives may break here before that is known.
-            time.sleep(SECONDS_BETWEEN_BEATS)
-            self._send({"kind": "failed", "status": UNEXPECTED_STATUS})
-            self._may_leave.wait(self.timeout)
-        if (
-            error is None
-        ):  # otherwise this process ends, and until it has a signal must not keep it from saying why
-            os.close(signal.set_wakeup_fd(-1))
-            self._signals.close()
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler)
+            return  # to end this process: until then a signal must not keep it from saying why
+        self._send({"kind": "done"})
+        self._may_leave.wait()
+        os.close(signal.set_wakeup_fd(-1))
+        self._signals.close()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def told_to_stop(self) -> str | None:
         """Whether the job is to end with this step, and by what, a signal's name for example: the same on every rank.

@@ -26,6 +26,17 @@ def python(*arguments: object) -> subprocess.CompletedProcess[str]:
     return _run([sys.executable, *arguments])
 
 
+def train_all(
+    folder: Path, runs: list[dict[str, Any]], ranks: int, seconds: float = SECONDS
+) -> subprocess.CompletedProcess[str]:
+    """Train with each set of arguments, in one job; see many_runs_job.py."""
+    job = folder / "job.json"
+    job.write_text(json.dumps(runs))
+    result = deepspeed(Path(__file__).with_name("many_runs_job.py"), job, ranks=ranks, seconds=seconds)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
 def error_lines(result: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in result.stderr.splitlines() if line.startswith("error: ")]
 

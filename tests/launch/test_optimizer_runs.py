@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
-from launcher import ROOT, deepspeed, write_config
+from launcher import ROOT, train_all, write_config
 from safetensors.torch import load_file
 
 from distilspeed.trainer.engines import DTYPES
@@ -41,15 +41,6 @@ def arguments(
     }
 
 
-def run_all(folder: Path, runs: list[dict[str, Any]]) -> str:
-    """Train all of them in one job of two ranks, and return what was printed."""
-    job = folder / "job.json"
-    job.write_text(json.dumps(runs))
-    result = deepspeed(Path(__file__).with_name("many_runs_job.py"), job, ranks=2)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, small_corpus_dir: Path) -> Path:
     folder = tmp_path_factory.mktemp("optimizer_runs")
@@ -68,7 +59,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, sm
     offload = json.loads((ROOT / "ds_configs" / "zero3_offload.json").read_text())
     settings = {"zero_optimization": offload["zero_optimization"]}
     runs.append(arguments(folder / "offload", settings, *models, "bf16"))
-    (folder / "printed.txt").write_text(run_all(folder, runs))
+    (folder / "printed.txt").write_text(train_all(folder, runs, ranks=2).stdout)
     return folder
 
 
@@ -87,7 +78,7 @@ def resumed(trained: Path) -> Path:
         started = json.loads((trained / "job.json").read_text())
         of_this_run = next(run for run in started if run["output_dir"].endswith(f"lamb_{precision}"))
         runs.append(of_this_run | {"output_dir": str(run), "resume": True})
-    run_all(folder, runs)
+    train_all(folder, runs, ranks=2)
     return folder
 
 
