@@ -88,6 +88,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--compile", action="store_true", help="compile the encoders of student and teacher (torch.compile)")
     add(
+        "--full_determinism",
+        action="store_true",
+        help="the same bits from run to run on a GPU, too; slower",
+    )
+    add(
         "--resume",
         action="store_true",
         help="continue the newest checkpoint in --output_dir, if there is one",
@@ -114,7 +119,7 @@ def main() -> None:
     for not_an_argument in ("debug", "local_rank"):
         options.pop(not_an_argument)
 
-    prepare_environment()
+    prepare_environment(options["full_determinism"])
     # After the parsing, because importing torch and DeepSpeed takes seconds.
     from distilspeed.trainer.config import TrainArguments
     from distilspeed.trainer.loop import train

@@ -1,5 +1,7 @@
-"""Fixtures for every test: text that each Python installation has, a tokenizer trained on it, a corpus."""
+"""Fixtures for every test: devices, text that each Python installation has, a tokenizer trained on it, a corpus."""
 
+import json
+import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -13,6 +15,14 @@ from distilspeed.trainer.preparation import CorpusArguments, prepare_corpus
 SMALL_VOCABULARY = 1000
 SMALL_SEQ_LENGTH = 64
 SMALL_TEXT_CHARACTERS = 120_000
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where tensors live, and so which implementation of the losses runs; see ``distilspeed.kernels.backend``."""
+    return request.param
 
 
 def language_reference_paragraphs() -> list[str]:
@@ -85,4 +95,14 @@ def tiny_teacher_dir(tmp_path_factory: pytest.TempPathFactory, small_tokenizer_d
     )
     BertForMaskedLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dropout_teacher_dir(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path) -> Path:
+    """The tiny teacher with dropout 0.1, which its student inherits."""
+    folder = tmp_path_factory.mktemp("dropout") / "teacher"
+    shutil.copytree(tiny_teacher_dir, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"hidden_dropout_prob": 0.1}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder

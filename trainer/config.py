@@ -54,6 +54,7 @@ class TrainArguments:
     dataloader_num_workers: int = 0
     ddp_timeout: float = 1800.0
     compile: bool = False
+    full_determinism: bool = False
     resume: bool = False
     plan: bool = False
     gpu_memory: float | None = None

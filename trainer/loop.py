@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import deepspeed
+import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -45,6 +46,7 @@ def train(run: Run) -> None:
         check_same_run(run, identity)
     # A rank that does not answer is named by the watch; collectives, which name none, wait longer.
     join_job(process, arguments.ddp_timeout + SECONDS_TO_NAME_RANK)
+    torch.use_deterministic_algorithms(arguments.full_determinism)
     with JobWatch(process, arguments.ddp_timeout) as watch, _alone_in_folder(run):
         batches = MicroBatches(run.corpus, run.batch, process.rank, arguments.seed)
         attention = settle_attention(run, batches)

@@ -13,7 +13,7 @@ import torch.distributed
 from transformers import BertForMaskedLM, PreTrainedModel
 
 from distilspeed.trainer.apex import fused_layer_norm, replace_layer_norms
-from distilspeed.trainer.attention import choose_attention
+from distilspeed.trainer.attention import SDPA, choose_attention
 from distilspeed.trainer.batches import MicroBatches, total_steps
 from distilspeed.trainer.config import (
     BatchEquation,
@@ -166,6 +166,8 @@ def settle_attention(run: Run, batches: MicroBatches) -> dict[str, str]:
                     DTYPES[run.precision],
                     run.process.device,
                     is_trained=role == "student",
+                    # A choice by time may be another in the next run.
+                    candidates=(SDPA,) if run.arguments.full_determinism else None,
                 )
                 for role, model in run.models().items()
             }

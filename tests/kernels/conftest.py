@@ -4,20 +4,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from distilspeed.kernels import distillation_loss_chunked
 from distilspeed.kernels.backend import TRITON_INSTALLED
 
 sys.path.insert(0, str(Path(__file__).parent))
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
-
-@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])])
-def device(request: pytest.FixtureRequest) -> str:
-    """Where the logits live, and so which implementation runs; see ``distilspeed.kernels.backend``."""
-    return request.param
 
 
 @pytest.fixture

@@ -11,18 +11,14 @@ from pathlib import Path
 
 import pytest
 from _pytest.mark import ParameterSet
-from deepspeed.accelerator import get_accelerator
 from jobs import assert_same_end, finish, wait_for_checkpoint
 from launcher import write_config
-from training import BATCH, MICRO_BATCH, STEPS, Training, processes_of
+from training import BATCH, FAULTY, MICRO_BATCH, STEPS, Training, needs_fp16, processes_of
 
 from distilspeed.trainer.batches import MicroBatches
 from distilspeed.trainer.config import BatchEquation
 from distilspeed.trainer.corpus import open_corpus
 from distilspeed.trainer.metrics import read_metrics
-
-FAULTY = Path(__file__).with_name("fault_job.py")
-needs_fp16 = pytest.mark.skipif(not get_accelerator().is_fp16_supported(), reason="this CPU has no fp16")
 
 
 def in_full(*values: object) -> ParameterSet:

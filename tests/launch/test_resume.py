@@ -1,6 +1,5 @@
 """A run that was interrupted ends as one that was not: bit for bit on as many ranks, within rounding on others."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
-from launcher import deepspeed, write_config
+from launcher import train_all, write_config
 from safetensors.torch import load_file
 
 from distilspeed.trainer.corpus import open_corpus
@@ -17,6 +16,7 @@ from distilspeed.trainer.preparation import CorpusArguments, prepare_corpus
 from distilspeed.trainer.student import load_teacher, make_student, select_teacher_layers
 
 STEPS, SAVE_STEPS, BATCH, MICRO_BATCH = 6, 2, 24, 4
+SECONDS = 1200  # for all runs of a number of ranks
 CHARACTERS = 17_000  # about 80 rows: an epoch ends in the fourth step
 # ZeRO stage 3 last: from then on DeepSpeed's linear layer serves the whole process. fp16 is slow on CPUs.
 CASES = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
@@ -46,13 +46,6 @@ def settings(output: Path, teacher: Path, corpus: Path, stage: int, precision: s
     }
 
 
-def run_all(folder: Path, runs: list[dict[str, Any]], ranks: int) -> None:
-    job = folder / "job.json"
-    job.write_text(json.dumps(runs))
-    result = deepspeed(Path(__file__).with_name("many_runs_job.py"), job, ranks=ranks, seconds=1200)
-    assert result.returncode == 0, result.stderr[-3000:]
-
-
 def interrupted(run: dict[str, Any], folder: Path, at: int) -> dict[str, Any]:
     """A copy of a finished run as it was after step ``at``, and the arguments that go on with it."""
     copy = folder / f"{Path(run['output_dir']).name}_at_{at}"
@@ -65,19 +58,13 @@ def interrupted(run: dict[str, Any], folder: Path, at: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, reference_text: Path) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, dropout_teacher_dir: Path, reference_text: Path) -> Path:
     """Folders named by ranks, holding all runs in their cases: whole, resumed, and resumed of the other number's."""
-    folder = tmp_path_factory.mktemp("resume")
-    teacher = folder / "teacher"
-    shutil.copytree(tiny_teacher_dir, teacher)
-    with_dropout = json.loads((teacher / "config.json").read_text()) | {"hidden_dropout_prob": 0.1}
-    (teacher / "config.json").write_text(json.dumps(with_dropout))
+    folder, teacher = tmp_path_factory.mktemp("resume"), dropout_teacher_dir
     corpus = folder / "corpus"
     text = folder / "text.txt"
     text.write_text(reference_text.read_text(encoding="utf-8")[:CHARACTERS], encoding="utf-8")
-    prepare_corpus(
-        CorpusArguments(tokenizer=str(tiny_teacher_dir), text=(text,), output_dir=corpus, seq_length=64)
-    )
+    prepare_corpus(CorpusArguments(tokenizer=str(teacher), text=(text,), output_dir=corpus, seq_length=64))
     rows = open_corpus(corpus).manifest.counts.train_rows
     assert 2 * BATCH < rows < 4 * BATCH
     for ranks in (2, 1):
@@ -86,7 +73,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, refer
             settings(folder / str(ranks) / f"zero{stage}_{precision}", teacher, corpus, stage, precision)
             for stage, precision in CASES
         ]
-        run_all(folder / str(ranks), straight, ranks)
+        train_all(folder / str(ranks), straight, ranks, SECONDS)
     for ranks in (2, 1):
         moved = folder / f"moved_to_{ranks}"
         moved.mkdir()
@@ -97,7 +84,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, refer
                 run = settings(folder / str(origin) / name, teacher, corpus, stage, precision)
                 at = INTERRUPTED_AT[precision] if origin == ranks else (2,)
                 again += [interrupted(run, target, step) for step in at]
-        run_all(moved, again, ranks)
+        train_all(moved, again, ranks, SECONDS)
     return folder
 
 
@@ -130,7 +117,7 @@ def test_on_as_many_ranks_not_a_bit_differs(runs: Path, stage: int, precision: s
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(("stage", "precision"), CASES)
 def test_on_another_number_of_ranks_rounding_differs(
-    runs: Path, stage: int, precision: str, ranks: int
+    runs: Path, dropout_teacher_dir: Path, stage: int, precision: str, ranks: int
 ) -> None:
     name = f"zero{stage}_{precision}"
     straight, moved = runs / str(3 - ranks) / name, runs / f"moved_to_{ranks}" / f"{name}_at_2"
@@ -139,13 +126,13 @@ def test_on_another_number_of_ranks_rounding_differs(
     assert [line.tokens for line in ours] == [line.tokens for line in theirs]
     loss_tolerance = 1e-4 if precision == "fp32" else 0.01
     assert [line.loss for line in ours] == pytest.approx([line.loss for line in theirs], rel=loss_tolerance)
-    start = weights_at_start(runs)
+    start = weights_at_start(runs, dropout_teacher_dir)
     came = (weights(straight) - start).norm()
     assert (weights(moved) - weights(straight)).norm() < TOLERANCE[precision] * came
 
 
-def weights_at_start(runs: Path) -> torch.Tensor:
-    teacher = load_teacher(str(runs / "teacher"))
+def weights_at_start(runs: Path, teacher_dir: Path) -> torch.Tensor:
+    teacher = load_teacher(str(teacher_dir))
     student = make_student(
         teacher, select_teacher_layers(teacher.config.num_hidden_layers, None)
     ).state_dict()

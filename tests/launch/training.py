@@ -1,8 +1,10 @@
-"""A training on two ranks that tests interrupt, and its processes."""
+"""A training that tests interrupt, and its processes."""
 
 from pathlib import Path
 
 import psutil
+import pytest
+from deepspeed.accelerator import get_accelerator
 from jobs import Job, cpu_environment, finish, start, wait_until
 from launcher import DEEPSPEED, ROOT, free_port, write_config
 
@@ -11,13 +13,16 @@ from distilspeed.trainer.checkpoint import Checkpoint
 STEPS, SAVE_STEPS, BATCH, MICRO_BATCH = 24, 2, 64, 16
 SECONDS_TO_END = 90  # in which nothing may be left of a job; a machine with other work is ten times slower
 TRAIN = ROOT / "launch" / "train.py"
+FAULTY = Path(__file__).with_name("fault_job.py")
+needs_fp16 = pytest.mark.skipif(not get_accelerator().is_fp16_supported(), reason="this CPU has no fp16")
 
 
 class Training:
-    """One training on two ranks, which is started again and again."""
+    """One training, which is started again and again."""
 
-    def __init__(self, teacher: Path, corpus: Path, run: Path) -> None:
+    def __init__(self, teacher: Path, corpus: Path, run: Path, ranks: int = 2) -> None:
         self.run = run
+        self.ranks = ranks
         self.teacher = teacher
         self.corpus = corpus
         self.config = write_config(run.parent / "config.json", {})
@@ -35,7 +40,7 @@ class Training:
             "--save_steps": SAVE_STEPS,
             "--logging_steps": 4,
         }
-        launcher = [DEEPSPEED, "--num_gpus", 2, "--master_port", free_port(), script]
+        launcher = [DEEPSPEED, "--num_gpus", self.ranks, "--master_port", free_port(), script]
         arguments = [part for pair in options.items() for part in pair]
         return start(
             [*launcher, *arguments, "--resume", *more], cpu_environment(**environment), self.run.parent

@@ -1,0 +1,44 @@
+"""With --full_determinism a run that was interrupted ends with the same bits, on a GPU as on a CPU."""
+
+import shutil
+from pathlib import Path
+
+from jobs import assert_same_end, finish
+from launcher import write_config
+from training import FAULTY, STEPS, Training, needs_fp16
+
+from distilspeed.trainer.metrics import read_metrics
+
+# Of one run's 24 updates and 2 batches left out: the second is after the checkpoint of step 22, and 23 batches.
+OVERFLOWS = (7, 24)
+
+
+@needs_fp16
+def test_resumed_among_overflows_of_fp16_it_ends_with_the_same_bits(
+    dropout_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path, device: str
+) -> None:
+    training = Training(dropout_teacher_dir, small_corpus_dir, tmp_path / "run", ranks=1)
+    fp16 = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}
+    training.config = write_config(tmp_path / "fp16.json", {"fp16": fp16})
+    environment = {
+        "DS_ACCELERATOR": device,
+        "FAULT_KIND": "gradient",
+        "FAULT_RANK": 0,
+        "FAULT_BATCHES": ",".join(map(str, OVERFLOWS)),
+    }
+
+    def train() -> None:
+        status, _, errors = finish(training.start("--full_determinism", script=FAULTY, **environment))
+        assert status == 0, errors[-3000:]
+
+    train()
+    straight = tmp_path / "straight"
+    shutil.copytree(training.run, straight)
+    lines = read_metrics(straight / "metrics.jsonl")
+    assert [line.skipped for line in lines] == [0] * 7 + [1] * 16 + [2]
+    assert [line.loss_scale for line in lines] == [256] * 7 + [128] * 16 + [64]
+
+    shutil.rmtree(training.run / "student")
+    shutil.rmtree(training.run / "checkpoints" / f"step_{STEPS:09d}")
+    train()
+    assert_same_end(training.run, straight)
