@@ -84,10 +84,11 @@ def _check_before_measuring(
 
 
 def _measure(run: "Run", rounds: int, ranks: tuple[int, ...]) -> "BenchmarkReport":
-    from distilspeed.trainer.throughput.measurement import compare, measure_scaling
+    from distilspeed.trainer.throughput.measurement import SECONDS_PER_TURN, compare, measure_scaling
     from distilspeed.trainer.throughput.report import BenchmarkReport
 
-    comparison = compare([sys.executable, *sys.argv], rounds)
+    seconds = SECONDS_PER_TURN[run.process.device.type]
+    comparison = compare([sys.executable, *sys.argv], rounds, seconds)
     return BenchmarkReport.of(run, comparison, measure_scaling(sys.argv, ranks))
 
 

@@ -15,15 +15,17 @@ CPU_CONFIG = ROOT / "ds_configs" / "cpu.json"
 SECONDS = 300
 
 
-def deepspeed(*arguments: object, ranks: int, seconds: float = SECONDS) -> subprocess.CompletedProcess[str]:
-    """Run ``deepspeed --num_gpus RANKS ARGUMENTS`` on the CPU and wait for it."""
+def deepspeed(
+    *arguments: object, ranks: int, seconds: float = SECONDS, device: str = "cpu"
+) -> subprocess.CompletedProcess[str]:
+    """Run ``deepspeed --num_gpus RANKS ARGUMENTS`` and wait for it."""
     command = [DEEPSPEED, "--num_gpus", ranks, "--master_port", free_port(), *arguments]
-    return _run(command, seconds)
+    return _run(command, seconds, device)
 
 
-def python(*arguments: object) -> subprocess.CompletedProcess[str]:
+def python(*arguments: object, device: str = "cpu") -> subprocess.CompletedProcess[str]:
     """Run this Python with the arguments and wait for it."""
-    return _run([sys.executable, *arguments])
+    return _run([sys.executable, *arguments], device=device)
 
 
 def train_all(
@@ -50,18 +52,20 @@ def write_config(path: Path, changes: Mapping[str, Any], remove: tuple[str, ...]
     return path
 
 
-def environment() -> dict[str, str]:
-    """What the commands run in: the CPU, and no network."""
-    return {**os.environ, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+def environment(device: str = "cpu") -> dict[str, str]:
+    """What the commands run in: one kind of device, and no network."""
+    return {**os.environ, "DS_ACCELERATOR": device, "HF_HUB_OFFLINE": "1"}
 
 
-def _run(command: list[object], seconds: float = SECONDS) -> subprocess.CompletedProcess[str]:
+def _run(
+    command: list[object], seconds: float = SECONDS, device: str = "cpu"
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(part) for part in command],
         capture_output=True,
         text=True,
         timeout=seconds,
-        env=environment(),
+        env=environment(device),
         cwd=ROOT,
         check=False,
     )

@@ -1,4 +1,4 @@
-"""A job that counts how often training steps wait for the device to hand a value over.
+"""A job that counts how often training steps wait for the device to hand a value over: on a GPU CUDA says it.
 
 python step_job.py CONFIG TEACHER CORPUS OUTPUT      prints {"1": [waits], "4": [waits]}, by accumulation steps
 """
@@ -6,9 +6,13 @@ python step_job.py CONFIG TEACHER CORPUS OUTPUT      prints {"1": [waits], "4": 
 import json
 import sys
 import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distilspeed.trainer.batches import MicroBatches, on_device
@@ -39,6 +43,19 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
+def waits_for_the_gpu() -> Iterator[list[str]]:
+    names: list[str] = []
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        yield names
+        torch.cuda.set_sync_debug_mode("default")
+    for warning in warned:
+        if "synchronizing CUDA operation" in str(warning.message):
+            names.append(f"synchronisation in {Path(warning.filename).name}:{warning.lineno}")
+
+
 def waits_of_a_step(accumulation: int, arguments: list[str]) -> list[str]:
     config, teacher, corpus, output = arguments
     run = prepare_run(
@@ -58,6 +75,10 @@ def waits_of_a_step(accumulation: int, arguments: list[str]) -> list[str]:
     step = TrainingStep(run)
     micro_batches = on_device(iter([batches[i] for i in range(2 * accumulation)]), run.process.device)
     step.take(0, micro_batches)  # states and buffers are made
+    if run.process.device.type == "cuda":
+        with waits_for_the_gpu() as names:
+            step.take(1, micro_batches)
+        return names
     with Waits() as waits:
         step.take(1, micro_batches)
     return waits.names

@@ -292,6 +292,18 @@ QUICKSTART_DATA = [
     ("--output_dir loop", "loop exists already"),
     ("--output_dir good.txt/data", "cannot write good.txt/data"),
 ]
+GPU_CHECK = [
+    ("--output_dir occupied", "occupied exists already"),
+    ("--output_dir loop", "loop exists already"),
+    ("--output_dir good.txt/check", "cannot write good.txt/check"),
+    ("--teacher teacher", "--teacher and --text go together"),
+    ("--text good.txt", "--teacher and --text go together"),
+    ("--teacher teacher --text nowhere.txt", "there is no nowhere.txt; check --text"),
+    ("--task nowhere", "there is no nowhere; check --task"),
+    ("--minutes 0", "--minutes must be above 0"),
+    ("--minutes nan", "--minutes must be above 0"),
+    ("--parts speed", "argument --parts: invalid choice: 'speed'"),
+]
 NOTHING_GIVEN = [
     ("prepare_data.py", "", "the following arguments are required: --output_dir"),
     ("prepare_data.py", "--tokenizer tokenizer --output_dir out", "give --text or --dataset"),
@@ -304,6 +316,7 @@ NOTHING_GIVEN = [
     ("benchmark.py", "", "the following arguments are required: --deepspeed_config, --teacher, --data_dir"),
     ("benchmark_preparation.py", "", "the following arguments are required: --text, --tokenizer"),
     ("quickstart_data.py", "", "the following arguments are required: --output_dir"),
+    ("gpu_check.py", "", "the following arguments are required: --output_dir"),
 ]
 CASES = [
     *NOTHING_GIVEN,
@@ -319,6 +332,7 @@ CASES = [
             ("benchmark.py", BENCHMARK, BENCHMARK_OPTIONS),
             ("benchmark_preparation.py", "--text good.txt --tokenizer tokenizer", BENCHMARK_PREPARATION),
             ("quickstart_data.py", "", QUICKSTART_DATA),
+            ("gpu_check.py", "--smoke --output_dir out", GPU_CHECK),
         )
         for arguments, said in table
     ),

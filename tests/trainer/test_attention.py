@@ -41,12 +41,18 @@ def test_only_documents_and_padding_see_themselves() -> None:
     ]
 
 
-def test_flex_attention_gives_what_sdpa_gives(teacher: BertForMaskedLM, corpus: Corpus) -> None:
-    batch = MicroBatches(corpus, BatchEquation(6, 6, 1, 1), rank=0, seed=0)[0]
+def test_flex_attention_gives_what_sdpa_gives(teacher: BertForMaskedLM, corpus: Corpus, device: str) -> None:
+    batch = MicroBatches(corpus, BatchEquation(6, 6, 1, 1), rank=0, seed=0)[0].to(torch.device(device))
+    teacher.to(device)
     with torch.no_grad():
         expected = encode_packed(teacher, batch)
         choice = choose_attention(
-            teacher, batch.document_ids, torch.float32, CPU, is_trained=False, candidates=(SDPA, FLEX)
+            teacher,
+            batch.document_ids,
+            torch.float32,
+            torch.device(device),
+            is_trained=False,
+            candidates=(SDPA, FLEX),
         )
         assert set(choice.seconds) == {SDPA, FLEX}, "flex_attention failed or gave other values"
         teacher.set_attn_implementation(FLEX)

@@ -14,8 +14,9 @@ from distilspeed.trainer.engines import free_port
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.throughput.contestants import ANSWER, EAGER, OURS, Footprint, Lap
 
-# Each turn lasts about so long: many steps where they are short, at least one where they are long.
-SECONDS_PER_TURN = 6.0
+# Each turn lasts about so long: many steps where they are short, at least one where they are long. A CPU has other
+# work, too.
+SECONDS_PER_TURN = {"cpu": 6.0, "cuda": 2.0}
 LAPS_ON_RANKS = 5
 
 
@@ -80,7 +81,9 @@ class Process:
         raise UserError(f"the process that runs {self.name!r} ended with status {status}; see above")
 
 
-def compare(command: Sequence[str], rounds: int, names: Sequence[str] = (OURS, EAGER)) -> Comparison:
+def compare(
+    command: Sequence[str], rounds: int, seconds_per_turn: float, names: Sequence[str] = (OURS, EAGER)
+) -> Comparison:
     """Let the contestants take steps in turns, each round in the other order.
 
     Args:
@@ -91,7 +94,7 @@ def compare(command: Sequence[str], rounds: int, names: Sequence[str] = (OURS, E
         steps: dict[str, int] = {}
         for name in names:  # one after the other: one that warms up would disturb the other's first lap
             processes.append(stack.enter_context(Process(name, command)))
-            steps[name] = max(1, round(SECONDS_PER_TURN / processes[-1].first_lap().seconds))
+            steps[name] = max(1, round(seconds_per_turn / processes[-1].first_lap().seconds))
         laps: dict[str, list[Lap]] = {name: [] for name in names}
         for number in range(rounds):
             for process in processes if number % 2 else reversed(processes):
