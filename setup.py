@@ -42,6 +42,7 @@ setup(
         "datasets>=4.0",
         "huggingface-hub",
         "packaging",
+        "psutil",
         "pydantic>=2",
         "tokenizers",
         "safetensors",

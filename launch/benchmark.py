@@ -35,6 +35,10 @@ def main() -> None:
     )
     if contestant == "ours":
         prepare_environment()
+    if options.pop("as_v100"):
+        from distilspeed.trainer.throughput.v100 import limit_to_v100
+
+        limit_to_v100()
     run = _prepare(options)
     if contestant:
         from distilspeed.trainer.throughput.contestants import serve
@@ -118,6 +122,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--dataloader_num_workers", type=int, default=0, help="processes that mask and collate; default 0")
     add("--restrict_ce_to_mask", action="store_true", help="soft targets on masked tokens only, in our step")
     add("--compile", action="store_true", help="compile the encoders (torch.compile), in our step")
+    add("--as_v100", action="store_true", help="under the limits of a V100 of 16 GiB, on a newer GPU")
     add("--rounds", type=int, default=5, help="turns of each; default 5")
     add(
         "--ranks",

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by v100x8.sh, multi_node.sh and slurm.sbatch; they set root, the project's folder.
+# Sourced by the scripts beside it that need the project installed; they set root, the project's folder.
 
 fail() {
   echo "error: ${1//[[:cntrl:]]/ }" >&2
@@ -10,8 +10,8 @@ check_port() {
   [[ $2 =~ ^[1-9][0-9]{0,4}$ && $2 -le 65535 ]] || fail "$1 is '$2'; it must be a port, from 1 to 65535"
 }
 
-# What every one of these jobs is: 4096 rows a step in fp16 with dynamic loss scaling, continued where it was when it is
-# started again. The caller's arguments come after these, so that another --deepspeed_config wins.
+# What the jobs on V100s, on many hosts and under Slurm are: 4096 rows a step in fp16 with dynamic loss scaling,
+# continued where they were when they are started again. The caller's arguments come after these, so that another --deepspeed_config wins.
 # shellcheck disable=SC2034,SC2154
 recipe=("$root/launch/train.py" --deepspeed_config "$root/ds_configs/v100x8_fp16.json" --resume)
 

@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from distilspeed.trainer.errors import CommandParser, run_command
+from distilspeed.trainer.errors import CommandParser, UserError, run_command
 from distilspeed.trainer.files import check_unoccupied, folder_written_whole, parents_made
 
 VOCABULARY = 2048
-ROW_LENGTH = 128
 SHORTEST_PARAGRAPH = 60  # characters
 CODE_SHARE = 0.05  # of a paragraph's characters, at most, that sentences do not have
 DOCSTRING = re.compile(r'"""(.*?)"""', re.DOTALL)
@@ -29,7 +28,6 @@ TEACHER = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "intermediate_size": 512,
-    "max_position_embeddings": ROW_LENGTH,
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
@@ -56,15 +54,19 @@ def prose_paragraphs(text: str) -> Iterator[str]:
 def main() -> None:
     parser = CommandParser(prog="launch/quickstart_data.py", description=__doc__)
     parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--seq_length", type=int, default=128, help="tokens a row, at most; default 128")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    output_dir: Path = parser.parse_args().output_dir
+    options = parser.parse_args()
+    output_dir: Path = options.output_dir
+    if options.seq_length < 16:
+        raise UserError(f"--seq_length {options.seq_length} is below 16; give at least 16")
     check_unoccupied(output_dir)
     with parents_made(output_dir), folder_written_whole(output_dir) as folder:
-        summary = write_data(folder)
+        summary = write_data(folder, options.seq_length)
     print(f"{output_dir}: {summary}")
 
 
-def write_data(folder: Path) -> str:
+def write_data(folder: Path, seq_length: int) -> str:
     """Write text.txt, tokenizer/ and teacher_config.json to a folder; says how much text there is."""
     # After the parsing, because these take seconds.
     from tokenizers import BertWordPieceTokenizer
@@ -78,9 +80,9 @@ def write_data(folder: Path) -> str:
     wordpiece = BertWordPieceTokenizer(lowercase=True)
     wordpiece.train_from_iterator(paragraphs, vocab_size=VOCABULARY, show_progress=False)
     wordpiece.save_model(str(folder))
-    tokenizer = BertTokenizer(vocab=str(folder / "vocab.txt"), model_max_length=ROW_LENGTH)
+    tokenizer = BertTokenizer(vocab=str(folder / "vocab.txt"), model_max_length=seq_length)
     tokenizer.save_pretrained(folder / "tokenizer")
-    config = TEACHER | {"vocab_size": len(tokenizer)}
+    config = TEACHER | {"vocab_size": len(tokenizer), "max_position_embeddings": seq_length}
     (folder / "teacher_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     megabytes = sum(map(len, paragraphs)) / 1e6
     return f"{len(paragraphs):,} paragraphs of English prose, {megabytes:.1f} MB"

@@ -124,7 +124,7 @@ class JobWatch:
                 status = UNEXPECTED_STATUS
             self._send({"kind": "failed", "status": status})
             self._may_leave.wait(self.timeout)
-            return  # to end this process: until then a signal must not keep it from saying why
+            return  # with its handlers: a signal must not interrupt the error on its way out
         self._send({"kind": "done"})
         self._may_leave.wait()
         os.close(signal.set_wakeup_fd(-1))

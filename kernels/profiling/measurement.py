@@ -218,16 +218,16 @@ def peak_cpu_bytes(run: Callable[[], object]) -> int:
     if session is None or session.kineto_results is None:
         raise RuntimeError("the profiler recorded nothing; is another one running?")
     allocations = _allocations(session.kineto_results.experimental_event_tree())
-    in_use: dict[int, int] = {}  # by address
-    peak = 0
+    sizes: dict[int, int] = {}  # by address
+    in_use = peak = 0
     for allocation in sorted(allocations, key=attrgetter("time")):
+        # What was there before is no part of the run; yet the profiler notes that it is freed, if an earlier session
+        # saw something else allocated at its address.
+        in_use -= sizes.pop(allocation.address, 0)
         if allocation.size > 0:
-            in_use[allocation.address] = allocation.size
-            peak = max(peak, sum(in_use.values()))
-        else:
-            # What was there before is no part of the run, though the profiler notes that it is freed if an
-            # earlier session saw something allocated at its address.
-            in_use.pop(allocation.address, None)
+            sizes[allocation.address] = allocation.size
+            in_use += allocation.size
+            peak = max(peak, in_use)
     return peak
 
 

@@ -212,6 +212,7 @@ def test_nothing_to_learn_from_is_a_loss_and_a_gradient_of_zero(shape: tuple[int
     assert torch.count_nonzero(gradient) == 0
 
 
+@pytest.mark.memcheck
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 def test_same_bits_from_run_to_run_and_under_autocast(dtype: torch.dtype, device: str) -> None:
     student, teacher = (states.to(device, dtype) for states in hidden_states(64, 96))

@@ -33,6 +33,7 @@ def gradient_of(losses: DistillationLosses, student_logits: Tensor, loss_scale: 
     return gradient
 
 
+@pytest.mark.memcheck
 @pytest.mark.parametrize("padding", [0, 6])
 def test_vocabulary_of_bert_in_the_tiles_and_blocks_of_production(padding: int, device: str) -> None:
     vocab_size, temperature = 30522, 2.0
@@ -118,6 +119,7 @@ def test_nothing_to_learn_from_is_a_loss_and_a_gradient_of_zero(shape: tuple[int
     assert (gradient == 0).all()
 
 
+@pytest.mark.memcheck
 @pytest.mark.usefixtures("several_tiles_and_blocks")
 @pytest.mark.parametrize("labelled", [False, True])
 def test_gradient_in_place_is_the_same_gradient(labelled: bool, device: str) -> None:
@@ -143,6 +145,7 @@ def test_operation_that_saved_its_output_notices_the_gradient_in_its_place(devic
         loss.backward()
 
 
+@pytest.mark.memcheck
 def test_same_bits_every_time(device: str) -> None:
     student, teacher = random_logits(12, 300, dtype=torch.float16, device=device)
     labels = torch.arange(12, device=device)

@@ -148,6 +148,7 @@ def test_weights_of_0_are_a_gradient_of_0(dtype: torch.dtype, device: str) -> No
     assert all((gradient == 0).all() for gradient in case.gradients(result.loss).values())
 
 
+@pytest.mark.memcheck
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_chunks_change_nothing_but_rounding_and_repetition_not_a_bit(dtype: torch.dtype, device: str) -> None:
     case = replace(random_case(MANY_ROWS, width=37, device=device), gradient_scale=2.0**8).in_dtype(dtype)

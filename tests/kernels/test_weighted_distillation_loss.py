@@ -134,6 +134,7 @@ def test_loss_scale_keeps_float16_gradients_from_flushing_to_zero(
     assert (gradient - exact_gradient).norm() <= 1.1 * rounding
 
 
+@pytest.mark.memcheck
 @pytest.mark.usefixtures("several_tiles_and_blocks")
 @pytest.mark.parametrize("loss_scale", [1.0, 2.0**10])
 def test_gradient_in_place_is_the_same_gradient(loss_scale: float, device: str) -> None:
@@ -198,6 +199,7 @@ def test_nothing_to_learn_from_is_a_loss_and_a_gradient_of_zero(shape: tuple[int
     assert (gradient == 0).all()
 
 
+@pytest.mark.memcheck
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_same_bits_every_time_and_under_autocast(dtype: torch.dtype, device: str) -> None:
     student, teacher = random_logits(12, 300, dtype=dtype, device=device)

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ forward_packed = distillation.forward_packed
 
 
 def noting_seed_dropout(seed: int, batch: int, micro_batch: int) -> None:
+    assert torch.are_deterministic_algorithms_enabled() == ("--full_determinism" in sys.argv)
     now.update(batch=batch, micro_batch=micro_batch)
     seed_dropout(seed, batch, micro_batch)
 

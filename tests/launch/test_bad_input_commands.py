@@ -291,12 +291,14 @@ QUICKSTART_DATA = [
     ("--output_dir good.txt", "good.txt exists already"),
     ("--output_dir loop", "loop exists already"),
     ("--output_dir good.txt/data", "cannot write good.txt/data"),
+    ("--output_dir out/data --seq_length 15", "--seq_length 15 is below 16"),
 ]
 GPU_CHECK = [
     ("--output_dir occupied", "occupied exists already"),
     ("--output_dir loop", "loop exists already"),
     ("--output_dir good.txt/check", "cannot write good.txt/check"),
     ("--teacher teacher", "--teacher and --text go together"),
+    ("--teacher nowhere --text good.txt", "there is no nowhere; check --teacher"),
     ("--text good.txt", "--teacher and --text go together"),
     ("--teacher teacher --text nowhere.txt", "there is no nowhere.txt; check --text"),
     ("--task nowhere", "there is no nowhere; check --task"),

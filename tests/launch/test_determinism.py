@@ -1,12 +1,15 @@
 """With --full_determinism a run that was interrupted ends with the same bits, on a GPU as on a CPU."""
 
+import os
 import shutil
 from pathlib import Path
 
+import pytest
 from jobs import assert_same_end, finish
 from launcher import write_config
 from training import FAULTY, STEPS, Training, needs_fp16
 
+from distilspeed.trainer.environment import prepare_environment
 from distilspeed.trainer.metrics import read_metrics
 
 # Of one run's 24 updates and 2 batches left out: the second is after the checkpoint of step 22, and 23 batches.
@@ -42,3 +45,12 @@ def test_resumed_among_overflows_of_fp16_it_ends_with_the_same_bits(
     shutil.rmtree(training.run / "checkpoints" / f"step_{STEPS:09d}")
     train()
     assert_same_end(training.run, straight)
+
+
+def test_cublas_is_told_before_torch_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", environment)
+    prepare_environment()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in environment
+    prepare_environment(full_determinism=True)
+    assert environment["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

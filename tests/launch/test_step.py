@@ -18,6 +18,8 @@ def test_nothing_waits_for_the_device_between_optimiser_steps(
     result = python(STEP_JOB, CPU_CONFIG, tiny_teacher_dir, small_corpus_dir, tmp_path / "run", device=device)
     assert result.returncode == 0, result.stderr[-3000:]
     waits = json.loads(result.stdout.splitlines()[-1])
+    for of_a_step in waits.values():
+        assert "step_job.py" in of_a_step.pop(), "a wait is not noticed"
     assert waits["4"] == waits["1"], "a micro-step waits"
     if device == "cuda":  # where the warning names a line of torch's
         return

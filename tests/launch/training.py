@@ -4,7 +4,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from deepspeed.accelerator import get_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from jobs import Job, cpu_environment, finish, start, wait_until
 from launcher import DEEPSPEED, ROOT, free_port, write_config
 
@@ -14,7 +14,7 @@ STEPS, SAVE_STEPS, BATCH, MICRO_BATCH = 24, 2, 64, 16
 SECONDS_TO_END = 90  # in which nothing may be left of a job; a machine with other work is ten times slower
 TRAIN = ROOT / "launch" / "train.py"
 FAULTY = Path(__file__).with_name("fault_job.py")
-needs_fp16 = pytest.mark.skipif(not get_accelerator().is_fp16_supported(), reason="this CPU has no fp16")
+needs_fp16 = pytest.mark.skipif(not CPU_Accelerator().is_fp16_supported(), reason="this CPU has no fp16")
 
 
 class Training:

@@ -14,8 +14,8 @@ from distilspeed.trainer.engines import free_port
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.throughput.contestants import ANSWER, EAGER, OURS, Footprint, Lap
 
-# Each turn lasts about so long: many steps where they are short, at least one where they are long. A CPU has other
-# work, too.
+# Each turn lasts about so long: many steps where they are short, at least one where they are long. A GPU takes more
+# steps in less time, and nobody else's.
 SECONDS_PER_TURN = {"cpu": 6.0, "cuda": 2.0}
 LAPS_ON_RANKS = 5
 

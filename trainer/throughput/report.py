@@ -15,6 +15,7 @@ from distilspeed.trainer.phases import COMMUNICATION
 from distilspeed.trainer.run import Run
 from distilspeed.trainer.throughput.contestants import EAGER, OURS
 from distilspeed.trainer.throughput.measurement import Comparison
+from distilspeed.trainer.throughput.v100 import is_limited_to_v100
 
 MIB = 2**20
 # A stored ratio may be missed by so much before the check fails.
@@ -79,7 +80,8 @@ class BenchmarkReport:
                 "compile": run.arguments.compile,
                 "restrict_ce_to_mask": run.arguments.restrict_ce_to_mask,
                 "padding_of_corpus": round(run.corpus.manifest.padding_fraction, 4),
-            },
+            }
+            | ({"limited_to": "V100"} if is_limited_to_v100() else {}),
             machine=asdict(Machine.here(run.process.device))
             | {f"{package}_version": version(package) for package in ("deepspeed", "transformers")},
             ratio=float(np.median(ratios)),
@@ -134,7 +136,8 @@ def read_stored(path: Path) -> tuple[float, dict[str, Any]]:
 def check_against(stored: Path, report: BenchmarkReport) -> None:
     """Raise a UserError where the ratio is more than 10 % below that of a stored report of the same setting."""
     ratio, setting = read_stored(stored)
-    different = [name for name, value in report.setting.items() if setting.get(name) != value]
+    names = {**setting, **report.setting}
+    different = [name for name in names if setting.get(name) != report.setting.get(name)]
     if different:
         raise UserError(f"{stored} was measured with another {', '.join(different)}; compare with the same")
     if report.ratio < (1 - TOLERATED_LOSS) * ratio:
