@@ -3,8 +3,9 @@
     python launch/benchmark.py --deepspeed_config ds_configs/cpu.json --teacher DIR --data_dir DIR
 
 The baseline is DistilBERT's original recipe in eager PyTorch: pieces of text in padded batches of about one length,
-masked_select losses, .item() at every micro-batch. Prints real tokens per second of both, MFU against a matrix
-product measured in the same process, peak memory of tensors, and where the step's time goes.
+masked_select losses, .item() at every micro-batch; in half precision with torch.autocast. Prints real tokens per second
+of both, MFU against a matrix product measured in the same process, peak memory of tensors, and where the step's time
+goes.
 """
 
 import argparse

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS, KERNELS, TRAINING, DISTILLATION = GROUPS = ("tests", "kernels", "training", "distillation")
 MINUTES = 10.0
 # That a part may take; with other --minutes in proportion.
-SECONDS_OF_TESTS, SECONDS_OF_MEASUREMENT = 240.0, 120.0
+SECONDS_OF_TESTS, SECONDS_OF_MEASUREMENT = 300.0, 120.0
 # So many test processes share the GPU: most of their time is compiling.
 TEST_PROCESSES = 4
 
@@ -59,8 +59,8 @@ class Sizes:
     rounds: int = 3
     measured: Mapping[str, int] = field(default_factory=dict)
     v100_batch: int = 128
-    teacher_steps: int = 2000
-    steps: int = 600
+    teacher_steps: int = 800
+    steps: int = 400
     batch: int = 256
     task_epochs: int = 2
 
@@ -135,13 +135,22 @@ class Plan:
         kernels, *trainer = folders
         pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         in_parallel = ["-n", TEST_PROCESSES] if find_spec("xdist") else []
-        memcheck = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", 1]
+        # Calls that fail and are dealt with, as PyTorch's and Triton's do, are no error of memory.
+        memcheck = [
+            "compute-sanitizer",
+            "--tool",
+            "memcheck",
+            "--report-api-errors",
+            "no",
+            "--error-exitcode",
+            1,
+        ]
         memcheck += [*pytest, "-m", "gpu and memcheck", kernels]
         # An allocation of its own for every tensor, so that reading beyond one is found.
         no_pool = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         return [
             Part("tests of the kernels", SECONDS_OF_TESTS, [[*pytest, "-m", "gpu", *in_parallel, kernels]]),
-            Part("tests of the trainer", SECONDS_OF_TESTS, [[*pytest, "-m", "gpu", *trainer]]),
+            Part("tests of the trainer", SECONDS_OF_TESTS, [[*pytest, "-m", "gpu", *in_parallel, *trainer]]),
             Part("memcheck of the kernels", SECONDS_OF_TESTS, [memcheck], environment=no_pool),
         ]
 
@@ -167,13 +176,16 @@ class Plan:
         return Part("evaluation", SECONDS_OF_MEASUREMENT, [evaluate], folder / "report.json")
 
     def training(self) -> list[Part]:
+        """One of each length, and the V100 recipe, before those at other ZeRO stages: time may run out."""
         sizes, longest = self.sizes, max(self.sizes.micro_batches)
         parts = []
-        for length, micro_batch in sizes.micro_batches.items():
-            for stage in sizes.zero_stages:
+        for stage in sizes.zero_stages:
+            for length, micro_batch in sizes.micro_batches.items():
                 name, batch = f"training, rows of {length}, ZeRO-{stage}", sizes.accumulation * micro_batch
                 parts.append(self._benchmark(name, length, stage, micro_batch, batch))
-        return [*parts, self._benchmark("V100 recipe", longest, 1, 8, sizes.v100_batch, "--as_v100")]
+        v100 = self._benchmark("V100 recipe", longest, 1, 8, sizes.v100_batch, "--as_v100")
+        first = len(sizes.micro_batches)
+        return [*parts[:first], v100, *parts[first:]]
 
     def profiles(self) -> list[Part]:
         return [self._profile(rows, dtype) for dtype in self.sizes.dtypes for rows in self.sizes.rows]
@@ -193,7 +205,7 @@ class Plan:
         """As a job of one process, which needs no launcher."""
         batch, corpus = self.sizes.batch, self.corpus(min(self.sizes.micro_batches))
         what = ["--deepspeed_config", self.config(1), "--data_dir", corpus, *teacher, "--max_steps", steps]
-        what += ["--train_batch_size", batch, "--per_device_train_batch_size", batch // 2]
+        what += ["--train_batch_size", batch, "--per_device_train_batch_size", batch // 2, *workers()]
         return script("train.py", *what, "--output_dir", self.out / name)
 
     def _benchmark(
@@ -202,7 +214,7 @@ class Plan:
         what = ["--deepspeed_config", self.config(stage), "--teacher", self.measured_teacher, *more]
         what += ["--data_dir", self.corpus(length), "--train_batch_size", batch]
         what += ["--per_device_train_batch_size", micro_batch, "--rounds", self.sizes.rounds]
-        what += ["--dataloader_num_workers", min(4, (os.cpu_count() or 1) - 1)]
+        what += workers()
         result = self.out / f"{file_name(name)}.json"
         benchmark = script("benchmark.py", *what, "--output", result)
         return Part(name, SECONDS_OF_MEASUREMENT, [benchmark], result)
@@ -213,6 +225,10 @@ class Plan:
         what += ["--dtype", dtype, "--peers", sizes.peers, "--repeats", sizes.repeats, "--output_dir", folder]
         name, profile = f"kernels, {rows} rows, {dtype}", script("profile_kernels.py", *what)
         return Part(name, SECONDS_OF_MEASUREMENT, [profile], folder / "profile.json")
+
+
+def workers() -> list[object]:
+    return ["--dataloader_num_workers", min(4, (os.cpu_count() or 1) - 1)]
 
 
 def script(name: str, *arguments: object) -> list[object]:
@@ -259,12 +275,10 @@ def run_all(plan: Plan, runner: Runner, groups: Sequence[str]) -> None:
         plan.write_inputs()
         together.append([plan.preparation(), *([plan.distillation()] if DISTILLATION in groups else [])])
     runner.run_together(*together)
-    if DISTILLATION in groups:
-        runner.run(plan.evaluation())
-    if TRAINING in groups:
-        runner.run(*plan.training())
-    if KERNELS in groups:
-        runner.run(*plan.profiles())
+    training = plan.training() if TRAINING in groups else []
+    first = len(plan.sizes.micro_batches) + 1
+    runner.run(*([plan.evaluation()] if DISTILLATION in groups else []), *training[:first])
+    runner.run(*(plan.profiles() if KERNELS in groups else []), *training[first:])
 
 
 def _check(options: argparse.Namespace) -> None:

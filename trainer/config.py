@@ -343,6 +343,8 @@ def resolve_deepspeed_config(
         "scheduler.params.total_num_steps": total_steps,
     }
     resolved = _filled(config, fill, "")
+    # DeepSpeed's waits for the GPU twice a micro-batch; the metrics have the throughput.
+    resolved.setdefault("timers", {"throughput": {"enabled": False}})
     resolved["train_batch_size"] = batch.train_batch_size
     resolved["train_micro_batch_size_per_gpu"] = batch.micro_batch_size
     resolved["gradient_accumulation_steps"] = batch.gradient_accumulation_steps

@@ -9,6 +9,8 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from packaging.version import Version
 from torch import nn
 
@@ -141,6 +143,13 @@ def student_engine(module: nn.Module, deepspeed_config: dict[str, Any]) -> deeps
     return engine
 
 
+def backward(engine: deepspeed.DeepSpeedEngine, loss: torch.Tensor) -> None:
+    """Compute gradients, in fp16 of the scaled loss: DeepSpeed scales it for its ZeRO optimisers alone."""
+    if not isinstance(engine.optimizer, ZeROOptimizer):
+        loss = loss * loss_scale(engine)
+    engine.backward(loss)
+
+
 def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> float | torch.Tensor | None:
     """Advance the engine one micro-step; at the accumulation boundary this updates the parameters.
 
@@ -163,7 +172,11 @@ def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> float | torch.Tensor | 
         if "loss scale already at minimum" in str(error):
             raise OverflowAtLowestScale(scale) from error
         raise
-    return norm if plain else engine.get_global_grad_norm()
+    if plain:
+        return norm
+    norm = engine.get_global_grad_norm()
+    # Which keeps the norm of the scaled gradient.
+    return norm / scale if isinstance(engine.optimizer, FP16_UnfusedOptimizer) and norm is not None else norm
 
 
 def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float:

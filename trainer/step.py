@@ -8,7 +8,7 @@ import torch
 from distilspeed.trainer.batches import DROPOUT_STREAM, MicroBatch
 from distilspeed.trainer.config import TrainArguments
 from distilspeed.trainer.distillation import Distillation, Objective
-from distilspeed.trainer.engines import loss_scale, optimizer_step, student_engine
+from distilspeed.trainer.engines import backward, loss_scale, optimizer_step, student_engine
 from distilspeed.trainer.errors import OverflowAtLowestScale
 from distilspeed.trainer.families import pad_vocabulary
 from distilspeed.trainer.masking import philox
@@ -82,7 +82,7 @@ class TrainingStep:
             scale = loss_scale(self.engine)
             loss = self.engine(batch, targets, scale)
             with phase(BACKWARD):
-                self.engine.backward(loss)
+                backward(self.engine, loss)
             parts.append(torch.stack(self.distillation.last_parts))
             are_finite.append(self.distillation.last_gradient_is_finite)
             with phase(UPDATE):

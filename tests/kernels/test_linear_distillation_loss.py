@@ -157,7 +157,9 @@ def test_chunks_change_nothing_but_rounding_and_repetition_not_a_bit(dtype: torc
     for name, gradient in case.gradients(again.loss).items():
         assert torch.equal(gradient, gradients[name])
     assert torch.equal(torch.stack(first), torch.stack(again))
-    torch.testing.assert_close(torch.stack(in_chunks), torch.stack(first), rtol=1e-6, atol=0)
+    # A product of fewer rows may round a logit to half precision the other way.
+    close = 1e-6 + ROUNDING[dtype] / 100
+    torch.testing.assert_close(torch.stack(in_chunks), torch.stack(first), rtol=close, atol=0)
     errors = relative_errors(case.gradients(in_chunks.loss), gradients)
     assert all(error <= FLOAT32_ERROR + 2 * ROUNDING[dtype] for error in errors.values())
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +28,7 @@ from distilspeed.trainer.step import TrainingStep
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
 ON_CPUS_ONLY = ("distillation_loss_chunked.py", "cosine_loss_chunked.py", "distillation_loss_ops.py")
 MICRO_BATCH = 4
+WARM_UP_STEPS = 3
 
 
 class Waits(TorchDispatchMode):
@@ -54,11 +56,15 @@ def waits_of_operators() -> Iterator[list[str]]:
 @contextmanager
 def waits_for_the_gpu() -> Iterator[list[str]]:
     names: list[str] = []
-    with warnings.catch_warnings(record=True) as warned:
+    with (
+        warnings.catch_warnings(record=True) as warned,
+        mock.patch.object(torch.cuda, "synchronize") as synchronize,
+    ):
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         yield names
         torch.cuda.set_sync_debug_mode("default")
+    names += ["torch.cuda.synchronize"] * synchronize.call_count
     for warning in warned:
         if "synchronizing CUDA operation" in str(warning.message):
             names.append(f"synchronisation in {Path(warning.filename).name}:{warning.lineno}")
@@ -81,11 +87,14 @@ def waits_of_a_step(accumulation: int, arguments: list[str]) -> list[str]:
     batches = MicroBatches(run.corpus, run.batch, 0, seed=0)
     settle_attention(run, batches)
     step = TrainingStep(run)
-    micro_batches = on_device(iter([batches[i] for i in range(2 * accumulation)]), run.process.device)
-    step.take(0, micro_batches)  # states and buffers are made
+    micro_batches = on_device(
+        iter([batches[i] for i in range((WARM_UP_STEPS + 1) * accumulation)]), run.process.device
+    )
+    for index in range(WARM_UP_STEPS):  # states and buffers are made, and DeepSpeed's timers start
+        step.take(index, micro_batches)
     counted = waits_for_the_gpu() if run.process.device.type == "cuda" else waits_of_operators()
     with counted as names:
-        step.take(1, micro_batches)
+        step.take(WARM_UP_STEPS, micro_batches)
         torch.ones((), device=run.process.device).item()
     return names
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from launcher import train_all, write_config
 from safetensors.torch import load_file
+from training import CPU_HAS_FP16
 
 from distilspeed.trainer.corpus import open_corpus
 from distilspeed.trainer.metrics import read_metrics
@@ -20,7 +20,7 @@ SECONDS = 1200  # for all runs of a number of ranks
 CHARACTERS = 17_000  # about 80 rows: an epoch ends in the fourth step
 # ZeRO stage 3 last: from then on DeepSpeed's linear layer serves the whole process. fp16 is slow on CPUs.
 CASES = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
-if CPU_Accelerator().is_fp16_supported():
+if CPU_HAS_FP16:
     CASES.insert(2, (1, "fp16"))
 # Of the way that the weights have come: Adam divides by the size of gradients, and so amplifies their rounding.
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1, "fp16": 0.02}

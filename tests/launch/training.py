@@ -14,7 +14,8 @@ STEPS, SAVE_STEPS, BATCH, MICRO_BATCH = 24, 2, 64, 16
 SECONDS_TO_END = 90  # in which nothing may be left of a job; a machine with other work is ten times slower
 TRAIN = ROOT / "launch" / "train.py"
 FAULTY = Path(__file__).with_name("fault_job.py")
-needs_fp16 = pytest.mark.skipif(not CPU_Accelerator().is_fp16_supported(), reason="this CPU has no fp16")
+CPU_HAS_FP16 = CPU_Accelerator().is_fp16_supported()
+needs_fp16 = pytest.mark.skipif(not CPU_HAS_FP16, reason="this CPU has no fp16")
 
 
 class Training:

@@ -102,6 +102,17 @@ def test_its_loss_is_the_one_that_the_trainer_minimises(corpus: Corpus, teacher:
     torch.testing.assert_close(eager, ours, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_in_half_precision_it_learns(corpus: Corpus, teacher: BertForMaskedLM, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    student = make_student(teacher, (0, 3)).train()
+    pieces = BucketedPieces(corpus, ROWS, tokens_per_batch=512, seed=0)
+    recipe = EagerRecipe(student, teacher, pieces, OBJECTIVE, 2, torch.device("cpu"), dtype)
+    losses = [recipe.step()[1] for _ in range(40)]
+    assert all(weight.dtype == torch.float32 for weight in student.parameters())
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
 def report(ratio: float, **setting: object) -> BenchmarkReport:
     return BenchmarkReport(setting, {}, ratio, [ratio], {}, 1.0, {}, {}, {}, {}, {})
 

@@ -97,16 +97,19 @@ class Eager:
 
     def __init__(self, run: Run) -> None:
         assert run.teacher is not None
+        # Which makes a plan for every new shape, and these batches have hundreds: without, the recipe is faster.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         device, dtype = run.process.device, DTYPES[run.precision]
         rows = min(EAGER_ROWS, len(run.corpus.train))
         tokens = run.batch.micro_batch_size * run.corpus.manifest.seq_length
         self.recipe = EagerRecipe(
-            nn.Module.to(run.student, device, dtype).train(),
-            nn.Module.to(run.teacher, device, dtype).eval(),
+            nn.Module.to(run.student, device).train(),
+            nn.Module.to(run.teacher, device).eval(),
             BucketedPieces(run.corpus, rows, tokens, run.arguments.seed),
             objective_of(run.arguments),
             run.batch.gradient_accumulation_steps,
             device,
+            dtype,
         )
 
     def steps(self, count: int) -> Lap:

@@ -89,10 +89,12 @@ class BucketedPieces:
 
 
 class EagerRecipe:
-    """Teacher, student and optimiser of the baseline on one device; weights and moments are in the models' dtype.
+    """Teacher, student and optimiser of the baseline on one device, weights and moments in float32.
+
+    In half precision with torch.autocast and, for float16, a GradScaler: today's form of the apex it was run with.
 
     Args:
-        student, teacher: on ``device``; the student in training mode, the teacher in evaluation mode.
+        student, teacher: float32 on ``device``; the student in training mode, the teacher in evaluation mode.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class EagerRecipe:
         objective: Objective,
         accumulation_steps: int,
         device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.student = student
         self.teacher = teacher
@@ -111,6 +114,8 @@ class EagerRecipe:
         self.device = device
         self.batches = pieces.batches()
         self.rule = corpus_masking_rule(pieces.corpus)
+        self.dtype = dtype
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.weights = torch.from_numpy(self.rule.sampling_weights).float().to(device)
         self.optimizer = torch.optim.AdamW(
             student.parameters(), lr=LEARNING_RATE, betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=0.0
@@ -123,13 +128,16 @@ class EagerRecipe:
             batch = PaddedBatch(*(tensor.to(self.device) for tensor in next(self.batches)))
             tokens += int(batch.attention_mask.sum().item())
             input_ids, labels = mask_batch(batch, self.weights, self.rule)
-            loss = self.loss(input_ids, batch.attention_mask, labels)
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                loss = self.loss(input_ids, batch.attention_mask, labels)
             if loss.isnan().any():
                 raise FloatingPointError("the eager recipe's loss is not a number")
-            (loss / self.accumulation_steps).backward()
+            self.scaler.scale(loss / self.accumulation_steps).backward()
             last = loss.item()
+        self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.student.parameters(), GRADIENT_CLIPPING)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
         return tokens, last
 
@@ -156,7 +164,9 @@ class EagerRecipe:
         student_states = student_states.masked_select(over_states).view(-1, size)
         teacher_states = teacher_states.masked_select(over_states).view(-1, size)
         loss_cos = nn.functional.cosine_embedding_loss(
-            student_states, teacher_states, student_states.new_ones(len(student_states))
+            student_states.float(),
+            teacher_states.float(),
+            torch.ones(len(student_states), device=self.device),
         )
         parts = ((weights.alpha_ce, loss_ce), (weights.alpha_mlm, loss_mlm), (weights.alpha_cos, loss_cos))
         for _, part in parts:
