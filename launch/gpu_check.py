@@ -136,16 +136,8 @@ class Plan:
         pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         in_parallel = ["-n", TEST_PROCESSES] if find_spec("xdist") else []
         # Calls that fail and are dealt with, as PyTorch's and Triton's do, are no error of memory.
-        memcheck = [
-            "compute-sanitizer",
-            "--tool",
-            "memcheck",
-            "--report-api-errors",
-            "no",
-            "--error-exitcode",
-            1,
-        ]
-        memcheck += [*pytest, "-m", "gpu and memcheck", kernels]
+        memcheck = ["compute-sanitizer", "--tool", "memcheck", "--report-api-errors", "no"]
+        memcheck += ["--error-exitcode", 1, *pytest, "-m", "gpu and memcheck", kernels]
         # An allocation of its own for every tensor, so that reading beyond one is found.
         no_pool = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         return [
@@ -176,7 +168,7 @@ class Plan:
         return Part("evaluation", SECONDS_OF_MEASUREMENT, [evaluate], folder / "report.json")
 
     def training(self) -> list[Part]:
-        """One of each length, and the V100 recipe, before those at other ZeRO stages: time may run out."""
+        """One of each length and the V100 recipe, then those at other ZeRO stages."""
         sizes, longest = self.sizes, max(self.sizes.micro_batches)
         parts = []
         for stage in sizes.zero_stages:
@@ -275,6 +267,7 @@ def run_all(plan: Plan, runner: Runner, groups: Sequence[str]) -> None:
         plan.write_inputs()
         together.append([plan.preparation(), *([plan.distillation()] if DISTILLATION in groups else [])])
     runner.run_together(*together)
+    # What tells most comes first: time may run out.
     training = plan.training() if TRAINING in groups else []
     first = len(plan.sizes.micro_batches) + 1
     runner.run(*([plan.evaluation()] if DISTILLATION in groups else []), *training[:first])
