@@ -41,20 +41,11 @@ def test_only_documents_and_padding_see_themselves() -> None:
     ]
 
 
-def test_flex_attention_gives_what_sdpa_gives(corpus: Corpus, device: str) -> None:
+def test_flex_attention_gives_what_sdpa_gives(tiny_teacher_dir: Path, corpus: Corpus, device: str) -> None:
     torch.manual_seed(0)
-    teacher = BertForMaskedLM(  # flex attention on a GPU wants heads of 16 or more
-        BertConfig(
-            vocab_size=corpus.manifest.vocab_size,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=64,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            initializer_range=0.2,
-        )
-    ).eval()
+    # On a GPU flex attention wants heads of 16 or more.
+    config = BertConfig.from_pretrained(tiny_teacher_dir, num_attention_heads=2)
+    teacher = BertForMaskedLM(config).eval()
     batch = MicroBatches(corpus, BatchEquation(6, 6, 1, 1), rank=0, seed=0)[0].to(torch.device(device))
     teacher.to(device)
     with torch.no_grad():
