@@ -9,7 +9,7 @@ import functools
 import math
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -202,7 +202,7 @@ def _leave_signals_to_trainer(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def on_device(batches: Iterable[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
+def on_device(batches: Iterable[MicroBatch], device: torch.device) -> Generator[MicroBatch, None, None]:
     """The micro-batches on the device; to a GPU each is copied on a stream of its own, while the one before is used."""
     if device.type != "cuda":
         yield from batches

@@ -1,7 +1,7 @@
 """The training loop, and the student that comes out of it."""
 
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 
 import deepspeed
@@ -84,7 +84,9 @@ def _train(run: Run, batches: MicroBatches, watch: JobWatch) -> None:
     )
     metrics = _start_metrics(run, engine, batches, progress)
 
-    with metrics.progress_bar:
+    # Closed here, and not when a reference cycle happens to be found: its workers heed no signal, and the end of the
+    # process waits for them.
+    with metrics.progress_bar, closing(loader):
         while progress.step < run.total_steps:
             learning_rate = engine.get_lr()[0]
             result = step.take(progress.batches, loader)

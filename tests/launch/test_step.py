@@ -27,7 +27,24 @@ def test_nothing_waits_for_the_device_between_optimiser_steps(
     assert {wait.partition(" in ")[2].partition(":")[0] for wait in waits["1"]} <= {"utils.py"}
 
 
-def metrics_of(output: Path, teacher: Path, corpus: Path, device: str, *flags: object) -> list[StepMetrics]:
+WITHOUT_COLLECTOR = """
+import gc, runpy, sys
+gc.disable()
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_it_ends_with_workers_though_nobody_looks_for_reference_cycles(
+    tmp_path: Path, tiny_teacher_dir: Path, small_corpus_dir: Path
+) -> None:
+    arguments = arguments_of(tmp_path / "run", tiny_teacher_dir, small_corpus_dir)
+    command = ("-c", WITHOUT_COLLECTOR, ROOT / "launch" / "train.py", *arguments)
+    result = python(*command, "--dataloader_num_workers", 1)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def arguments_of(output: Path, teacher: Path, corpus: Path) -> list[object]:
     options = {
         "--deepspeed_config": CPU_CONFIG,
         "--teacher": teacher,
@@ -37,7 +54,11 @@ def metrics_of(output: Path, teacher: Path, corpus: Path, device: str, *flags: o
         "--train_batch_size": 16,
         "--per_device_train_batch_size": 4,
     }
-    arguments = [part for pair in options.items() for part in pair]
+    return [part for pair in options.items() for part in pair]
+
+
+def metrics_of(output: Path, teacher: Path, corpus: Path, device: str, *flags: object) -> list[StepMetrics]:
+    arguments = arguments_of(output, teacher, corpus)
     result = deepspeed(ROOT / "launch" / "train.py", *arguments, *flags, ranks=1, device=device)
     assert result.returncode == 0, result.stderr[-3000:]
     return read_metrics(output / "metrics.jsonl")
