@@ -172,9 +172,10 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(
     assert "cannot write" in line
     step = training.newest().progress.step
     assert 0 < step < STEPS
-    assert not list(small_disk.rglob("*.incomplete"))
     subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
     training.finish()
+    # Until then the rank that failed last may have left some.
+    assert not list(small_disk.rglob("*.incomplete"))
     assert_same_end(training.run, uninterrupted)
 
 
