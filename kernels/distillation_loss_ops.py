@@ -18,6 +18,10 @@ if TRITON_INSTALLED:
     from distilspeed.kernels import distillation_loss_triton
     from distilspeed.kernels.rescale_triton import rescale
 
+# A factor within this many roundings of 1 is 1: a loss divided by 41 accumulation steps and multiplied by 41 again has
+# such a factor, as for 74 of the counts up to 512, and the gradient would be read, written and rounded once more.
+ROUNDINGS = 8
+
 
 def implementation_for(logits: Tensor) -> ModuleType:
     return distillation_loss_triton if use_triton(logits) else distillation_loss_chunked
@@ -88,14 +92,15 @@ def _(student_logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 def rescale_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
-    """A gradient [rows, width] times a 0-dim factor of the accumulation dtype; free where that is 1.
+    """A gradient [rows, width] times a 0-dim factor of the accumulation dtype; free where that is 1 within rounding.
 
     Not an operator: in place, but where torch.compile plans memory itself.
     """
     if torch.compiler.is_compiling():
         return (gradient.to(factor.dtype) * factor).to(gradient.dtype)
+    tolerance = ROUNDINGS * torch.finfo(factor.dtype).eps
     if use_triton(gradient):
-        rescale(gradient, factor)
-    elif factor != 1:
+        rescale(gradient, factor, tolerance)
+    elif not abs(factor.item() - 1) <= tolerance:  # not ">", which is false of NaN
         gradient.mul_(factor.item())
     return gradient

@@ -19,10 +19,11 @@ def rescale_kernel(
     gradient_stride,  # elements from one row to the next
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
+    TOLERANCE: tl.constexpr,  # a factor this near to 1 counts as 1
 ):
     row = tl.program_id(0).to(tl.int64)
     factor = tl.load(factor_ptr)
-    if factor != 1.0:
+    if not (tl.abs(factor - 1.0) <= TOLERANCE):  # not ">", which is false of NaN
         for start in range(0, WIDTH, TILE):
             columns = start + tl.arange(0, TILE)
             pointers = gradient_ptr + row * gradient_stride + columns
@@ -30,11 +31,14 @@ def rescale_kernel(
             tl.store(pointers, gradient.to(gradient_ptr.dtype.element_ty), mask=columns < WIDTH)
 
 
-def rescale(gradient: Tensor, factor: Tensor) -> None:
-    """Multiply [rows, width] in place by a 0-dim float32 tensor on its device; where it is 1 nothing is read."""
+def rescale(gradient: Tensor, factor: Tensor, tolerance: float) -> None:
+    """Multiply [rows, width] in place by a 0-dim float32 tensor on its device.
+
+    Where that is within ``tolerance`` of 1 the gradient is not read and keeps its bits.
+    """
     num_rows, width = gradient.shape
     if num_rows > 0:
         with launch_device(gradient):
             rescale_kernel[(num_rows,)](
-                gradient, factor, gradient.stride(0), width, TILE, num_warps=NUM_WARPS
+                gradient, factor, gradient.stride(0), width, TILE, tolerance, num_warps=NUM_WARPS
             )

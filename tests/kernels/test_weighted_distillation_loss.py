@@ -136,6 +136,24 @@ def test_loss_scale_keeps_float16_gradients_from_flushing_to_zero(
 
 @pytest.mark.memcheck
 @pytest.mark.usefixtures("several_tiles_and_blocks")
+@pytest.mark.parametrize("accumulation_steps", [41, 47, 97])
+def test_an_accumulation_count_that_comes_back_as_almost_1_costs_no_second_rounding(
+    accumulation_steps: int, device: str
+) -> None:
+    factor = (1 / torch.tensor(float(accumulation_steps), device=device)) * accumulation_steps
+    gradient, _ = random_logits(4, 300, dtype=torch.float32, device=device)
+    before = gradient.clone()
+    assert torch.equal(ops.rescale_gradient(gradient, factor), before)
+
+
+@pytest.mark.parametrize("factor", [1 + 2**-18, 1 - 2**-18, 0.5, math.inf, math.nan])
+def test_every_other_factor_reaches_the_gradient(factor: float, device: str) -> None:
+    gradient, _ = random_logits(4, 300, dtype=torch.float32, device=device)
+    expected = gradient * factor
+    rescaled = ops.rescale_gradient(gradient, torch.tensor(factor, device=device))
+    torch.testing.assert_close(rescaled, expected, rtol=1e-7, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("loss_scale", [1.0, 2.0**10])
 def test_gradient_in_place_is_the_same_gradient(loss_scale: float, device: str) -> None:
     student, teacher = random_logits(9, 40, dtype=torch.float32, device=device)
