@@ -120,7 +120,11 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--data_dir", type=Path, required=True, help="corpus made by launch/prepare_data.py")
     add("--train_batch_size", type=int, help='rows per optimiser step, where the config says "auto"')
     add("--per_device_train_batch_size", type=int, help='rows per micro-batch, where the config says "auto"')
-    add("--dataloader_num_workers", type=int, default=0, help="processes that mask and collate; default 0")
+    add(
+        "--dataloader_num_workers",
+        type=int,
+        help="processes that mask and collate; default 2 on a GPU, 0 on a CPU",
+    )
     add("--restrict_ce_to_mask", action="store_true", help="soft targets on masked tokens only, in our step")
     add("--compile", action="store_true", help="compile the encoders (torch.compile), in our step")
     add("--as_v100", action="store_true", help="under the limits of a V100 of 16 GiB, on a newer GPU")

@@ -77,8 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--dataloader_num_workers",
         type=int,
-        default=0,
-        help="processes per rank that mask and collate; default 0",
+        help="processes per rank that mask and collate; default 2 on a GPU, 0 on a CPU",
     )
     add(
         "--ddp_timeout",

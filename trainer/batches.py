@@ -34,6 +34,8 @@ ROW_ORDER_STREAM, DROPOUT_STREAM = 1, 2
 PADDING_DOCUMENT = -1
 # Micro-batches that each worker process has ready: a step of the original's recipe is tens of them long.
 PREFETCH_FACTOR = 4
+# While a rank masks its own micro-batches it launches nothing on its GPU.
+WORKERS_PER_GPU = 2
 
 
 class MicroBatch(NamedTuple):
@@ -194,6 +196,11 @@ class MicroBatches(Dataset[MicroBatch]):
             prefetch_factor=PREFETCH_FACTOR if num_workers else None,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def resolve_num_workers(asked: int | None, device: torch.device) -> int:
+    """Worker processes of a rank's loader: as many as asked for, or two on a GPU and none on a CPU."""
+    return (WORKERS_PER_GPU if device.type == "cuda" else 0) if asked is None else asked
 
 
 def _leave_signals_to_trainer(worker: int) -> None:

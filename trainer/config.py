@@ -51,7 +51,7 @@ class TrainArguments:
     save_total_limit: int = 2
     save_retain_steps: int | None = None
     logging_steps: int = 10
-    dataloader_num_workers: int = 0
+    dataloader_num_workers: int | None = None
     ddp_timeout: float = 1800.0
     compile: bool = False
     full_determinism: bool = False
@@ -92,7 +92,7 @@ class TrainArguments:
             ),
             (self.logging_steps > 0, "--logging_steps must be above 0"),
             (10 <= self.ddp_timeout <= 1e7, "--ddp_timeout must be from 10 to 1e7 seconds"),
-            (self.dataloader_num_workers >= 0, "--dataloader_num_workers must not be negative"),
+            ((self.dataloader_num_workers or 0) >= 0, "--dataloader_num_workers must not be negative"),
             (self.gpu_memory is None or self.gpu_memory > 0, "--gpu_memory must be above 0"),
             (
                 self.gpu_memory is None or self.plan,

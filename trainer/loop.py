@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from distilspeed.trainer.batches import MicroBatches, on_device
+from distilspeed.trainer.batches import MicroBatches, on_device, resolve_num_workers
 from distilspeed.trainer.checkpoint import Checkpoints, Progress
 from distilspeed.trainer.engines import DTYPES, join_job
 from distilspeed.trainer.errors import StoppedError
@@ -80,7 +80,10 @@ def _train(run: Run, batches: MicroBatches, watch: JobWatch) -> None:
     progress = checkpoints.load(engine, newest) if newest else Progress()
 
     loader = on_device(
-        batches.loader(progress.batches, None, arguments.dataloader_num_workers), process.device
+        batches.loader(
+            progress.batches, None, resolve_num_workers(arguments.dataloader_num_workers, process.device)
+        ),
+        process.device,
     )
     metrics = _start_metrics(run, engine, batches, progress)
 

@@ -80,8 +80,8 @@ def test_a_number_of_gpus_that_does_not_divide_4096_is_refused_in_one_line(
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert status == 2
     assert lines == [
-        "error: train_batch_size 4096 cannot be divided into micro-batch 8 x 3 ranks; "
-        "the nearest that can: 4080 and 4104"
+        "error: train_batch_size 4096 cannot be divided into micro-batch 32 x 3 ranks; "
+        "the nearest that can: 4032 and 4128"
     ]
     assert not (tmp_path / "run").exists()
 

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from distilspeed.trainer.batches import MicroBatch, MicroBatches, document_layout, total_steps
+from distilspeed.trainer.batches import (
+    MicroBatch,
+    MicroBatches,
+    document_layout,
+    resolve_num_workers,
+    total_steps,
+)
 from distilspeed.trainer.config import BatchEquation
 from distilspeed.trainer.corpus import Corpus, open_corpus
 from distilspeed.trainer.masking import IGNORE_INDEX
@@ -75,6 +81,16 @@ def test_resuming_at_a_step_gives_the_batches_that_come_there(corpus: Corpus) ->
     resumed = list(MicroBatches(corpus, equation, rank=1, seed=3).loader(4, 6, num_workers=2))
     for expected, found in zip(straight[8:], resumed, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "num_workers"),
+    [(None, "cpu", 0), (None, "cuda", 2), (0, "cuda", 0), (3, "cpu", 3)],
+)
+def test_a_gpu_has_two_workers_unless_told_otherwise(
+    asked: int | None, device: str, num_workers: int
+) -> None:
+    assert resolve_num_workers(asked, torch.device(device)) == num_workers
 
 
 def test_the_masked_places_are_every_masked_token_and_constant_in_number(corpus: Corpus) -> None:

@@ -80,7 +80,7 @@ def test_every_shipped_config_resolves_to_the_recipe_of_the_original(path: Path)
 
 def test_the_8_v100_config_accumulates_to_4096_sequences_in_fp16() -> None:
     config = read_deepspeed_config(next(path for path in CONFIGS if path.stem == "v100x8_fp16"))
-    assert resolve_batch_equation(config, 8).train_batch_size == 4096
+    assert resolve_batch_equation(config, 8) == BatchEquation(4096, 32, 16, 8)
     assert resolve_precision(config) == "fp16"
 
 

@@ -19,7 +19,7 @@ import torch.distributed
 from torch import nn
 
 from distilspeed.kernels.profiling.measurement import peak_cpu_bytes
-from distilspeed.trainer.batches import MicroBatches, on_device
+from distilspeed.trainer.batches import MicroBatches, on_device, resolve_num_workers
 from distilspeed.trainer.engines import DTYPES, join_job
 from distilspeed.trainer.flops import measure_matmul_flops
 from distilspeed.trainer.phases import PhaseProfile
@@ -74,7 +74,8 @@ class Ours:
         self.batches = MicroBatches(run.corpus, run.batch, run.process.rank, run.arguments.seed)
         settle_attention(run, self.batches)
         self.step = TrainingStep(run)
-        loader = self.batches.loader(0, None, run.arguments.dataloader_num_workers)
+        num_workers = resolve_num_workers(run.arguments.dataloader_num_workers, run.process.device)
+        loader = self.batches.loader(0, None, num_workers)
         self.micro_batches = on_device(loader, run.process.device)
         self.taken = 0
 
