@@ -1,18 +1,22 @@
-"""Packaging: the top-level folders become one namespace, ``distilspeed``.
+"""Packaging: the top-level folders become one package, ``distilspeed``, which holds a link to each of them.
 
 A top-level module called ``kernels`` would shadow the PyPI package of that name, which transformers
 imports when it is installed; so nothing here is importable under its folder's bare name.
 """
 
+import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_namespace_packages, setup
+
+HERE = Path(__file__).parent
+PACKAGE = (HERE / "distilspeed" / "__init__.py").read_text(encoding="utf-8")
 
 setup(
     name="distilspeed",
-    version="0.1.0",
+    version=re.findall(r'^__version__ = "(.+)"$', PACKAGE, re.MULTILINE)[0],
     description="Knowledge distillation of Transformer encoders on DeepSpeed, with fused Triton losses",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
@@ -21,39 +25,30 @@ setup(
         "Operating System :: POSIX :: Linux",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    package_dir={
-        "distilspeed.kernels": "kernels",
-        "distilspeed.kernels.profiling": "kernels/profiling",
-        "distilspeed.trainer": "trainer",
-        "distilspeed.trainer.throughput": "trainer/throughput",
-    },
-    packages=[
-        "distilspeed.kernels",
-        "distilspeed.kernels.profiling",
-        "distilspeed.trainer",
-        "distilspeed.trainer.throughput",
-    ],
-    package_data={"distilspeed.kernels": ["*.json"]},
+    # Links to the folders of the same names; launch/ and ds_configs/ are found beside the code that needs them.
+    packages=find_namespace_packages(include=["distilspeed", "distilspeed.*"]),
+    package_data={"": ["*.json", "*.sh", "*.sbatch", "py.typed"]},
     python_requires=">=3.11",
-    install_requires=[
-        "torch>=2.10",
-        "deepspeed>=0.19.8",
-        "transformers>=5.17,<6",
-        "datasets>=4.0",
-        "huggingface-hub",
-        "packaging",
-        "psutil",
-        "pydantic>=2",
-        "tokenizers",
-        "safetensors",
-        "numpy>=1.26",
-        "pyarrow",
-        "matplotlib",
-        "tqdm",
-        "triton>=3.6; platform_system == 'Linux'",
-    ],
+    # The losses need no more; the extra "train" is the rest.
+    install_requires=["torch>=2.10", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={
+        "train": [
+            "deepspeed>=0.19.8",
+            "transformers>=5.17,<6",
+            "datasets>=4.0",
+            "huggingface-hub",
+            "packaging",
+            "psutil",
+            "pydantic>=2",
+            "tokenizers",
+            "safetensors",
+            "numpy>=1.26",
+            "pyarrow",
+            "matplotlib",
+            "tqdm",
+        ],
         "test": [
+            "distilspeed[train]",
             "pytest>=8",
             "hypothesis>=6.100",
             "ruff>=0.12",

@@ -21,15 +21,20 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from distilspeed.kernels import cosine_loss_chunked
-from distilspeed.kernels.backend import TRITON_INSTALLED, accumulation_dtype, use_triton
-from distilspeed.kernels.checks import as_rows, check_pair, check_row_tensor, resolve_normalizer
+from distilspeed.kernels.implementation import cosine_loss_chunked
+from distilspeed.kernels.implementation.backend import TRITON_INSTALLED, accumulation_dtype, use_triton
+from distilspeed.kernels.implementation.checks import (
+    as_rows,
+    check_pair,
+    check_row_tensor,
+    resolve_normalizer,
+)
 
 if TRITON_INSTALLED:
-    from distilspeed.kernels import cosine_loss_triton
+    from distilspeed.kernels.implementation import cosine_loss_triton
 
 EPS = 1e-8
 
@@ -66,6 +71,20 @@ def cosine_loss(
     divisor = resolve_normalizer("normalizer", normalizer, student_hidden, mask)
     mask_rows = None if mask is None else mask.reshape(-1).contiguous()
     return CosineLossFunction.apply(as_rows(student_hidden), as_rows(teacher_hidden), mask_rows, divisor)
+
+
+class CosineLoss(nn.Module):
+    """:func:`cosine_loss` as a module, for those who keep their losses in modules."""
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        teacher_hidden: Tensor,
+        *,
+        mask: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> Tensor:
+        return cosine_loss(student_hidden, teacher_hidden, mask=mask, normalizer=normalizer)
 
 
 class CosineLossFunction(torch.autograd.Function):

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from distilspeed.kernels import distillation_loss_ops as ops
-from distilspeed.kernels.checks import check_writable, resolve_normalizer
-from distilspeed.kernels.distillation_loss_rows import LOSS_FIELDS, LossRows, loss_rows, means
+from distilspeed.kernels.implementation import distillation_loss_ops as ops
+from distilspeed.kernels.implementation.checks import check_writable, resolve_normalizer
+from distilspeed.kernels.implementation.distillation_loss_rows import LOSS_FIELDS, LossRows, loss_rows, means
 
 
 class DistillationLosses(NamedTuple):
@@ -103,16 +103,16 @@ def distillation_loss(
 
 
 class DistillationLoss(nn.Module):
-    """alpha_ce * kl + alpha_mlm * hard_ce as one scalar; see :func:`distillation_loss`.
+    """soft_weight * kl + hard_weight * hard_ce as one scalar; see :func:`distillation_loss`.
 
     The defaults are those of Sanh et al. 2019 without the cosine term, which acts on hidden states.
     """
 
-    def __init__(self, temperature: float = 2.0, alpha_ce: float = 5.0, alpha_mlm: float = 2.0) -> None:
+    def __init__(self, temperature: float = 2.0, soft_weight: float = 5.0, hard_weight: float = 2.0) -> None:
         super().__init__()
         self.temperature = temperature
-        self.alpha_ce = alpha_ce
-        self.alpha_mlm = alpha_mlm
+        self.soft_weight = soft_weight
+        self.hard_weight = hard_weight
 
     def forward(
         self,
@@ -121,6 +121,8 @@ class DistillationLoss(nn.Module):
         labels: Tensor | None = None,
         *,
         soft_mask: Tensor | None = None,
+        soft_normalizer: float | Tensor | None = None,
+        hard_normalizer: float | Tensor | None = None,
         vocab_size: int | None = None,
     ) -> Tensor:
         losses = distillation_loss(
@@ -129,12 +131,16 @@ class DistillationLoss(nn.Module):
             labels,
             temperature=self.temperature,
             soft_mask=soft_mask,
+            soft_normalizer=soft_normalizer,
+            hard_normalizer=hard_normalizer,
             vocab_size=vocab_size,
         )
-        return self.alpha_ce * losses.kl + self.alpha_mlm * losses.hard_ce
+        return self.soft_weight * losses.kl + self.hard_weight * losses.hard_ce
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, alpha_ce={self.alpha_ce}, alpha_mlm={self.alpha_mlm}"
+        return (
+            f"temperature={self.temperature}, soft_weight={self.soft_weight}, hard_weight={self.hard_weight}"
+        )
 
 
 class DistillationLossFunction(torch.autograd.Function):

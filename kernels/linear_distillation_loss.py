@@ -17,18 +17,18 @@ coefficients that add up to GRADIENT_SIZE, and what the caller's differ by is mu
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from distilspeed.kernels import distillation_loss_ops as ops
-from distilspeed.kernels.checks import (
+from distilspeed.kernels.implementation import distillation_loss_ops as ops
+from distilspeed.kernels.implementation.checks import (
     check_floating_point,
     check_row_tensor,
     check_settings,
     resolve_normalizer,
 )
-from distilspeed.kernels.distillation_loss_rows import means
-from distilspeed.kernels.linear_distillation_loss_ops import Projections, forward_backward
+from distilspeed.kernels.implementation.distillation_loss_rows import means
+from distilspeed.kernels.implementation.linear_distillation_loss_ops import Projections, forward_backward
 from distilspeed.kernels.weighted_distillation_loss import WeightedLosses
 
 # No entry of g is greater, and a row's entries add up to no more than twice this in size: its product with weights
@@ -48,8 +48,8 @@ def linear_distillation_loss(
     *,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
-    alpha_ce: float = 5.0,
-    alpha_mlm: float = 2.0,
+    soft_weight: float = 5.0,
+    hard_weight: float = 2.0,
     temperature: float = 2.0,
     soft_mask: Tensor | None = None,
     soft_normalizer: float | Tensor | None = None,
@@ -109,8 +109,8 @@ def linear_distillation_loss(
             None if soft_mask is None else soft_mask.reshape(-1).contiguous(),
             resolve_normalizer("soft_normalizer", soft_normalizer, projections.student_hidden, soft_mask),
             resolve_normalizer("hard_normalizer", hard_normalizer, projections.student_hidden, labelled),
-            alpha_ce,
-            alpha_mlm,
+            soft_weight,
+            hard_weight,
             temperature,
             ignore_index,
             vocab_size,
@@ -153,6 +153,56 @@ def check_fit(projections: Projections) -> None:
             )
 
 
+class LinearDistillationLoss(nn.Module):
+    """The sum of :func:`linear_distillation_loss` as one scalar; the projections' weights are arguments of each call.
+
+    The defaults are those of Sanh et al. 2019 without the cosine term, which acts on hidden states.
+    """
+
+    def __init__(self, temperature: float = 2.0, soft_weight: float = 5.0, hard_weight: float = 2.0) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.soft_weight = soft_weight
+        self.hard_weight = hard_weight
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        labels: Tensor | None = None,
+        *,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+        soft_mask: Tensor | None = None,
+        soft_normalizer: float | Tensor | None = None,
+        hard_normalizer: float | Tensor | None = None,
+        vocab_size: int | None = None,
+    ) -> Tensor:
+        return linear_distillation_loss(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            labels,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            soft_weight=self.soft_weight,
+            hard_weight=self.hard_weight,
+            temperature=self.temperature,
+            soft_mask=soft_mask,
+            soft_normalizer=soft_normalizer,
+            hard_normalizer=hard_normalizer,
+            vocab_size=vocab_size,
+        ).loss
+
+    def extra_repr(self) -> str:
+        return (
+            f"temperature={self.temperature}, soft_weight={self.soft_weight}, hard_weight={self.hard_weight}"
+        )
+
+
 class LinearDistillationLossFunction(torch.autograd.Function):
     """Forward leaves the gradients behind; backward multiplies them by what arrives."""
 
@@ -169,14 +219,16 @@ class LinearDistillationLossFunction(torch.autograd.Function):
         soft_mask: Tensor | None,  # [rows]
         soft_normalizer: Tensor,  # 0-dim
         hard_normalizer: Tensor,  # 0-dim
-        alpha_ce: float,
-        alpha_mlm: float,
+        soft_weight: float,
+        hard_weight: float,
         temperature: float,
         ignore_index: int,
         vocab_size: int,
         chunk_bytes: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        coefficients = torch.stack((alpha_ce * temperature / soft_normalizer, alpha_mlm / hard_normalizer))
+        coefficients = torch.stack(
+            (soft_weight * temperature / soft_normalizer, hard_weight / hard_normalizer)
+        )
         unscaled = torch.ones_like(soft_normalizer)
         if student_hidden.dtype == torch.float16:
             smallest = torch.finfo(coefficients.dtype).tiny  # where both weights are 0
@@ -202,7 +254,7 @@ class LinearDistillationLossFunction(torch.autograd.Function):
         ctx.gradients_given = False
         kl, soft_ce, hard_ce = means(losses, temperature, soft_normalizer, hard_normalizer)
         ctx.mark_non_differentiable(kl, soft_ce, hard_ce)
-        return alpha_ce * kl + alpha_mlm * hard_ce, kl, soft_ce, hard_ce
+        return soft_weight * kl + hard_weight * hard_ce, kl, soft_ce, hard_ce
 
     @staticmethod
     @once_differentiable

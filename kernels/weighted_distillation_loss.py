@@ -1,6 +1,6 @@
 """Distillation loss as one weighted sum, its gradient computed together with it (public).
 
-    loss = alpha_ce * kl + alpha_mlm * hard_ce
+    loss = soft_weight * kl + hard_weight * hard_ce
 
 with kl and hard_ce of ``distillation_loss``. Because the weights are known when the loss is computed, so is the
 gradient up to the factor that ``backward`` brings, and one launch gives both: logits are read once from
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distilspeed.kernels import distillation_loss_ops as ops
-from distilspeed.kernels.checks import check_writable, resolve_normalizer
-from distilspeed.kernels.distillation_loss_rows import LOSS_FIELDS, LossRows, loss_rows, means
+from distilspeed.kernels.implementation import distillation_loss_ops as ops
+from distilspeed.kernels.implementation.checks import check_writable, resolve_normalizer
+from distilspeed.kernels.implementation.distillation_loss_rows import LOSS_FIELDS, LossRows, loss_rows, means
 
 
 class WeightedLosses(NamedTuple):
@@ -33,8 +33,8 @@ def weighted_distillation_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = None,
     *,
-    alpha_ce: float = 5.0,
-    alpha_mlm: float = 2.0,
+    soft_weight: float = 5.0,
+    hard_weight: float = 2.0,
     loss_scale: float | Tensor | None = None,
     temperature: float = 2.0,
     soft_mask: Tensor | None = None,
@@ -44,11 +44,11 @@ def weighted_distillation_loss(
     vocab_size: int | None = None,
     inplace: bool = False,
 ) -> WeightedLosses:
-    """alpha_ce * kl + alpha_mlm * hard_ce of :func:`distillation_loss.distillation_loss`, and its parts.
+    """soft_weight * kl + hard_weight * hard_ce of :func:`distillation_loss.distillation_loss`, and its parts.
 
     Args:
-        alpha_ce: weight of the soft targets.
-        alpha_mlm: weight of the hard labels.
+        soft_weight: weight of the soft targets.
+        hard_weight: weight of the hard labels.
         loss_scale: the gradient that will arrive at ``loss``: the loss scale of fp16 training, with everything
             else the loss is multiplied by before ``backward``; a number, or a 0-dim tensor on the same
             device. With another gradient the result is still right, for one more pass over it; but in
@@ -83,8 +83,8 @@ def weighted_distillation_loss(
             resolve_normalizer("soft_normalizer", soft_normalizer, rows.student_logits, rows.soft_mask),
             resolve_normalizer("hard_normalizer", hard_normalizer, rows.student_logits, rows.labelled),
             resolve_normalizer("loss_scale", loss_scale, rows.student_logits, None),
-            alpha_ce,
-            alpha_mlm,
+            soft_weight,
+            hard_weight,
             inplace and not torch.compiler.is_compiling(),
         )
     )
@@ -106,8 +106,8 @@ class WeightedDistillationLossFunction(torch.autograd.Function):
         soft_normalizer: Tensor,  # 0-dim
         hard_normalizer: Tensor,  # 0-dim
         loss_scale: Tensor,  # 0-dim
-        alpha_ce: float,
-        alpha_mlm: float,
+        soft_weight: float,
+        hard_weight: float,
         inplace: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = LossRows(
@@ -115,8 +115,8 @@ class WeightedDistillationLossFunction(torch.autograd.Function):
         )
         coefficients = torch.stack(
             (
-                alpha_ce * temperature * loss_scale / soft_normalizer,
-                alpha_mlm * loss_scale / hard_normalizer,
+                soft_weight * temperature * loss_scale / soft_normalizer,
+                hard_weight * loss_scale / hard_normalizer,
             )
         )
         if not ctx.needs_input_grad[0]:
@@ -133,7 +133,7 @@ class WeightedDistillationLossFunction(torch.autograd.Function):
         ctx.gradient_given = False
         kl, soft_ce, hard_ce = means(losses.sum(1), temperature, soft_normalizer, hard_normalizer)
         ctx.mark_non_differentiable(kl, soft_ce, hard_ce)
-        return alpha_ce * kl + alpha_mlm * hard_ce, kl, soft_ce, hard_ce
+        return soft_weight * kl + hard_weight * hard_ce, kl, soft_ce, hard_ce
 
     @staticmethod
     @once_differentiable

@@ -6,8 +6,8 @@ Prints a table; with --output_dir also writes profile.json and roofline.png.
 
     python launch/profile_kernels.py --tune [--vocab_size 30522]
 
-chooses tile and warps of the loss kernel anew and writes them into kernels/launch_configs.json: by timing for the GPU
-of this machine, by the compiler's figures for all others; entries that were timed elsewhere stay.
+chooses tile and warps of the loss kernel anew and writes them into kernels/implementation/launch_configs.json: by
+timing for the GPU of this machine, by the compiler's figures for all others; entries that were timed elsewhere stay.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def _tune(vocab_size: int = 30522, **others: Any) -> None:
         raise UserError(f"--tune goes with --vocab_size only; leave out --{next(iter(others))}")
     if vocab_size < 1:
         raise UserError("--vocab_size must be at least 1")
-    from distilspeed.kernels.launch_configs import TABLE_FILE
+    from distilspeed.kernels.implementation.launch_configs import TABLE_FILE
     from distilspeed.kernels.profiling.tuning import make_table, table_as_json
 
     try:

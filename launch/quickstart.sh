@@ -44,7 +44,7 @@ done
 mkdir -p -- "$out" 2>/dev/null || fail "cannot make the folder $out; choose another --output_dir"
 out=$(cd -- "$out" && pwd)
 
-setup_venv ""
+setup_venv "[train]"
 choose_accelerator
 export PATH=$PWD/.venv/bin:$PATH
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')

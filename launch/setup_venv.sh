@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh: makes .venv, installs torch first, then the project; does nothing twice.
 #
-#   setup_venv EXTRAS     EXTRAS: none, or for example [test]
+#   setup_venv EXTRAS     for example [train]
 #
 # Torch comes first and pinned, because any other package would pull its newest build and the CUDA packages with it.
 

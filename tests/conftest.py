@@ -21,7 +21,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])])
 def device(request: pytest.FixtureRequest) -> str:
-    """Where tensors live, and so which implementation of the losses runs; see ``distilspeed.kernels.backend``."""
+    """Where tensors live, and so which implementation of the losses runs; see kernels/implementation/backend.py."""
     return request.param
 
 

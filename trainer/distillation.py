@@ -163,8 +163,8 @@ class Distillation(nn.Module):
             outputs.logits,
             targets.logits,
             labels,
-            alpha_ce=weights.alpha_ce,
-            alpha_mlm=weights.alpha_mlm,
+            soft_weight=weights.alpha_ce,
+            hard_weight=weights.alpha_mlm,
             # The engine divides by the accumulation steps, which forward has multiplied by.
             loss_scale=self.world_size * loss_scale,
             temperature=weights.temperature,

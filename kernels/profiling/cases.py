@@ -24,12 +24,12 @@ from distilspeed.kernels.distillation_loss import distillation_loss
 from distilspeed.kernels.profiling.linear_cases import linear_group
 from distilspeed.kernels.profiling.measurement import Case, Tensors
 from distilspeed.kernels.profiling.peers import (
-    ALPHA_CE,
-    ALPHA_MLM,
     COMPILE,
     EAGER,
+    HARD_WEIGHT,
     LIGER,
     PEERS,
+    SOFT_WEIGHT,
     compile_once,
     distilbert_cosine,
     distilbert_losses,
@@ -78,15 +78,15 @@ def logits_group(problem: Problem, generator: torch.Generator) -> Group:
         losses = distillation_loss(
             student_logits, teacher, labels, temperature=temperature, inplace_backward=inplace_backward
         )
-        return (ALPHA_CE * losses.kl + ALPHA_MLM * losses.hard_ce,)
+        return (SOFT_WEIGHT * losses.kl + HARD_WEIGHT * losses.hard_ce,)
 
     def own_weighted(student_logits: Tensor, inplace: bool) -> Tensors:
         weighted = weighted_distillation_loss(
             student_logits,
             teacher,
             labels,
-            alpha_ce=ALPHA_CE,
-            alpha_mlm=ALPHA_MLM,
+            soft_weight=SOFT_WEIGHT,
+            hard_weight=HARD_WEIGHT,
             loss_scale=1.0,
             temperature=temperature,
             inplace=inplace,

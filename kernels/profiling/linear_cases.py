@@ -9,11 +9,11 @@ from distilspeed.kernels.distillation_loss import distillation_loss
 from distilspeed.kernels.linear_distillation_loss import linear_distillation_loss
 from distilspeed.kernels.profiling.measurement import Case, Tensors
 from distilspeed.kernels.profiling.peers import (
-    ALPHA_CE,
-    ALPHA_MLM,
     COMPILE,
     EAGER,
+    HARD_WEIGHT,
     LIGER,
+    SOFT_WEIGHT,
     distilbert_losses,
     liger_linear,
     project,
@@ -57,8 +57,8 @@ def linear_group(problem: Problem, generator: torch.Generator) -> Group:
             weight,
             *teacher,
             labels,
-            alpha_ce=ALPHA_CE,
-            alpha_mlm=ALPHA_MLM,
+            soft_weight=SOFT_WEIGHT,
+            hard_weight=HARD_WEIGHT,
             temperature=temperature,
         )
         return (losses.loss,)
@@ -66,7 +66,7 @@ def linear_group(problem: Problem, generator: torch.Generator) -> Group:
     def own_on_logits(hidden: Tensor, weight: Tensor) -> Tensors:
         logits = project(hidden, weight, *teacher)
         losses = distillation_loss(*logits, labels, temperature=temperature)
-        return (ALPHA_CE * losses.kl + ALPHA_MLM * losses.hard_ce,)
+        return (SOFT_WEIGHT * losses.kl + HARD_WEIGHT * losses.hard_ce,)
 
     def eager_on_logits(hidden: Tensor, weight: Tensor) -> Tensors:
         logits = project(hidden, weight, *teacher)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from distilspeed.kernels.backend import use_triton
+from distilspeed.kernels.implementation.backend import use_triton
 
 EAGER, COMPILE, LIGER = (frozenset({name}) for name in ("eager", "compile", "liger"))
 PEERS = EAGER | COMPILE | LIGER
 
-ALPHA_CE = 5.0
-ALPHA_MLM = 2.0
+SOFT_WEIGHT = 5.0
+HARD_WEIGHT = 2.0
 IGNORE_INDEX = -100
 
 # Once for a function, at its first call: that imports the compiler, which takes seconds.
@@ -31,7 +31,7 @@ def eager_losses(
     Logits are [rows, vocabulary], labels [rows] int64.
     """
     soft = soft_loss(student_logits, teacher_logits, temperature)
-    return ALPHA_CE * soft + ALPHA_MLM * hard_loss(student_logits, labels)
+    return SOFT_WEIGHT * soft + HARD_WEIGHT * hard_loss(student_logits, labels)
 
 
 def distilbert_losses(
@@ -44,7 +44,7 @@ def distilbert_losses(
     student_rows = select_rows(student_logits, attention_mask)
     teacher_rows = select_rows(teacher_logits, attention_mask)
     soft = soft_loss(student_rows, teacher_rows, temperature)
-    return ALPHA_CE * soft + ALPHA_MLM * hard_loss(student_logits, labels)
+    return SOFT_WEIGHT * soft + HARD_WEIGHT * hard_loss(student_logits, labels)
 
 
 def soft_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -91,7 +91,7 @@ def liger_logits(
     p = functional.softmax(teacher_logits / temperature, dim=-1)
     soft: Tensor = LigerKLDivLossFunction.apply(log_q, p, "batchmean") * temperature**2
     hard, *_ = LigerCrossEntropyFunction.apply(student_logits, labels, None, IGNORE_INDEX)
-    return ALPHA_CE * soft + ALPHA_MLM * hard
+    return SOFT_WEIGHT * soft + HARD_WEIGHT * hard
 
 
 def liger_linear(
@@ -111,8 +111,8 @@ def liger_linear(
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(
-        weight_soft_loss=ALPHA_CE * temperature**2,
-        weight_hard_loss=ALPHA_MLM,
+        weight_soft_loss=SOFT_WEIGHT * temperature**2,
+        weight_hard_loss=HARD_WEIGHT,
         beta=0.0,
         ignore_index=IGNORE_INDEX,
         temperature=temperature,

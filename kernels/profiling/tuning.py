@@ -21,10 +21,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from distilspeed.kernels.distillation_loss_kernel import distillation_loss_kernel
-from distilspeed.kernels.distillation_loss_rows import LossRows
-from distilspeed.kernels.distillation_loss_triton import launch
-from distilspeed.kernels.launch_configs import (
+from distilspeed.kernels.implementation.distillation_loss_kernel import distillation_loss_kernel
+from distilspeed.kernels.implementation.distillation_loss_rows import LossRows
+from distilspeed.kernels.implementation.distillation_loss_triton import launch
+from distilspeed.kernels.implementation.launch_configs import (
     ACCESS_BYTES,
     WARP_THREADS,
     LaunchConfig,

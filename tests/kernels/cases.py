@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from distilspeed.kernels.backend import INTERPRETED
+from distilspeed.kernels.implementation.backend import INTERPRETED
 
 # Half the distance between neighbouring numbers, relative: the most that rounding the gradient to the
 # logits' dtype costs per entry, and so in norm (float16 has 11 significant bits, bfloat16 8). The

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from distilspeed.kernels import distillation_loss_chunked
-from distilspeed.kernels.backend import TRITON_INSTALLED
+from distilspeed.kernels.implementation import distillation_loss_chunked
+from distilspeed.kernels.implementation.backend import TRITON_INSTALLED
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -16,8 +16,8 @@ def several_tiles_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small enough tiles and blocks that a test's few logits take several of each."""
     monkeypatch.setattr(distillation_loss_chunked, "BLOCK_BYTES", 700)
     if TRITON_INSTALLED:
-        from distilspeed.kernels import distillation_loss_triton
-        from distilspeed.kernels.launch_configs import LaunchConfig
+        from distilspeed.kernels.implementation import distillation_loss_triton
+        from distilspeed.kernels.implementation.launch_configs import LaunchConfig
 
         small = LaunchConfig(tile=16, num_warps=1)
         monkeypatch.setattr(distillation_loss_triton, "launch_config", lambda *_: small)

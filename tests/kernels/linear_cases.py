@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from distilspeed.kernels import reference
-from distilspeed.kernels.backend import INTERPRETED, accumulation_dtype
 from distilspeed.kernels.distillation_loss import DistillationLosses
+from distilspeed.kernels.implementation.backend import INTERPRETED, accumulation_dtype
+from distilspeed.kernels.implementation.linear_distillation_loss_ops import Projections
 from distilspeed.kernels.linear_distillation_loss import linear_distillation_loss
-from distilspeed.kernels.linear_distillation_loss_ops import Projections
 from distilspeed.kernels.weighted_distillation_loss import WeightedLosses
 
-ALPHA_CE, ALPHA_MLM = 1.5, 2.0
+SOFT_WEIGHT, HARD_WEIGHT = 1.5, 2.0
 TEACHER_SIZE = 24
 MANY_ROWS = 12 if INTERPRETED else 40  # the interpreter takes 20 ms a row
 TRAINED = ("student_hidden", "student_weight", "student_bias")
@@ -58,7 +58,7 @@ class LinearCase:
 
 
 def linear_loss(case: LinearCase, **options: Any) -> WeightedLosses:
-    weights = {"alpha_ce": ALPHA_CE, "alpha_mlm": ALPHA_MLM}
+    weights = {"soft_weight": SOFT_WEIGHT, "hard_weight": HARD_WEIGHT}
     return linear_distillation_loss(
         **case.projections._asdict(), labels=case.labels, **weights | case.options() | options
     )
@@ -79,7 +79,7 @@ def whole_loss(case: LinearCase, **normalizers: float) -> DistillationLosses:
 
 
 def weighted_sum(parts: Parts) -> Tensor:
-    return ALPHA_CE * parts.kl + ALPHA_MLM * parts.hard_ce
+    return SOFT_WEIGHT * parts.kl + HARD_WEIGHT * parts.hard_ce
 
 
 def sizes_before_cancellation(case: LinearCase) -> dict[str, float]:
@@ -87,7 +87,7 @@ def sizes_before_cancellation(case: LinearCase) -> dict[str, float]:
     exact = case.in_dtype(torch.float64).projections
     vocab_size = case.vocab_size or exact.student_weight.shape[0]
     settings = (case.labels, case.soft_mask, case.temperature, vocab_size, case.gradient_scale)
-    terms = terms_of_gradient(Case(*whole_logits(exact), *settings), ALPHA_CE, ALPHA_MLM).flatten(0, -2)
+    terms = terms_of_gradient(Case(*whole_logits(exact), *settings), SOFT_WEIGHT, HARD_WEIGHT).flatten(0, -2)
     weight = exact.student_weight.detach().abs()[:vocab_size]
     hidden = exact.student_hidden.detach().abs().flatten(0, -2)
     norms = (terms @ weight, terms.T @ hidden, terms.sum(0))

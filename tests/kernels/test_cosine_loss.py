@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from distilspeed.kernels import cosine_loss as public
-from distilspeed.kernels import cosine_loss_chunked, reference
-from distilspeed.kernels.backend import INTERPRETED, TRITON_INSTALLED
-from distilspeed.kernels.cosine_loss import cosine_loss
+from distilspeed.kernels import reference
+from distilspeed.kernels.cosine_loss import CosineLoss, cosine_loss
+from distilspeed.kernels.implementation import cosine_loss_chunked
+from distilspeed.kernels.implementation.backend import INTERPRETED, TRITON_INSTALLED
 
 # Half the distance between neighbouring numbers, relative. The interpreter cuts bfloat16 off instead of
 # rounding it.
@@ -28,7 +29,7 @@ def small_tiles_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small enough that a test's few rows take several of each."""
     monkeypatch.setattr(cosine_loss_chunked, "BLOCK_BYTES", 700)
     if TRITON_INSTALLED:
-        from distilspeed.kernels import cosine_loss_triton
+        from distilspeed.kernels.implementation import cosine_loss_triton
 
         small = cosine_loss_triton.LaunchConfig(tile=16, num_warps=1)
         monkeypatch.setattr(cosine_loss_triton, "launch_config", lambda hidden: small)
@@ -269,6 +270,12 @@ def test_nothing_waits_for_the_gpu() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_module_is_the_loss() -> None:
+    student, teacher = hidden_states(4, 6)
+    options = {"mask": random_mask(4), "normalizer": 3.0}
+    assert CosineLoss()(student, teacher, **options) == cosine_loss(student, teacher, **options)
+
+
 def test_second_derivative_is_refused() -> None:
     student, teacher = (states.float() for states in hidden_states(2, 6))
     loss = cosine_loss(student.requires_grad_(), teacher)
@@ -295,4 +302,4 @@ def test_wrong_arguments_are_refused(teacher: Tensor, options: dict[str, object]
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not 1")
 def test_triton_is_what_runs_under_the_interpreter() -> None:
-    assert public.implementation_for(torch.zeros(1)).__name__ == "distilspeed.kernels.cosine_loss_triton"
+    assert public.implementation_for(torch.zeros(1)) is public.cosine_loss_triton

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from distilspeed.kernels.backend import INTERPRETED
+from distilspeed.kernels.implementation.backend import INTERPRETED
 
 triton = pytest.importorskip("triton")
 
@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from distilspeed.kernels import cosine_loss_triton as kernels  # noqa: E402
+from distilspeed.kernels.implementation import cosine_loss_triton as kernels  # noqa: E402
 
 REPOSITORY = Path(__file__).parents[2]
 V100, T4, A100, RTX_3090, H100, B200 = 70, 75, 80, 86, 90, 100

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from distilspeed.kernels import distillation_loss_ops as ops
 from distilspeed.kernels import reference
-from distilspeed.kernels.backend import use_triton
 from distilspeed.kernels.distillation_loss import DistillationLosses, distillation_loss
-from distilspeed.kernels.distillation_loss_rows import LossRows, RowTable
+from distilspeed.kernels.implementation import distillation_loss_ops as ops
+from distilspeed.kernels.implementation.backend import use_triton
+from distilspeed.kernels.implementation.distillation_loss_rows import LossRows, RowTable
 
 
 def random_logits(*shape: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
@@ -167,4 +167,4 @@ def test_label_outside_the_vocabulary_is_not_silent_on_a_gpu(device: str) -> Non
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not 1")
 def test_triton_is_what_runs_under_the_interpreter() -> None:
-    assert ops.implementation_for(torch.zeros(1)).__name__ == "distilspeed.kernels.distillation_loss_triton"
+    assert ops.implementation_for(torch.zeros(1)) is ops.distillation_loss_triton

@@ -18,7 +18,7 @@ from distilspeed.kernels.weighted_distillation_loss import (
 # At temperature 5 a row's kl is 0.02, made of sums that float32 holds to 6e-8: a row may be 1e-5 off, and in the
 # mean of 256 rows 3e-7 are left of that, 1e-6 with PyTorch's own.
 ROWS, VOCAB_SIZE = 256, 30522
-ALPHA_CE, ALPHA_MLM = 5.0, 2.0
+SOFT_WEIGHT, HARD_WEIGHT = 5.0, 2.0
 LOSS_SCALE = 64.0  # fp16 needs one; with greater ones PyTorch's own losses overflow in it at temperature 5
 LOSS_ERROR = 1e-6  # in every dtype: the definition is given the rounded logits, too
 GRADIENT_ERROR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}
@@ -38,7 +38,7 @@ def random_rows(rows: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Ten
 
 
 def weighted(kl: Tensor, soft_ce: Tensor, hard_ce: Tensor) -> WeightedLosses:
-    return WeightedLosses(ALPHA_CE * kl + ALPHA_MLM * hard_ce, kl, soft_ce, hard_ce)
+    return WeightedLosses(SOFT_WEIGHT * kl + HARD_WEIGHT * hard_ce, kl, soft_ce, hard_ce)
 
 
 def definition(*rows: Tensor, **options: Any) -> WeightedLosses:
@@ -50,7 +50,7 @@ def in_two_launches(*rows: Tensor, **options: Any) -> WeightedLosses:
 
 
 def in_one_launch(*rows: Tensor, **options: Any) -> WeightedLosses:
-    weights = {"alpha_ce": ALPHA_CE, "alpha_mlm": ALPHA_MLM, "loss_scale": LOSS_SCALE}
+    weights = {"soft_weight": SOFT_WEIGHT, "hard_weight": HARD_WEIGHT, "loss_scale": LOSS_SCALE}
     return weighted_distillation_loss(*rows, **weights, **options)
 
 

@@ -119,10 +119,12 @@ def test_one_row_of_logits_needs_no_batch_dimension() -> None:
 
 def test_module_is_the_weighted_sum() -> None:
     student, teacher = logits()
-    loss = DistillationLoss(temperature=4.0, alpha_ce=3.0, alpha_mlm=0.5)
-    losses = distillation_loss(student, teacher, some_labels(), temperature=4.0)
-    torch.testing.assert_close(loss(student, teacher, some_labels()), 3.0 * losses.kl + 0.5 * losses.hard_ce)
-    assert repr(loss) == "DistillationLoss(temperature=4.0, alpha_ce=3.0, alpha_mlm=0.5)"
+    loss = DistillationLoss(temperature=4.0, soft_weight=3.0, hard_weight=0.5)
+    options = {"soft_mask": torch.arange(len(student)) > 0, "soft_normalizer": 7.0, "hard_normalizer": 3.0}
+    losses = distillation_loss(student, teacher, some_labels(), temperature=4.0, **options)
+    expected = 3.0 * losses.kl + 0.5 * losses.hard_ce
+    torch.testing.assert_close(loss(student, teacher, some_labels(), **options), expected)
+    assert repr(loss) == "DistillationLoss(temperature=4.0, soft_weight=3.0, hard_weight=0.5)"
 
 
 def test_gradient_is_not_written_over_a_leaf() -> None:

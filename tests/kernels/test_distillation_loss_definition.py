@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from distilspeed.kernels import reference
-from distilspeed.kernels.backend import INTERPRETED
 from distilspeed.kernels.distillation_loss import DistillationLosses, distillation_loss
+from distilspeed.kernels.implementation.backend import INTERPRETED
 
 LOSS_WEIGHTS = (1.5, 0.5, 2.0)  # of kl, soft_ce, hard_ce: unequal, so that none can stand in for another
 

@@ -29,8 +29,8 @@ from linear_cases import (
 )
 from torch import Tensor
 
-from distilspeed.kernels import linear_distillation_loss_ops as ops
-from distilspeed.kernels.backend import INTERPRETED
+from distilspeed.kernels.implementation import linear_distillation_loss_ops as ops
+from distilspeed.kernels.implementation.backend import INTERPRETED
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ONE_ROW, ALL_ROWS = 1, None  # chunk_bytes for the sizes of these tests
@@ -143,7 +143,7 @@ def test_float16_gradients_neither_flush_nor_overflow(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weights_of_0_are_a_gradient_of_0(dtype: torch.dtype, device: str) -> None:
     case = random_case(6, width=40, device=device).in_dtype(dtype)
-    result = linear_loss(case, alpha_ce=0.0, alpha_mlm=0.0)
+    result = linear_loss(case, soft_weight=0.0, hard_weight=0.0)
     assert result.loss == 0
     assert all((gradient == 0).all() for gradient in case.gradients(result.loss).values())
 

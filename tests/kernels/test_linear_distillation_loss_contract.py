@@ -8,9 +8,9 @@ import torch
 from linear_cases import TRAINED, LinearCase, linear_loss, random_case
 from torch import Tensor
 
-from distilspeed.kernels import linear_distillation_loss_ops as ops
-from distilspeed.kernels.backend import use_triton
-from distilspeed.kernels.linear_distillation_loss import linear_distillation_loss
+from distilspeed.kernels.implementation import linear_distillation_loss_ops as ops
+from distilspeed.kernels.implementation.backend import use_triton
+from distilspeed.kernels.linear_distillation_loss import LinearDistillationLoss, linear_distillation_loss
 from distilspeed.kernels.profiling.measurement import peak_cpu_bytes, peak_cuda_bytes
 
 ROWS, VOCAB_SIZE, HIDDEN, TEACHER_HIDDEN = 3, 5, 4, 6
@@ -91,6 +91,20 @@ def test_label_outside_the_vocabulary_is_refused_on_a_cpu(label: int) -> None:
         pytest.skip("where Triton runs, nothing waits for the labels to be checked")
     with pytest.raises(ValueError, match=f"labels must be from 0 to 3 or -100, not {label}"):
         linear_distillation_loss(**ARGUMENTS, labels=labels, vocab_size=4)
+
+
+def test_module_is_the_loss(device: str) -> None:
+    case = random_case(6, width=37, device=device)
+    weights = {"soft_weight": 3.0, "hard_weight": 0.5}
+    options = {
+        "soft_mask": torch.arange(6, device=device) > 0,
+        "soft_normalizer": 7.0,
+        "hard_normalizer": 3.0,
+    }
+    loss = LinearDistillationLoss(temperature=4.0, **weights)
+    expected = linear_loss(case, temperature=4.0, **weights, **options).loss
+    assert loss(**case.projections._asdict(), labels=case.labels, **options) == expected
+    assert repr(loss) == "LinearDistillationLoss(temperature=4.0, soft_weight=3.0, hard_weight=0.5)"
 
 
 def test_second_backward_is_refused(device: str) -> None:

@@ -12,11 +12,11 @@ from typing import get_args
 import pytest
 import torch
 
-from distilspeed.kernels.backend import INTERPRETED
+from distilspeed.kernels.implementation.backend import INTERPRETED
 
 triton = pytest.importorskip("triton")
 
-from distilspeed.kernels.launch_configs import (  # noqa: E402
+from distilspeed.kernels.implementation.launch_configs import (  # noqa: E402
     TABLE_FILE,
     LaunchConfig,
     Pass,

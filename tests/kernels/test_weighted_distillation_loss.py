@@ -24,17 +24,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distilspeed.kernels import distillation_loss_ops as ops
 from distilspeed.kernels import reference
-from distilspeed.kernels.backend import INTERPRETED
 from distilspeed.kernels.distillation_loss import distillation_loss
+from distilspeed.kernels.implementation import distillation_loss_ops as ops
+from distilspeed.kernels.implementation.backend import INTERPRETED
 from distilspeed.kernels.weighted_distillation_loss import weighted_distillation_loss
 
-WEIGHTS = {"alpha_ce": 1.5, "alpha_mlm": 2.0}
+WEIGHTS = {"soft_weight": 1.5, "hard_weight": 2.0}
 
 
 def weighted_sum(parts: Any) -> Tensor:
-    return WEIGHTS["alpha_ce"] * parts.kl + WEIGHTS["alpha_mlm"] * parts.hard_ce
+    return WEIGHTS["soft_weight"] * parts.kl + WEIGHTS["hard_weight"] * parts.hard_ce
 
 
 def differentiate(loss: Tensor, student: Tensor) -> Tensor:

@@ -10,13 +10,18 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from distilspeed.kernels import distillation_loss_chunked
-from distilspeed.kernels.backend import TRITON_INSTALLED, use_triton
-from distilspeed.kernels.distillation_loss_rows import LOSS_FIELDS, LossRows, RowTable, empty_table
+from distilspeed.kernels.implementation import distillation_loss_chunked
+from distilspeed.kernels.implementation.backend import TRITON_INSTALLED, use_triton
+from distilspeed.kernels.implementation.distillation_loss_rows import (
+    LOSS_FIELDS,
+    LossRows,
+    RowTable,
+    empty_table,
+)
 
 if TRITON_INSTALLED:
-    from distilspeed.kernels import distillation_loss_triton
-    from distilspeed.kernels.rescale_triton import rescale
+    from distilspeed.kernels.implementation import distillation_loss_triton
+    from distilspeed.kernels.implementation.rescale_triton import rescale
 
 # A factor within this many roundings of 1 is 1: a loss divided by 41 accumulation steps and multiplied by 41 again has
 # such a factor, as for 74 of the counts up to 512, and the gradient would be read, written and rounded once more.

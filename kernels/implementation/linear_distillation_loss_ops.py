@@ -5,10 +5,10 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from distilspeed.kernels.backend import accumulation_dtype
-from distilspeed.kernels.distillation_loss_ops import implementation_for
-from distilspeed.kernels.distillation_loss_rows import LOSS_FIELDS, LossRows
-from distilspeed.kernels.launch_configs import padded_width
+from distilspeed.kernels.implementation.backend import accumulation_dtype
+from distilspeed.kernels.implementation.distillation_loss_ops import implementation_for
+from distilspeed.kernels.implementation.distillation_loss_rows import LOSS_FIELDS, LossRows
+from distilspeed.kernels.implementation.launch_configs import padded_width
 
 PRODUCT_PART_BYTES = 4 * 2**20  # in float32
 

@@ -12,8 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distilspeed.kernels.backend import accumulation_dtype, in_accumulation_dtype
-from distilspeed.kernels.distillation_loss_rows import LOSS_FIELDS, LossRows, RowTable, empty_table
+from distilspeed.kernels.implementation.backend import accumulation_dtype, in_accumulation_dtype
+from distilspeed.kernels.implementation.distillation_loss_rows import (
+    LOSS_FIELDS,
+    LossRows,
+    RowTable,
+    empty_table,
+)
 
 # Of one of the three buffers. 1024 x 30522 fp32, loss and gradient in place: 140 to 160 ms with 1 to 8 MiB, 270 with
 # 0.5 (2 idle cores of 2 MiB L2, November 2026). On a busy machine every pass over a block waits for the slower thread,

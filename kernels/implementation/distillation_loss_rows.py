@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distilspeed.kernels.backend import accumulation_dtype
-from distilspeed.kernels.checks import as_rows, check_pair, check_row_tensor, check_settings
+from distilspeed.kernels.implementation.backend import accumulation_dtype
+from distilspeed.kernels.implementation.checks import as_rows, check_pair, check_row_tensor, check_settings
 
 
 class LossRows(NamedTuple):

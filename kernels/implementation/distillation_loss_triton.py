@@ -4,10 +4,21 @@ import math
 
 from torch import Tensor
 
-from distilspeed.kernels.backend import launch_device
-from distilspeed.kernels.distillation_loss_kernel import distillation_loss_kernel
-from distilspeed.kernels.distillation_loss_rows import LOSS_FIELDS, LossRows, RowTable, empty_table
-from distilspeed.kernels.launch_configs import ACCESS_BYTES, LaunchConfig, Pass, launch_config, tile_constants
+from distilspeed.kernels.implementation.backend import launch_device
+from distilspeed.kernels.implementation.distillation_loss_kernel import distillation_loss_kernel
+from distilspeed.kernels.implementation.distillation_loss_rows import (
+    LOSS_FIELDS,
+    LossRows,
+    RowTable,
+    empty_table,
+)
+from distilspeed.kernels.implementation.launch_configs import (
+    ACCESS_BYTES,
+    LaunchConfig,
+    Pass,
+    launch_config,
+    tile_constants,
+)
 
 
 def forward(rows: LossRows) -> Tensor:

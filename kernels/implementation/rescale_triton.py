@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distilspeed.kernels.backend import launch_device
+from distilspeed.kernels.implementation.backend import launch_device
 
 TILE, NUM_WARPS = 1024, 4
 

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distilspeed.kernels.backend import launch_device
-from distilspeed.kernels.launch_configs import LaunchConfig
+from distilspeed.kernels.implementation.backend import launch_device
+from distilspeed.kernels.implementation.launch_configs import LaunchConfig
 
 
 def launch_config(hidden: int) -> LaunchConfig:

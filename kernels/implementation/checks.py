@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from distilspeed.kernels.backend import accumulation_dtype
+from distilspeed.kernels.implementation.backend import accumulation_dtype
 
 INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
