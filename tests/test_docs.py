@@ -1,0 +1,51 @@
+"""README and docs: their links lead somewhere, and their flags exist."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = sorted(path for path in (ROOT / "launch").glob("*.py") if path.stem != "quickstart_data")
+# Flags of deepspeed, sbatch and torchrun that the pages name.
+OF_OTHERS = {"--num_gpus", "--array", "--nodes", "--hostfile"}
+# Left of the bar: flags of the project that the reader comes from.
+MIGRATION_ROW = re.compile(r"^\|.*?\|")
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page, as they are linked to."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+@pytest.fixture(scope="module")
+def known_flags() -> set[str]:
+    helps = [
+        subprocess.run([sys.executable, command, "--help"], capture_output=True, text=True, check=True).stdout
+        for command in COMMANDS
+    ]
+    return set(re.findall(r"--[a-z]\w+", " ".join(helps))) | OF_OTHERS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_flag_exists(page: Path, known_flags: set[str]) -> None:
+    lines = page.read_text(encoding="utf-8").splitlines()
+    if page.name == "migration.md":
+        lines = [MIGRATION_ROW.sub("", line) for line in lines]
+    named = set(re.findall(r"(?<![\w-])--[a-z]\w+", "\n".join(lines)))
+    assert named <= known_flags
