@@ -56,6 +56,7 @@ setup(
             "tensorboard",
             "lightning>=2.2",
             "accelerate>=1.1",
+            "setuptools>=77",
         ],
         "bench": ["liger-kernel"],
         "monitors": ["tensorboard", "wandb"],

@@ -1,0 +1,65 @@
+"""The wheel trains where there is no checkout."""
+
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+from launcher import ROOT, environment, free_port
+
+PACKAGE = ("distilspeed", "ds_configs", "kernels", "launch", "trainer")
+
+
+def run(*command: object, folder: Path) -> str:
+    result = subprocess.run(
+        [str(part) for part in command],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment that has the wheel, and of the checkout's environment all but the checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    (folder / "source").mkdir()
+    # Built from a copy, because setuptools leaves a folder build/ beside setup.py.
+    parts = ("setup.py", "pyproject.toml", "README.md", "LICENSE", *PACKAGE)
+    run("cp", "-a", *(ROOT / part for part in parts), "source", folder=folder)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, "./source", folder=folder)
+    (wheel,) = folder.glob("*.whl")
+    venv.create(folder / "environment")
+    python = folder / "environment" / "bin" / "python"
+    run(*pip, "--python", python, "install", "--no-deps", wheel, folder=folder)
+    # A folder named in a .pth file is searched, but its own .pth files, such as the checkout's, are not read.
+    packages = sysconfig.get_path("purelib")
+    (own,) = (folder / "environment" / "lib").glob("python*/site-packages")
+    (own / "checkout.pth").write_text(f"{packages}\n")
+    return python
+
+
+def test_the_wheel_trains_from_an_empty_folder(
+    installed: Path, tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
+) -> None:
+    where = run(installed, "-c", "import distilspeed; print(distilspeed.__path__[0])", folder=tmp_path)
+    package = Path(where.strip())
+    assert installed.parents[1] in package.parents
+    options = {
+        "--deepspeed_config": package / "ds_configs" / "cpu.json",
+        "--teacher": tiny_teacher_dir,
+        "--data_dir": small_corpus_dir,
+        "--output_dir": tmp_path / "run",
+        "--max_steps": 2,
+    }
+    launcher = [installed, "-m", "deepspeed.launcher.runner", "--master_port", free_port(), "--num_gpus", 1]
+    arguments = [part for pair in options.items() for part in pair]
+    run(*launcher, "--module", "distilspeed.launch.train", *arguments, folder=tmp_path)
+    assert (tmp_path / "run" / "student" / "model.safetensors").is_file()
