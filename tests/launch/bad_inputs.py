@@ -217,8 +217,17 @@ def _write_models(folder: Path) -> None:
     (folder / "no_config" / "config.json").unlink()
     (folder / "config_not_json" / "config.json").write_text("{")
     tokenizer = AutoTokenizer.from_pretrained(folder / "teacher")
+    teacher_vocabulary = tokenizer.get_vocab()
     tokenizer.add_tokens("another")
     tokenizer.save_pretrained(folder / "other_tokenizer")
+    # The same size, and in vocab.txt alone; and no vocabulary.
+    for name in ("other_vocabulary", "no_vocabulary"):
+        shutil.copytree(folder / "teacher", folder / name)
+        (folder / name / "tokenizer.json").unlink()
+    (folder / "other_vocabulary" / "tokenizer_config.json").unlink()
+    pieces = sorted(teacher_vocabulary, key=teacher_vocabulary.__getitem__)
+    pieces[-2:] = reversed(pieces[-2:])
+    (folder / "other_vocabulary" / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces))
 
 
 def _write_tasks(folder: Path) -> None:

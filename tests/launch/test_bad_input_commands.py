@@ -180,6 +180,11 @@ EVALUATE_OPTIONS = [
     ("--student no_config", "cannot load the student no_config"),
     ("--student config_not_json", "cannot load the student config_not_json"),
     ("--student other_tokenizer", "another tokenizer than that of the student other_tokenizer"),
+    *(
+        (f"--{role} other_vocabulary", f"another tokenizer than that of the {role} other_vocabulary")
+        for role in ("teacher", "student", "baseline")
+    ),
+    ("--student no_vocabulary", "the tokenizer of the student no_vocabulary has no vocabulary"),
     ("--data_dir nowhere", "nowhere is not a prepared corpus"),
     ("--data_dir void", "void is not a prepared corpus"),
     ("--data_dir good.txt", "good.txt is not a prepared corpus"),
