@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from distilspeed.trainer.corpus import Corpus, open_corpus, read_rows
-from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.errors import UserError, show_warning
 from distilspeed.trainer.evaluation import (
     ROWS_PER_BATCH,
     count_parameters,
@@ -122,6 +122,8 @@ def evaluate(arguments: EvaluateArguments) -> Report:
         check_fits_corpus(role, name, model, corpus)
     for role, name in arguments.models.items():
         warn_without_tokenizer(role, name)
+    for task in tasks:
+        _warn_of_unlabelled(task)
     settings = FineTuning(
         epochs=arguments.task_epochs,
         learning_rate=arguments.task_learning_rate,
@@ -144,6 +146,14 @@ def evaluate(arguments: EvaluateArguments) -> Report:
     with parents_made(arguments.output_dir), folder_written_whole(arguments.output_dir) as folder:
         write_report(report, folder)
     return report
+
+
+def _warn_of_unlabelled(task: Task) -> None:
+    for file, count in task.unlabelled.items():
+        if count:
+            show_warning(
+                f"{count:,} examples in {file} of the task {task.name} are unlabelled (-1 or -) and left out"
+            )
 
 
 def _measure(

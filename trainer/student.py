@@ -1,7 +1,6 @@
 """Teacher and student models: loading the one, making the other."""
 
 import itertools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers import (
 )
 
 from distilspeed.trainer.corpus import Corpus, load_tokenizer, tokenizer_hash
-from distilspeed.trainer.errors import UserError, first_line
+from distilspeed.trainer.errors import UserError, first_line, show_warning
 from distilspeed.trainer.families import (
     TIED_WEIGHTS,
     check_architecture,
@@ -188,11 +187,9 @@ def check_fits_corpus(role: str, name: str, model: PreTrainedModel, corpus: Corp
 def warn_without_tokenizer(role: str, name: str) -> None:
     """Print a warning where :func:`check_fits_corpus` had no tokenizer to compare."""
     if not _has_tokenizer(name):
-        print(
-            f"warning: the {role} {name} has no tokenizer files; only the size of its vocabulary was compared "
-            "with the corpus's tokenizer",
-            file=sys.stderr,
-            flush=True,
+        show_warning(
+            f"the {role} {name} has no tokenizer files; only the size of its vocabulary was compared "
+            "with the corpus's tokenizer"
         )
 
 

@@ -237,6 +237,11 @@ def _write_tasks(folder: Path) -> None:
         "no_label": {"label": None},
         "label_list": {"label": [1]},
         "label_fraction": {"label": 0.5},
+        "label_nan": {"label": float("nan")},
+        "label_score": {"label": "3.5"},
+        "label_exponent": {"label": "-1e-3"},
+        "label_empty": {"label": ""},
+        "unlabelled": {"label": -1},
         "text_number": {"text": 1},
         "one_class": {"label": 1},
     }
@@ -246,6 +251,8 @@ def _write_tasks(folder: Path) -> None:
     for name, dev in (
         ("new_class", '{"text": "a", "label": 7}\n'),
         ("mixed", '{"text_a": "a", "text_b": "b", "label": 1}\n'),
+        ("kinds_in_dev", '{"text": "a", "label": "1"}\n'),
+        ("unlabelled_dev", '{"text": "a", "label": "-"}\n'),
         ("empty_dev", ""),
         ("not_json", "{\n"),
         ("deep", "[" * 100_000 + "\n"),
@@ -254,6 +261,10 @@ def _write_tasks(folder: Path) -> None:
         ("no_dev", None),
     ):
         _write_task(folder / "tasks" / name, lines, dev)
+    more: tuple[Any, ...] = ("1", True, -1)
+    for name, label in zip(("kinds", "booleans", "minus_one"), more, strict=True):
+        another = json.dumps({"text": "a", "label": label}) + "\n"
+        _write_task(folder / "tasks" / name, lines + another, lines)
     _write_task(folder / "tasks" / "latin1", lines)
     (folder / "tasks" / "latin1" / "dev.jsonl").write_bytes(b'{"text": "caf\xe9", "label": 0}\n')
     _write_task(folder / "more" / "good", lines)

@@ -54,13 +54,44 @@ def test_sentences_and_pairs_are_read_with_their_classes(tmp_path: Path) -> None
     assert single.majority_accuracy == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize("unlabelled", [-1, "-1", "-"])
+def test_unlabelled_examples_are_no_class_and_are_left_out(tmp_path: Path, unlabelled: int | str) -> None:
+    """As in SNLI from datasets, from a CSV file, and in its own files."""
+    kind = type(unlabelled)
+    examples = [{"text": f"number {i}", "label": kind(i % 3)} for i in range(20)]
+    for place in (0, 7):
+        examples[place]["label"] = unlabelled
+    task = read_task(write_task(tmp_path, examples, examples[1:]))
+    assert task.labels == tuple(kind(i) for i in range(3))
+    assert task.unlabelled == {"train.jsonl": 2, "dev.jsonl": 1}
+    assert [example.text for example in task.dev] == [f"number {i}" for i in range(1, 20) if i != 7]
+    assert [example.label for example in task.train[:3]] == [1, 2, 0]
+
+
+def test_booleans_are_two_classes(tmp_path: Path) -> None:
+    examples = [{"text": "a", "label": False}, {"text": "b", "label": True}]
+    task = read_task(write_task(tmp_path, examples, examples))
+    assert task.labels == (False, True)
+    assert task.unlabelled == {"train.jsonl": 0, "dev.jsonl": 0}
+
+
+def test_a_class_may_be_a_number_in_words_or_a_version(tmp_path: Path) -> None:
+    examples = [{"text": "a", "label": label} for label in ("2", "1.", "v1.5", "1.2.3", "e5", "nan")]
+    assert len(read_task(write_task(tmp_path, examples, examples)).labels) == 6
+
+
 def test_half_a_surrogate_pair_is_no_character(tmp_path: Path) -> None:
     task = read_task(write_task(tmp_path, [SINGLE, {"text": "a \ud83d b", "label": 1}], [SINGLE]))
     assert task.train[1].text == "a ? b"
 
 
-def test_a_model_gets_only_the_inputs_it_takes(small_tokenizer_dir: Path, tiny_teacher_dir: Path) -> None:
+@pytest.mark.parametrize("saved_with", ["bert", "distilbert"])
+def test_a_model_gets_only_the_inputs_it_takes_whatever_the_tokenizer_was_saved_with(
+    small_tokenizer_dir: Path, tiny_teacher_dir: Path, saved_with: str
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(small_tokenizer_dir)
+    if saved_with == "distilbert":
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
     teacher = load_teacher(str(tiny_teacher_dir))
     examples = (Example("the list", "a class " * 50, 1),)
     (of_bert,) = encode(examples, tokenizer, teacher, max_length=16)
