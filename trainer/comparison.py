@@ -36,7 +36,12 @@ from distilspeed.trainer.evaluation_report import (
     write_report,
 )
 from distilspeed.trainer.files import check_unoccupied, folder_written_whole, parents_made
-from distilspeed.trainer.student import check_fits_corpus, load_masked_language_model, warn_without_tokenizer
+from distilspeed.trainer.student import (
+    check_fits_corpus,
+    load_masked_language_model,
+    make_classifier,
+    warn_without_tokenizer,
+)
 from distilspeed.trainer.tasks import FineTuning, Task, fine_tune, read_task
 
 logger = logging.getLogger(__name__)
@@ -120,6 +125,9 @@ def evaluate(arguments: EvaluateArguments) -> Report:
     models = [load_masked_language_model(role, name) for role, name in arguments.models.items()]
     for (role, name), model in zip(arguments.models.items(), models, strict=True):
         check_fits_corpus(role, name, model, corpus)
+        if tasks:
+            with torch.device("meta"):
+                make_classifier(role, name, num_labels=2)
     for role, name in arguments.models.items():
         warn_without_tokenizer(role, name)
     for task in tasks:

@@ -135,6 +135,8 @@ def check_architecture(model: PreTrainedModel, name: str) -> None:
         raise UserError(
             f'{name} is a "{model.config.model_type}" model; choose a "bert" or "distilbert" masked language model'
         )
+    if isinstance(model, BertForMaskedLM) and model.config.is_decoder:
+        raise UserError(f"{name} has is_decoder, its tokens see no later ones; choose an encoder")
     if model.config.num_hidden_layers < 1:
         raise UserError(
             f"{name} has {model.config.num_hidden_layers} layers; choose a model with at least one"

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     BertForMaskedLM,
     DistilBertForMaskedLM,
     PreTrainedModel,
@@ -27,6 +29,14 @@ from distilspeed.trainer.families import (
 
 # DistilBERT-base takes these of BERT-base's 12 layers (Sanh et al. 2019, original code).
 DISTILBERT_LAYERS_OF_12 = (0, 2, 4, 7, 9, 11)
+
+# How a model is called here, whatever its config has left over from another use.
+CALLED_WITH = {
+    "return_dict": True,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "chunk_size_feed_forward": 0,
+}
 
 # Files of a tokenizer, by the names that transformers' tokenizers give them.
 TOKENIZER_FILES = (
@@ -163,6 +173,31 @@ def model_from_config(name: str, seed: int) -> PreTrainedModel:
     return model
 
 
+def make_classifier(role: str, name: str, num_labels: int) -> PreTrainedModel:
+    """A sequence classifier with a model's config and random weights, float32; one class an example.
+
+    What the config says of another task (kind of problem, number and names of labels) does not count.
+
+    Raises:
+        UserError: the config makes no classifier.
+    """
+    config = _load(AutoConfig, role, name, num_labels=num_labels, problem_type="single_label_classification")
+    try:
+        return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    except Exception as error:  # a config is checked by what its values lead to
+        raise UserError(
+            f"the {role} {name} makes no classifier: {first_line(error)}; correct its config.json"
+        ) from error
+
+
+def load_classifier(name: str, num_labels: int) -> PreTrainedModel:
+    """A model's pre-trained encoder with a new classification head, whether or not the model comes with one."""
+    classifier = make_classifier("model", name, num_labels)
+    encoder = _load(AutoModel, "model", name, dtype=torch.float32, use_safetensors=True)
+    classifier.base_model.load_state_dict(encoder.state_dict())
+    return classifier
+
+
 def check_fits_corpus(role: str, name: str, model: PreTrainedModel, corpus: Corpus) -> None:
     """Raise a UserError unless the model has the corpus's tokenizer, its vocabulary and positions for its rows.
 
@@ -220,7 +255,7 @@ def _check_same_tokenizer(role: str, name: str, corpus: Corpus) -> None:
 def _load(auto_class: Any, role: str, name: str, **options: Any) -> Any:
     try:
         # False, because unless told transformers asks at the terminal whether to run a repository's code.
-        return auto_class.from_pretrained(name, trust_remote_code=False, **options)
+        return auto_class.from_pretrained(name, trust_remote_code=False, **CALLED_WITH, **options)
     except Exception as error:  # the hub's, the file system's, safetensors' and transformers' own
         raise UserError(
             f"cannot load the {role} {name}: {first_line(error)}; give a folder or hub id with safetensors weights"

@@ -19,7 +19,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -27,6 +26,7 @@ from transformers import (
 )
 
 from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.student import load_classifier
 
 Label = int | str  # bool is an int to Python
 Encoded = dict[str, Any]  # one example: what the tokenizer gives, and "label"
@@ -201,9 +201,7 @@ def fine_tune(
         model_name: a folder or hub id; weights in safetensors.
     """
     torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        model_name, num_labels=len(task.labels), dtype=torch.float32, use_safetensors=True
-    ).to(device)
+    model = nn.Module.to(load_classifier(model_name, len(task.labels)), device)
     collate = DataCollatorWithPadding(tokenizer)
     train, dev = (
         encode(examples, tokenizer, model, settings.max_length) for examples in (task.train, task.dev)

@@ -203,6 +203,8 @@ def _write_models(folder: Path) -> None:
         "nan_weights",
         "no_config",
         "config_not_json",
+        "head_dropout",
+        "decoder",
         "other_tokenizer",
     ):
         shutil.copytree(folder / "teacher", folder / name)
@@ -214,6 +216,9 @@ def _write_models(folder: Path) -> None:
     tensors = load_file(weights)
     tensors["bert.encoder.layer.1.output.dense.bias"][3] = float("nan")
     save_file(tensors, weights, {"format": "pt"})
+    for name, setting in (("head_dropout", {"classifier_dropout": 5.0}), ("decoder", {"is_decoder": True})):
+        config = json.loads((folder / name / "config.json").read_text())
+        (folder / name / "config.json").write_text(json.dumps(config | setting))
     (folder / "no_config" / "config.json").unlink()
     (folder / "config_not_json" / "config.json").write_text("{")
     tokenizer = AutoTokenizer.from_pretrained(folder / "teacher")

@@ -184,6 +184,11 @@ EVALUATE_OPTIONS = [
         (f"--{role} other_vocabulary", f"another tokenizer than that of the {role} other_vocabulary")
         for role in ("teacher", "student", "baseline")
     ),
+    ("--teacher decoder", "the teacher decoder has is_decoder"),
+    (
+        "--baseline head_dropout --task tasks/good",
+        "the baseline head_dropout makes no classifier: dropout probability",
+    ),
     ("--student no_vocabulary", "the tokenizer of the student no_vocabulary has no vocabulary"),
     ("--data_dir nowhere", "nowhere is not a prepared corpus"),
     ("--data_dir void", "void is not a prepared corpus"),
