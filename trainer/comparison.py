@@ -47,6 +47,8 @@ from distilspeed.trainer.tasks import FineTuning, Task, fine_tune, read_task
 logger = logging.getLogger(__name__)
 
 TASK_MAX_LENGTH = 128
+SHOWN_PARTS = 2  # of a model's path, in the report
+LONGEST_NAME = 60
 
 
 @dataclass(frozen=True)
@@ -182,11 +184,12 @@ def _measure(
         )
     qualities = [prediction.quality() for prediction in predictions]
     scores = [_fine_tune_all(arguments, task, corpus, settings, device) for task in tasks]
+    names = shown_names(list(arguments.models.values()))
     for index, (role, name) in enumerate(arguments.models.items()):
         parameters = count_parameters(models[index])
         yield ModelReport(
             role=role,
-            name=_shown(name),
+            name=names[index],
             parameters=parameters,
             parameters_percent=100 * parameters / count_parameters(models[0]),
             weights_bytes=weights_bytes(name),
@@ -226,6 +229,17 @@ def _fine_tune_all(
     return [TaskScore.of(task.name, of_model, accuracies[0]) for of_model in accuracies]
 
 
-def _shown(name: str) -> str:
-    """A model's name in the report: as given, without the machine's folders."""
-    return Path(name).name if Path(name).is_absolute() else name
+def shown_names(names: Sequence[str]) -> list[str]:
+    """How a report calls models: hub ids as they are, folders with as many parents as tell them apart, at least one.
+
+    Folders are often called "student" or "checkpoint-1000"; the folders above those are the machine's business.
+    """
+    paths = [Path(name).resolve().parts for name in names]
+    parts = SHOWN_PARTS
+    while len({path[-parts:] for path in paths}) < len(set(paths)):
+        parts += 1
+    shown = [
+        "/".join(path[-parts:]).replace("//", "/") if Path(name).exists() else name
+        for name, path in zip(names, paths, strict=True)
+    ]
+    return [f"…{name[-LONGEST_NAME:]}" if len(name) > LONGEST_NAME else name for name in shown]
