@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from distilspeed.trainer.corpus import Corpus, open_corpus, read_rows
-from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.errors import UserError, show_warning
 from distilspeed.trainer.evaluation import (
     ROWS_PER_BATCH,
     count_parameters,
@@ -36,12 +36,19 @@ from distilspeed.trainer.evaluation_report import (
     write_report,
 )
 from distilspeed.trainer.files import check_unoccupied, folder_written_whole, parents_made
-from distilspeed.trainer.student import check_fits_corpus, load_masked_language_model
+from distilspeed.trainer.student import (
+    check_fits_corpus,
+    load_masked_language_model,
+    make_classifier,
+    warn_without_tokenizer,
+)
 from distilspeed.trainer.tasks import FineTuning, Task, fine_tune, read_task
 
 logger = logging.getLogger(__name__)
 
 TASK_MAX_LENGTH = 128
+SHOWN_PARTS = 2  # of a model's path, in the report
+LONGEST_NAME = 60
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,13 @@ def evaluate(arguments: EvaluateArguments) -> Report:
     models = [load_masked_language_model(role, name) for role, name in arguments.models.items()]
     for (role, name), model in zip(arguments.models.items(), models, strict=True):
         check_fits_corpus(role, name, model, corpus)
+        if tasks:
+            with torch.device("meta"):
+                make_classifier(role, name, num_labels=2)
+    for role, name in arguments.models.items():
+        warn_without_tokenizer(role, name)
+    for task in tasks:
+        _warn_of_unlabelled(task)
     settings = FineTuning(
         epochs=arguments.task_epochs,
         learning_rate=arguments.task_learning_rate,
@@ -144,6 +158,14 @@ def evaluate(arguments: EvaluateArguments) -> Report:
     return report
 
 
+def _warn_of_unlabelled(task: Task) -> None:
+    for file, count in task.unlabelled.items():
+        if count:
+            show_warning(
+                f"{count:,} examples in {file} of the task {task.name} are unlabelled (-1 or -) and left out"
+            )
+
+
 def _measure(
     arguments: EvaluateArguments,
     corpus: Corpus,
@@ -162,11 +184,12 @@ def _measure(
         )
     qualities = [prediction.quality() for prediction in predictions]
     scores = [_fine_tune_all(arguments, task, corpus, settings, device) for task in tasks]
+    names = shown_names(list(arguments.models.values()))
     for index, (role, name) in enumerate(arguments.models.items()):
         parameters = count_parameters(models[index])
         yield ModelReport(
             role=role,
-            name=_shown(name),
+            name=names[index],
             parameters=parameters,
             parameters_percent=100 * parameters / count_parameters(models[0]),
             weights_bytes=weights_bytes(name),
@@ -206,6 +229,17 @@ def _fine_tune_all(
     return [TaskScore.of(task.name, of_model, accuracies[0]) for of_model in accuracies]
 
 
-def _shown(name: str) -> str:
-    """A model's name in the report: as given, without the machine's folders."""
-    return Path(name).name if Path(name).is_absolute() else name
+def shown_names(names: Sequence[str]) -> list[str]:
+    """How a report calls models: hub ids as they are, folders with as many parents as tell them apart, at least one.
+
+    Folders are often called "student" or "checkpoint-1000"; the folders above those are the machine's business.
+    """
+    paths = [Path(name).resolve().parts for name in names]
+    parts = SHOWN_PARTS
+    while len({path[-parts:] for path in paths}) < len(set(paths)):
+        parts += 1
+    shown = [
+        "/".join(path[-parts:]).replace("//", "/") if Path(name).exists() else name
+        for name, path in zip(names, paths, strict=True)
+    ]
+    return [f"…{name[-LONGEST_NAME:]}" if len(name) > LONGEST_NAME else name for name in shown]

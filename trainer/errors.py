@@ -105,6 +105,11 @@ def show_error(error: CommandError) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def show_warning(message: str) -> None:
+    """One line on stderr about something that does not end the command; call it on one rank only."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
 def quiet_libraries() -> None:
     """Let transformers and the hub say only what is an error: the rest is in this project's lines, or in its way."""
     from huggingface_hub.utils import logging as hub_logging

@@ -75,7 +75,10 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class ModelReport:
-    """One model: ``role`` is teacher, student or baseline; everything relative is relative to the teacher."""
+    """One model: ``role`` is teacher, student or baseline; everything relative is relative to the teacher.
+
+    ``name`` tells it apart from the others: a hub id, or the end of a path.
+    """
 
     role: str
     name: str
@@ -87,6 +90,10 @@ class ModelReport:
     teacher_agreement: float
     latencies: tuple[Latency, ...]
     tasks: tuple[TaskScore, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.role} ({self.name})"
 
 
 @dataclass(frozen=True)
@@ -208,7 +215,7 @@ class Report:
 
 def _cells(model: ModelReport) -> list[str]:
     return [
-        f"{model.role} ({model.name})",
+        model.title.replace("|", "\\|"),
         f"{model.parameters / 1e6:,.2f} M",
         f"{model.weights_bytes / 1e6:,.1f} MB",
         f"{model.quality.loss:.3f}",
@@ -252,7 +259,7 @@ def draw_report(report: Report, path: Path) -> None:
     for index, score in enumerate(teacher.tasks):
         worth[score.task] = [model.tasks[index].retention_percent or 0.0 for model in others]
 
-    figure = Figure(figsize=(10, 2.4 + 0.55 * max(len(costs), len(worth))), layout="constrained")
+    figure = Figure(figsize=(10, 2.8 + 0.55 * max(len(costs), len(worth))), layout="constrained")
     panels = figure.subplots(1, 2)
     titles = ("cost: lower is better", "accuracy: higher is better")
     for axes, title, groups in zip(panels, titles, (costs, worth), strict=True):
@@ -264,17 +271,19 @@ def draw_report(report: Report, path: Path) -> None:
                 [values[index] for values in groups.values()],
                 height=0.9 * height,
                 color=STUDENT_COLOURS[index],
-                label=model.role,
+                label=model.title,
             )
             # On white, because the teacher's line runs through the label of a value just under 100.
             background = {"facecolor": "white", "edgecolor": "none", "pad": 1}
             axes.bar_label(bars, fmt="%.0f %%", padding=4, bbox=background, zorder=3)
-        axes.axvline(100, color="black", linewidth=1, linestyle="--", label="teacher")
+        axes.axvline(100, color="black", linewidth=1, linestyle="--", label=teacher.title)
         axes.set_yticks(places, labels=list(groups))
         # From the top down, and as many places in both panels, so that all bars have one thickness.
         axes.set_ylim(max(len(costs), len(worth)) - 0.5, -0.5)
         axes.set(title=title, xlabel="% of the teacher", xlim=(0, 1.15 * max(axes.get_xlim()[1], 100)))
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.legend(
+        handles, labels, loc="outside lower center", frameon=False
+    )  # one below the other: they are long
     figure.savefig(path, dpi=150)

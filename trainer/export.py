@@ -1,5 +1,6 @@
 """The trained student as a Hugging Face folder that loads without this project."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +9,15 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from distilspeed.trainer.config import TrainArguments
 from distilspeed.trainer.corpus import Corpus
 from distilspeed.trainer.evaluation import MaskedTokenQuality
 from distilspeed.trainer.files import folder_written_whole
 from distilspeed.trainer.metrics import StepMetrics
+
+TOKENIZER_OUTPUTS = ("input_ids", "token_type_ids", "attention_mask")
 
 
 def gather_weights(engine: deepspeed.DeepSpeedEngine, student: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -61,8 +64,21 @@ def export_student(student: PreTrainedModel, record: TrainingRecord, folder: Pat
     """Write config, safetensors, tokenizer and model card to ``folder``, which appears whole or not at all."""
     with folder_written_whole(folder) as beside:
         student.save_pretrained(beside)
-        record.corpus.load_tokenizer().save_pretrained(beside)
+        tokenizer_for(student, record.corpus).save_pretrained(beside)
         (beside / "README.md").write_text(model_card(record), encoding="utf-8")
+
+
+def tokenizer_for(model: PreTrainedModel, corpus: Corpus) -> PreTrainedTokenizerFast:
+    """The corpus's tokenizer, to be saved with a model: it gives the inputs that the model takes and no others.
+
+    DistilBERT takes no token types, and before transformers 5 a pipeline passes on all that a tokenizer gives.
+    """
+    tokenizer = corpus.load_tokenizer()
+    taken = inspect.signature(model.forward).parameters
+    names = [name for name in TOKENIZER_OUTPUTS if name in taken]
+    # save_pretrained writes what a tokenizer was made with, not the attribute.
+    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names = names
+    return tokenizer
 
 
 def model_card(record: TrainingRecord) -> str:

@@ -41,6 +41,16 @@ _OTHER_PARTS = {
     "cls.predictions.transform.LayerNorm": "vocab_layer_norm",
 }
 
+# Weights of the MLM head that a tied model shares with its word embeddings, or that share its one bias.
+TIED_WEIGHTS = frozenset(
+    {
+        "cls.predictions.decoder.weight",
+        "cls.predictions.decoder.bias",
+        "cls.predictions.bias",
+        "vocab_projector.weight",
+    }
+)
+
 
 def check_teacher_config(config: PreTrainedConfig) -> BertConfig:
     """Return the config if its model can be distilled.
@@ -66,7 +76,13 @@ def check_teacher_config(config: PreTrainedConfig) -> BertConfig:
     return config
 
 
-def student_config(teacher: BertConfig, num_layers: int) -> DistilBertConfig:
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the vocabulary projection is the word embeddings, whatever the config says."""
+    embeddings, projection = model.get_input_embeddings(), model.get_output_embeddings()
+    return projection.weight is embeddings.weight
+
+
+def student_config(teacher: BertConfig, num_layers: int, tie_word_embeddings: bool) -> DistilBertConfig:
     """The DistilBERT config with the teacher's sizes and ``num_layers`` layers."""
     return DistilBertConfig(
         vocab_size=teacher.vocab_size,
@@ -80,7 +96,7 @@ def student_config(teacher: BertConfig, num_layers: int) -> DistilBertConfig:
         activation=teacher.hidden_act,
         initializer_range=teacher.initializer_range,
         pad_token_id=teacher.pad_token_id,
-        tie_word_embeddings=teacher.tie_word_embeddings,
+        tie_word_embeddings=tie_word_embeddings,
     )
 
 
@@ -119,6 +135,8 @@ def check_architecture(model: PreTrainedModel, name: str) -> None:
         raise UserError(
             f'{name} is a "{model.config.model_type}" model; choose a "bert" or "distilbert" masked language model'
         )
+    if isinstance(model, BertForMaskedLM) and model.config.is_decoder:
+        raise UserError(f"{name} has is_decoder, its tokens see no later ones; choose an encoder")
     if model.config.num_hidden_layers < 1:
         raise UserError(
             f"{name} has {model.config.num_hidden_layers} layers; choose a model with at least one"
@@ -136,11 +154,13 @@ def pad_vocabulary(model: PreTrainedModel) -> None:
     missing = -len(embeddings.weight) % VOCABULARY_MULTIPLE
     if not missing:
         return
-    is_tied = projection.weight is embeddings.weight
+    was_tied = is_tied(model)
     embeddings.weight = _padded(embeddings.weight, missing)
-    projection.weight = embeddings.weight if is_tied else _padded(projection.weight, missing)
-    projection.bias = _padded(projection.bias, missing)
-    if isinstance(model, BertForMaskedLM):
+    projection.weight = embeddings.weight if was_tied else _padded(projection.weight, missing)
+    bias = projection.bias
+    projection.bias = _padded(bias, missing)
+    # BERT's second name for the bias; an untied model has a parameter of its own there, which nothing reads.
+    if isinstance(model, BertForMaskedLM) and model.cls.predictions.bias is bias:
         model.cls.predictions.bias = projection.bias
 
 

@@ -135,13 +135,23 @@ def _start_metrics(
     )
 
 
+def _loss_weights(run: Run) -> dict[str, float]:
+    """By the names of the parts in the metrics; without a teacher there is masked language modelling alone."""
+    arguments, has_teacher = run.arguments, run.teacher is not None
+    return {
+        "loss_ce": arguments.alpha_ce * has_teacher,
+        "loss_mlm": arguments.alpha_mlm,
+        "loss_cos": arguments.alpha_cos * has_teacher,
+    }
+
+
 def _finish(run: Run, engine: deepspeed.DeepSpeedEngine) -> None:
     weights = gather_weights(engine, run.student)
     if run.process.rank != 0:
         return
     with writing(run.arguments.output_dir):
         metrics = read_metrics(run.arguments.output_dir / "metrics.jsonl")
-        plot_losses(metrics, run.arguments.output_dir / "loss.png")
+        plot_losses(metrics, run.arguments.output_dir / "loss.png", _loss_weights(run))
         student = whole_student(run.student, weights)
         record = TrainingRecord(
             arguments=run.arguments,

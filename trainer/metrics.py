@@ -1,15 +1,18 @@
-"""Metrics of a run: gathered on the device, read once per logging interval, written as JSON lines."""
+"""Metrics of a run: gathered on the device, read once per logging interval, written as JSON lines, drawn at the end."""
 
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from distilspeed.trainer.batches import MicroBatches
@@ -20,7 +23,12 @@ from distilspeed.trainer.errors import NumericalError
 from distilspeed.trainer.files import write_text, writing
 from distilspeed.trainer.step import StepResult
 
+if TYPE_CHECKING:  # importing matplotlib takes a second, and only the end of a run draws
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 ROW_IDS_SHOWN = 64
+FEW_STEPS = 50  # each of which is a dot in loss.png
 
 
 @dataclass(frozen=True)
@@ -217,24 +225,125 @@ def read_metrics(path: Path) -> list[StepMetrics]:
     return [StepMetrics(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def plot_losses(metrics: Sequence[StepMetrics], path: Path) -> None:
-    """Draw the weighted loss and its parts over the steps; PNG."""
+# --- loss.png -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """A curve of ``loss.png``: a value of :class:`StepMetrics`, its title with unit, and its colour."""
+
+    name: str
+    title: str
+    in_short: Callable[[NDArray[np.float64]], str]
+    colour: str  # Okabe & Ito 2008: told apart with every common colour blindness, and in grey
+    is_loss: bool = True
+
+
+def _first_and_last(curve: NDArray[np.float64]) -> str:
+    return f"{curve[0]:.3g} → {curve[-1]:.3g}"
+
+
+_LOSS_PANELS = (
+    _Panel("loss", "weighted sum of the losses", _first_and_last, "#000000"),
+    _Panel("loss_ce", "soft targets, T² KL in nats", _first_and_last, "#0072B2"),
+    _Panel("loss_mlm", "MLM, cross-entropy in nats", _first_and_last, "#D55E00"),
+    _Panel("loss_cos", "hidden states, 1 − cosine", _first_and_last, "#009E73"),
+)
+_OTHER_PANELS = (
+    _Panel("lr", "learning rate", lambda curve: f"peak {curve.max():.3g}", "#555555", is_loss=False),
+    _Panel(
+        "tokens_per_s",
+        "real tokens per second",
+        lambda curve: f"median {np.median(curve):,.0f}",
+        "#555555",
+        is_loss=False,
+    ),
+)
+
+
+def plot_losses(
+    metrics: Sequence[StepMetrics], path: Path, weights: Mapping[str, float] | None = None
+) -> None:
+    """Write :func:`loss_figure` as PNG, whole or not at all."""
     import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    steps = [line.step for line in metrics]
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    curves = {"loss": "weighted sum", "loss_ce": "soft targets", "loss_mlm": "MLM", "loss_cos": "cosine"}
-    for name, label in curves.items():
-        values = [getattr(line, name) for line in metrics]
-        if any(values):
-            axes.plot(steps, values, label=label, linewidth=1.2)
-    axes.set(xlabel="optimiser step", ylabel="loss, mean over the global batch", yscale="log")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
     beside = path.with_name(f".{path.name}.incomplete")
-    figure.savefig(beside, dpi=120, format="png")
+    with matplotlib.rc_context({"agg.path.chunksize": 10_000}):  # or Agg refuses lines of very many points
+        loss_figure(metrics, weights).savefig(beside, dpi=120, format="png")
     beside.replace(path)
-    pyplot.close(figure)
+
+
+def loss_figure(metrics: Sequence[StepMetrics], weights: Mapping[str, float] | None = None) -> "Figure":
+    """Each loss, their sum, learning rate and throughput over the steps, in a panel of its own.
+
+    Args:
+        weights: of ``loss_ce``, ``loss_mlm`` and ``loss_cos``; a loss of weight 0 is left out. None leaves out
+            those that are 0 throughout.
+    """
+    from matplotlib.figure import Figure
+
+    shown = {"loss": 1.0, **(weights or {name: max(_values(metrics, name)) for name in LossParts._fields})}
+    panels = [*(panel for panel in _LOSS_PANELS if shown[panel.name]), *_OTHER_PANELS]
+    columns = 2 if len(panels) <= 4 else 3
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.4 * columns, 0.8 + 2.5 * rows))
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
+    for place, panel in enumerate(panels, start=1):
+        _draw(figure.add_subplot(rows, columns, place), panel, metrics)
+    figure.suptitle(_headline(metrics), fontsize="large")
+    figure.supxlabel("optimiser step", fontsize="medium")
+    return figure
+
+
+def _values(metrics: Sequence[StepMetrics], name: str) -> NDArray[np.float64]:
+    return np.array([getattr(line, name) for line in metrics], dtype=np.float64)
+
+
+def _headline(metrics: Sequence[StepMetrics]) -> str:
+    last = metrics[-1]
+    skipped = f", {last.skipped:,} batches skipped after fp16 overflows" if last.skipped else ""
+    return f"{last.step:,} steps, {last.epoch:.2f} epochs, {last.tokens:,} real tokens{skipped}"
+
+
+def _draw(axes: "Axes", panel: _Panel, metrics: Sequence[StepMetrics]) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    steps, values = _values(metrics, "step"), _values(metrics, panel.name)
+    curve = smoothed(values) if panel.is_loss else values
+    if curve is not values:
+        axes.plot(steps, values, color=panel.colour, alpha=0.25, linewidth=0.7)
+    marker = "." if len(steps) <= FEW_STEPS else None
+    axes.plot(steps, curve, color=panel.colour, linewidth=1.8, marker=marker)
+    axes.set_title(panel.title, loc="left", fontsize="medium")
+    axes.set_title(panel.in_short(curve), loc="right", fontsize="medium", color=panel.colour)
+    axes.set_ylim(_limits(values) if panel.is_loss else (0, 1.1 * values.max() or 1))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, steps=[1, 2, 5, 10]))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Each value's mean with its neighbours, 1 % of all values on either side; few values stay as they are.
+
+    The first values, where a loss falls fast, have as few neighbours after them as before them.
+    """
+    reach = len(values) // 100
+    if not reach:
+        return values
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    places = np.arange(len(values))
+    before = np.minimum(places, reach)
+    after = np.minimum(before, places[::-1])
+    return (sums[places + after + 1] - sums[places - before]) / (before + 1 + after)
+
+
+def _limits(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Of a loss's axis: all values, without the first 2 % where they would leave no room for the rest."""
+    low, high = values.min(), values.max()
+    later = values[len(values) * 2 // 100 :]
+    if high - low > 2 * (later.max() - low):
+        high = later.max()
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - margin, high + margin

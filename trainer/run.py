@@ -36,6 +36,7 @@ from distilspeed.trainer.student import (
     make_student,
     model_from_config,
     select_teacher_layers,
+    warn_without_tokenizer,
 )
 
 RECORDED_PACKAGES = ("distilspeed", "torch", "deepspeed", "transformers", "datasets")
@@ -118,6 +119,8 @@ def prepare_run(arguments: TrainArguments) -> Run:
     # Last and once for all ranks, because it reads the whole corpus.
     if process.rank == 0 and not arguments.plan:
         open_corpus(arguments.data_dir, verify_checksums=True)
+    if process.rank == 0 and teacher:
+        warn_without_tokenizer("teacher", arguments.teacher)
     return Run(
         arguments, process, corpus, batch, precision, deepspeed_config, steps, teacher, layers, student
     )

@@ -8,24 +8,46 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForMaskedLM,
-    AutoTokenizer,
+    AutoModelForSequenceClassification,
     BertForMaskedLM,
     DistilBertForMaskedLM,
     PreTrainedModel,
 )
 
-from distilspeed.trainer.corpus import Corpus, tokenizer_hash
-from distilspeed.trainer.errors import UserError, first_line
+from distilspeed.trainer.corpus import Corpus, load_tokenizer, tokenizer_hash
+from distilspeed.trainer.errors import UserError, first_line, show_warning
 from distilspeed.trainer.families import (
+    TIED_WEIGHTS,
     check_architecture,
     check_teacher_config,
+    is_tied,
     student_config,
     student_state_dict,
 )
 
 # DistilBERT-base takes these of BERT-base's 12 layers (Sanh et al. 2019, original code).
 DISTILBERT_LAYERS_OF_12 = (0, 2, 4, 7, 9, 11)
+
+# How a model is called here, whatever its config has left over from another use.
+CALLED_WITH = {
+    "return_dict": True,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "chunk_size_feed_forward": 0,
+}
+
+# Files of a tokenizer, by the names that transformers' tokenizers give them.
+TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.spm",
+)
 
 
 def select_teacher_layers(num_layers: int, chosen: Sequence[int] | None) -> tuple[int, ...]:
@@ -80,10 +102,7 @@ def load_masked_language_model(role: str, name: str) -> PreTrainedModel:
             "give the config that goes with the weights"
         )
     if loading["missing_keys"]:
-        missing = ", ".join(sorted(loading["missing_keys"])[:3])
-        raise UserError(
-            f"the {role} {name} lacks weights ({missing}, …); give a masked language model with its head"
-        )
+        raise UserError(_missing_weights(f"the {role} {name}", model, sorted(loading["missing_keys"])))
     check_architecture(model, f"the {role} {name}")
     for weight, values in model.named_parameters():
         if not values.isfinite().all():
@@ -91,6 +110,15 @@ def load_masked_language_model(role: str, name: str) -> PreTrainedModel:
                 f"the {role} {name} has NaN or infinite weights ({weight}); save it again or choose another"
             )
     return model.eval()
+
+
+def _missing_weights(model_name: str, model: PreTrainedModel, missing: Sequence[str]) -> str:
+    if not model.config.tie_word_embeddings and TIED_WEIGHTS.issuperset(missing):
+        return (
+            f'{model_name} lacks {", ".join(missing)}, and its config.json has "tie_word_embeddings": false; '
+            "set it to true: transformers then ties what is missing and nothing else"
+        )
+    return f"{model_name} lacks weights ({', '.join(missing[:3])}, …); give a masked language model with its head"
 
 
 def _refuse_pickles(role: str, folder: Path) -> None:
@@ -116,8 +144,12 @@ def load_teacher(name: str) -> BertForMaskedLM:
 
 
 def make_student(teacher: BertForMaskedLM, layers: Sequence[int]) -> DistilBertForMaskedLM:
-    """The student at its start: float32, initialised from the teacher's ``layers``; tied where the teacher is."""
-    config = student_config(teacher.config, len(layers))
+    """The student at its start: float32, initialised from the teacher's ``layers``; tied where the teacher is.
+
+    What the teacher's config says of tying does not count: transformers keeps a decoder that was saved beside
+    other embeddings.
+    """
+    config = student_config(teacher.config, len(layers), is_tied(teacher))
     student = DistilBertForMaskedLM._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     student.load_state_dict(student_state_dict(teacher, layers))
     return student
@@ -141,19 +173,39 @@ def model_from_config(name: str, seed: int) -> PreTrainedModel:
     return model
 
 
+def make_classifier(role: str, name: str, num_labels: int) -> PreTrainedModel:
+    """A sequence classifier with a model's config and random weights, float32; one class an example.
+
+    What the config says of another task (kind of problem, number and names of labels) does not count.
+
+    Raises:
+        UserError: the config makes no classifier.
+    """
+    config = _load(AutoConfig, role, name, num_labels=num_labels, problem_type="single_label_classification")
+    try:
+        return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    except Exception as error:  # a config is checked by what its values lead to
+        raise UserError(
+            f"the {role} {name} makes no classifier: {first_line(error)}; correct its config.json"
+        ) from error
+
+
+def load_classifier(name: str, num_labels: int) -> PreTrainedModel:
+    """A model's pre-trained encoder with a new classification head, whether or not the model comes with one."""
+    classifier = make_classifier("model", name, num_labels)
+    encoder = _load(AutoModel, "model", name, dtype=torch.float32, use_safetensors=True)
+    classifier.base_model.load_state_dict(encoder.state_dict())
+    return classifier
+
+
 def check_fits_corpus(role: str, name: str, model: PreTrainedModel, corpus: Corpus) -> None:
     """Raise a UserError unless the model has the corpus's tokenizer, its vocabulary and positions for its rows.
 
-    A local folder without a tokenizer is judged by the size of its vocabulary alone.
+    A model without a tokenizer is judged by the size of its vocabulary alone; see :func:`warn_without_tokenizer`.
     """
     manifest, config = corpus.manifest, model.config
-    if not Path(name).exists() or (Path(name) / "tokenizer.json").exists():
-        tokenizer = _load(AutoTokenizer, f"tokenizer of the {role}", name)
-        if tokenizer_hash(tokenizer) != manifest.tokenizer_hash:
-            raise UserError(
-                f"the corpus was made with another tokenizer than that of the {role} {name}; "
-                f"prepare it with --tokenizer {name}"
-            )
+    if _has_tokenizer(name):
+        _check_same_tokenizer(role, name, corpus)
     if config.vocab_size < manifest.vocab_size:
         raise UserError(
             f"the {role} {name} has a vocabulary of {config.vocab_size} tokens, the corpus's tokenizer one of "
@@ -167,10 +219,43 @@ def check_fits_corpus(role: str, name: str, model: PreTrainedModel, corpus: Corp
         )
 
 
+def warn_without_tokenizer(role: str, name: str) -> None:
+    """Print a warning where :func:`check_fits_corpus` had no tokenizer to compare."""
+    if not _has_tokenizer(name):
+        show_warning(
+            f"the {role} {name} has no tokenizer files; only the size of its vocabulary was compared "
+            "with the corpus's tokenizer"
+        )
+
+
+def _has_tokenizer(name: str) -> bool:
+    """Whether a model comes with any file of a tokenizer; a hub id always counts as one that does."""
+    folder = Path(name)
+    return not folder.exists() or any(
+        file.is_file() for pattern in TOKENIZER_FILES for file in folder.glob(pattern)
+    )
+
+
+def _check_same_tokenizer(role: str, name: str, corpus: Corpus) -> None:
+    tokenizer = load_tokenizer(name)
+    # transformers makes a tokenizer of special tokens alone where the file with the vocabulary is missing.
+    vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    if vocabulary.keys() <= set(tokenizer.all_special_tokens):
+        raise UserError(
+            f"the tokenizer of the {role} {name} has no vocabulary and cannot be compared with the corpus's; "
+            "add its tokenizer.json or vocab.txt"
+        )
+    if tokenizer_hash(tokenizer) != corpus.manifest.tokenizer_hash:
+        raise UserError(
+            f"the corpus was made with another tokenizer than that of the {role} {name}; "
+            f"prepare it with --tokenizer {name}"
+        )
+
+
 def _load(auto_class: Any, role: str, name: str, **options: Any) -> Any:
     try:
         # False, because unless told transformers asks at the terminal whether to run a repository's code.
-        return auto_class.from_pretrained(name, trust_remote_code=False, **options)
+        return auto_class.from_pretrained(name, trust_remote_code=False, **CALLED_WITH, **options)
     except Exception as error:  # the hub's, the file system's, safetensors' and transformers' own
         raise UserError(
             f"cannot load the {role} {name}: {first_line(error)}; give a folder or hub id with safetensors weights"

@@ -1,11 +1,16 @@
 """Tasks to fine-tune on: sentence or sentence-pair classification from two JSON-lines files.
 
 train.jsonl, dev.jsonl   objects with ``label`` and either ``text`` or ``text_a`` and ``text_b``
+
+A label is a class: an integer, a string or a boolean, one kind throughout. Examples that are labelled as SNLI and GLUE
+label what has no label (-1, "-") are left out and counted.
 """
 
 import inspect
 import json
+import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +19,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -22,9 +26,17 @@ from transformers import (
 )
 
 from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.student import load_classifier
 
-Label = int | str
+Label = int | str  # bool is an int to Python
 Encoded = dict[str, Any]  # one example: what the tokenizer gives, and "label"
+Record = dict[str, Any]  # one line of a file
+
+# datasets gives the unlabelled examples of SNLI, and GLUE's test sets, the label -1; SNLI's own files have "-".
+UNLABELLED = (-1, "-1", "-")
+# SNLI has 0.1 % in train and 1.6 % in dev. Where there are more, -1 or "-" is a class, or the file a test set.
+UNLABELLED_FRACTION = 0.1
+_is_score = re.compile(r"\s*[+-]?(\d*\.\d+([eE][+-]?\d+)?|\d+[eE][+-]?\d+)\s*").fullmatch
 
 # Devlin et al. 2019 fine-tune BERT with these.
 WARMUP_FRACTION = 0.1
@@ -43,12 +55,16 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task; ``labels`` are the classes of the training examples, sorted."""
+    """A classification task; ``labels`` are the classes of the training examples, sorted.
+
+    ``unlabelled``: examples that were left out, by the name of their file.
+    """
 
     name: str
     labels: tuple[Label, ...]
     train: tuple[Example, ...]
     dev: tuple[Example, ...]
+    unlabelled: Mapping[str, int]
 
     @property
     def majority_accuracy(self) -> float:
@@ -70,35 +86,59 @@ def read_task(folder: Path) -> Task:
     """Read ``train.jsonl`` and ``dev.jsonl`` of a task.
 
     Raises:
-        UserError: a file is missing, empty or not JSON lines; a field is missing or of another type; the
-            two files do not have the same fields; there are fewer than two classes, or dev has one that
-            train lacks.
+        UserError: a file is missing, empty or not JSON lines; a field is missing or of another type; a label is a
+            score; the two files do not have the same fields, or labels of one kind; more examples are unlabelled
+            than can be by chance; there are fewer than two classes, or dev has one that train lacks.
     """
-    train, dev = (_read_records(folder / f"{split}.jsonl") for split in ("train", "dev"))
-    fields = {_text_fields(record) for record in (*train, *dev)}
+    files = {name: _read_records(folder / name) for name in ("train.jsonl", "dev.jsonl")}
+    fields = {_text_fields(record) for records in files.values() for record in records}
     if len(fields) > 1:
         raise UserError(
             f'the task {folder} mixes "text" with "text_a", "text_b"; use one of the two throughout'
         )
-    labels = tuple(sorted({record["label"] for record in train}, key=lambda label: (str(type(label)), label)))
+    labelled = {name: _labelled(records, folder / name) for name, records in files.items()}
+    labels = _classes(folder, *labelled.values())
+    classes = {label: index for index, label in enumerate(labels)}
+    (text_fields,) = fields
+    train, dev = (
+        tuple(_example(record, text_fields, classes) for record in records) for records in labelled.values()
+    )
+    unlabelled = {name: len(records) - len(labelled[name]) for name, records in files.items()}
+    return Task(folder.resolve().name, labels, train, dev, unlabelled)
+
+
+def _labelled(records: Sequence[Record], path: Path) -> list[Record]:
+    labelled = [record for record in records if record["label"] not in UNLABELLED]
+    left_out = [record["label"] for record in records if record["label"] in UNLABELLED]
+    if len(left_out) > UNLABELLED_FRACTION * len(records):
+        raise UserError(
+            f"{len(left_out):,} of {len(records):,} examples in {path} have the label {json.dumps(left_out[0])}, which "
+            "SNLI and GLUE give to unlabelled ones; remove them, or name the class otherwise"
+        )
+    return labelled
+
+
+def _classes(folder: Path, train: Sequence[Record], dev: Sequence[Record]) -> tuple[Label, ...]:
+    one_of_kind = {type(record["label"]): record["label"] for record in (*train, *dev)}
+    if len(one_of_kind) > 1:
+        kinds = " and ".join(map(json.dumps, one_of_kind.values()))
+        raise UserError(
+            f"the task {folder} mixes labels of different kinds ({kinds}); use integers or strings throughout"
+        )
+    labels = tuple(sorted({record["label"] for record in train}))
     if len(labels) < 2:
         raise UserError(
             f"all training examples of the task {folder} have the label {labels[0]!r}; give two or more"
         )
-    classes = {label: index for index, label in enumerate(labels)}
-    unknown = sorted({str(record["label"]) for record in dev if record["label"] not in classes})
+    unknown = sorted({str(record["label"]) for record in dev}.difference(map(str, labels)))
     if unknown:
         raise UserError(
             f"dev.jsonl of the task {folder} has labels that train.jsonl lacks ({', '.join(unknown[:3])}); correct it"
         )
-    (text_fields,) = fields
-    train_examples, dev_examples = (
-        tuple(_example(record, text_fields, classes) for record in records) for records in (train, dev)
-    )
-    return Task(folder.resolve().name, labels, train_examples, dev_examples)
+    return labels
 
 
-def _read_records(path: Path) -> list[dict[str, Any]]:
+def _read_records(path: Path) -> list[Record]:
     try:
         with path.open(encoding="utf-8") as file:
             records = [_parse(line, f"{path}, line {number}") for number, line in enumerate(file, start=1)]
@@ -113,26 +153,31 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _parse(line: str, where: str) -> dict[str, Any]:
+def _parse(line: str, where: str) -> Record:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {error}; a task has one object a line") from error
     if not isinstance(record, dict):
         raise UserError(f"{where} is not an object; a task has one object a line")
-    texts = [record.get(field) for field in _text_fields(record)]
-    if not all(isinstance(text, str) for text in texts) or not isinstance(record.get("label"), Label):
+    texts, label = [record.get(field) for field in _text_fields(record)], record.get("label")
+    if isinstance(label, float) or (isinstance(label, str) and _is_score(label)):
         raise UserError(
-            f'{where} needs "text", or "text_a" and "text_b", as strings and "label" as a number or string; correct it'
+            f"{where} has the label {json.dumps(label)}, a score, and tasks are classifications (regression is not "
+            "supported); give classes, as integers or names"
+        )
+    if not all(isinstance(text, str) for text in texts) or not isinstance(label, Label) or label == "":
+        raise UserError(
+            f'{where} needs "text", or "text_a" and "text_b", as strings and "label" as integer or name; correct it'
         )
     return record
 
 
-def _text_fields(record: dict[str, Any]) -> tuple[str, ...]:
+def _text_fields(record: Record) -> tuple[str, ...]:
     return ("text",) if "text" in record else ("text_a", "text_b")
 
 
-def _example(record: dict[str, Any], text_fields: tuple[str, ...], classes: dict[Label, int]) -> Example:
+def _example(record: Record, text_fields: tuple[str, ...], classes: dict[Label, int]) -> Example:
     # JSON can spell half of a surrogate pair ("\ud83d"), which is no character and cannot be tokenised.
     texts = [record[field].encode("utf-8", "replace").decode() for field in text_fields]
     text, pair = (*texts, None)[:2]
@@ -156,9 +201,7 @@ def fine_tune(
         model_name: a folder or hub id; weights in safetensors.
     """
     torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        model_name, num_labels=len(task.labels), dtype=torch.float32, use_safetensors=True
-    ).to(device)
+    model = nn.Module.to(load_classifier(model_name, len(task.labels)), device)
     collate = DataCollatorWithPadding(tokenizer)
     train, dev = (
         encode(examples, tokenizer, model, settings.max_length) for examples in (task.train, task.dev)
@@ -185,7 +228,11 @@ def encode(
     """Token ids and class of each example, without the inputs that the model does not take (token types)."""
     pairs = [example.pair for example in examples if example.pair is not None]
     encoded = tokenizer(
-        [example.text for example in examples], pairs or None, truncation=True, max_length=max_length
+        [example.text for example in examples],
+        pairs or None,
+        truncation=True,
+        max_length=max_length,
+        return_token_type_ids=True,  # whatever model the tokenizer was saved with
     )
     accepted = [key for key in encoded if key in inspect.signature(model.forward).parameters]
     return [

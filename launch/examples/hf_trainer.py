@@ -15,7 +15,8 @@ class DistillationTrainer(transformers.Trainer):
 
     def __init__(self, *args: Any, teacher: transformers.PreTrainedModel, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.teacher = teacher.to(self.args.device)
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+        self.teacher = teacher.to(self.args.device, dtype)  # Trainer's autocast is around the student alone
         self.model_accepts_loss_kwargs = True  # or Trainer divides the loss by the accumulation steps, too
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
@@ -29,9 +30,9 @@ class DistillationTrainer(transformers.Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ids, labels, mask = inputs["input_ids"], inputs["labels"], inputs["attention_mask"].bool()
-        with torch.no_grad():
-            teacher_logits = self.teacher(ids, attention_mask=mask).logits
         outputs = model(ids, attention_mask=mask)
+        with torch.no_grad():
+            teacher_logits = self.teacher(ids, attention_mask=mask).logits.to(outputs.logits.dtype)
         tokens, labelled = num_items_in_batch if model.training else (None, None)
         counts = {"soft_normalizer": tokens, "hard_normalizer": labelled}
         losses = distillation_loss(outputs.logits, teacher_logits, labels, soft_mask=mask, **counts)
@@ -51,9 +52,7 @@ if __name__ == "__main__":
     lines = [line for line in Path(args.text).read_text(encoding="utf-8").splitlines() if line.strip()]
     ids = tokenizer(lines, truncation=True, max_length=student.config.max_position_embeddings)["input_ids"]
     rows = [{"input_ids": row} for row in ids]
-    collator = transformers.DataCollatorForLanguageModeling(tokenizer)
-    trainer = DistillationTrainer(
-        student, settings, collator, rows, processing_class=tokenizer, teacher=teacher
-    )
+    masks = transformers.DataCollatorForLanguageModeling(tokenizer)
+    trainer = DistillationTrainer(student, settings, masks, rows, processing_class=tokenizer, teacher=teacher)
     trainer.train()
     trainer.save_model()

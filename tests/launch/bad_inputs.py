@@ -203,6 +203,8 @@ def _write_models(folder: Path) -> None:
         "nan_weights",
         "no_config",
         "config_not_json",
+        "head_dropout",
+        "decoder",
         "other_tokenizer",
     ):
         shutil.copytree(folder / "teacher", folder / name)
@@ -214,11 +216,23 @@ def _write_models(folder: Path) -> None:
     tensors = load_file(weights)
     tensors["bert.encoder.layer.1.output.dense.bias"][3] = float("nan")
     save_file(tensors, weights, {"format": "pt"})
+    for name, setting in (("head_dropout", {"classifier_dropout": 5.0}), ("decoder", {"is_decoder": True})):
+        config = json.loads((folder / name / "config.json").read_text())
+        (folder / name / "config.json").write_text(json.dumps(config | setting))
     (folder / "no_config" / "config.json").unlink()
     (folder / "config_not_json" / "config.json").write_text("{")
     tokenizer = AutoTokenizer.from_pretrained(folder / "teacher")
+    teacher_vocabulary = tokenizer.get_vocab()
     tokenizer.add_tokens("another")
     tokenizer.save_pretrained(folder / "other_tokenizer")
+    # The same size, and in vocab.txt alone; and no vocabulary.
+    for name in ("other_vocabulary", "no_vocabulary"):
+        shutil.copytree(folder / "teacher", folder / name)
+        (folder / name / "tokenizer.json").unlink()
+    (folder / "other_vocabulary" / "tokenizer_config.json").unlink()
+    pieces = sorted(teacher_vocabulary, key=teacher_vocabulary.__getitem__)
+    pieces[-2:] = reversed(pieces[-2:])
+    (folder / "other_vocabulary" / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces))
 
 
 def _write_tasks(folder: Path) -> None:
@@ -228,6 +242,11 @@ def _write_tasks(folder: Path) -> None:
         "no_label": {"label": None},
         "label_list": {"label": [1]},
         "label_fraction": {"label": 0.5},
+        "label_nan": {"label": float("nan")},
+        "label_score": {"label": "3.5"},
+        "label_exponent": {"label": "-1e-3"},
+        "label_empty": {"label": ""},
+        "unlabelled": {"label": -1},
         "text_number": {"text": 1},
         "one_class": {"label": 1},
     }
@@ -237,6 +256,8 @@ def _write_tasks(folder: Path) -> None:
     for name, dev in (
         ("new_class", '{"text": "a", "label": 7}\n'),
         ("mixed", '{"text_a": "a", "text_b": "b", "label": 1}\n'),
+        ("kinds_in_dev", '{"text": "a", "label": "1"}\n'),
+        ("unlabelled_dev", '{"text": "a", "label": "-"}\n'),
         ("empty_dev", ""),
         ("not_json", "{\n"),
         ("deep", "[" * 100_000 + "\n"),
@@ -245,6 +266,10 @@ def _write_tasks(folder: Path) -> None:
         ("no_dev", None),
     ):
         _write_task(folder / "tasks" / name, lines, dev)
+    more: tuple[Any, ...] = ("1", True, -1)
+    for name, label in zip(("kinds", "booleans", "minus_one"), more, strict=True):
+        another = json.dumps({"text": "a", "label": label}) + "\n"
+        _write_task(folder / "tasks" / name, lines + another, lines)
     _write_task(folder / "tasks" / "latin1", lines)
     (folder / "tasks" / "latin1" / "dev.jsonl").write_bytes(b'{"text": "caf\xe9", "label": 0}\n')
     _write_task(folder / "more" / "good", lines)

@@ -502,6 +502,16 @@ def with_another_token(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def vocabulary_alone(folder: Path) -> None:
+    """Another tokenizer of the same size, in vocab.txt alone."""
+    vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
+    pieces = sorted(vocabulary, key=vocabulary.__getitem__)
+    pieces[-2:] = reversed(pieces[-2:])
+    for file in folder.glob("*token*"):
+        file.unlink()
+    (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces), encoding="utf-8")
+
+
 LOAD = "cannot load the teacher"
 CONFIGS_OF_MODELS: dict[str, tuple[Damage, str]] = {
     "no config": (without("config.json"), "cannot load"),
@@ -560,6 +570,12 @@ TEACHERS: dict[str, tuple[Damage, str]] = {
     "a tokenizer that is not JSON": (with_text("tokenizer.json", "{"), "tokenizer"),
     "a tokenizer without a mask token": (without_mask_token, "another tokenizer"),
     "a tokenizer with a token more": (with_another_token, "another tokenizer"),
+    "another tokenizer in vocab.txt alone": (vocabulary_alone, "another tokenizer"),
+    "a tokenizer without its vocabulary": (without("tokenizer.json"), "has no vocabulary"),
+    "tied weights that are said to be untied": (
+        with_values("config.json", tie_word_embeddings=False),
+        "lacks cls.predictions.decoder.bias, cls.predictions.decoder.weight,",
+    ),
 }
 
 

@@ -41,6 +41,8 @@ def test_the_command_writes_a_report_and_prints_its_table(
     done = run_evaluate(*models, "--data_dir", small_corpus_dir, "--output_dir", output, *small)
 
     assert done.returncode == 0, done.stderr
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert ["no tokenizer files" in line for line in warnings] == [True, True]  # student and baseline
     report = json.loads((output / "report.json").read_text())
     assert [model["role"] for model in report["models"]] == ["teacher", "student", "baseline"]
     assert [score["task"] for score in report["models"][1]["tasks"]] == ["words"]

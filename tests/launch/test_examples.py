@@ -149,7 +149,7 @@ def plain_step(
 
 
 def hf_trainer(
-    example: ModuleType, student: Model, teacher: Model, rows: list[Row], micro_batches: int
+    example: ModuleType, student: Model, teacher: Model, rows: list[Row], micro_batches: int, **options: bool
 ) -> Trainer:
     settings = TrainingArguments(
         max_steps=1,
@@ -158,6 +158,7 @@ def hf_trainer(
         max_grad_norm=0,
         save_strategy="no",
         use_cpu=True,
+        **options,
     )
     student.accepts_loss_kwargs = False  # as Trainer finds a model whose forward takes no **kwargs
     optimizers = sgd(student), None
@@ -243,3 +244,28 @@ def test_the_trainers_evaluation_is_the_references_loss(
 
     trainer = hf_trainer(load_example("hf_trainer"), student, teacher, rows, micro_batches=4)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@needs("accelerate")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_trainers_teacher_runs_in_the_precision_of_the_run(
+    precision: str, tiny_teacher_dir: Path, student_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    expected = torch.bfloat16 if precision == "bf16" else torch.float32
+    teacher = load_teacher(str(tiny_teacher_dir))
+    student = AutoModelForMaskedLM.from_pretrained(student_dir)
+    rows = rows_of_unequal_length(teacher.config.vocab_size)
+    trainer = hf_trainer(
+        load_example("hf_trainer"), student, teacher, rows, micro_batches=4, bf16=precision == "bf16"
+    )
+    computed = []
+    for name in ("query", "value"):  # as wide as the products are computed, whatever autocast does
+        layer = getattr(trainer.teacher.bert.encoder.layer[0].attention.self, name)
+        layer.register_forward_hook(lambda module, inputs, output: computed.append(output.dtype))
+    before = student.state_dict()["vocab_transform.weight"].clone()
+    trainer.train()
+    assert set(computed) == {expected}
+    assert {weight.dtype for weight in trainer.teacher.parameters()} == {expected}
+    assert not torch.equal(student.state_dict()["vocab_transform.weight"], before)
+    assert student.dtype == torch.float32

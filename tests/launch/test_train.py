@@ -11,10 +11,12 @@ import torch
 from launcher import CPU_CONFIG, ROOT, deepspeed, error_lines, python, write_config
 from refusals import refusal, snapshot
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForMaskedLM, BertForMaskedLM
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM
 
+from distilspeed.trainer.corpus import open_corpus, tokenizer_hash
 from distilspeed.trainer.metrics import read_metrics
 from distilspeed.trainer.preparation import CorpusArguments, prepare_corpus
+from distilspeed.trainer.student import check_fits_corpus, load_masked_language_model
 
 TRAIN = ROOT / "launch" / "train.py"
 STEPS, SAVE_STEPS, BATCH = 12, 4, 16
@@ -86,6 +88,21 @@ def test_the_student_folder_is_complete(finished: Path) -> None:
     for said in ("| Teacher | teacher |", "temperature 2", "reference.txt", "Held-out rows", "AdamW"):
         assert said in card
     assert str(finished) not in card
+
+
+def test_the_students_tokenizer_gives_the_students_inputs_and_is_still_the_corpus_tokenizer(
+    finished: Path, small_corpus_dir: Path
+) -> None:
+    """transformers before 5 passes all that a tokenizer gives to the model, and DistilBERT takes no token types."""
+    student = finished / "run" / "student"
+    saved = json.loads((student / "tokenizer_config.json").read_text())
+    assert saved["model_input_names"] == ["input_ids", "attention_mask"]
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    assert list(tokenizer("the list")) == ["input_ids", "attention_mask"]
+    corpus = open_corpus(small_corpus_dir)
+    assert tokenizer_hash(tokenizer) == corpus.manifest.tokenizer_hash
+    # As the teacher of a next round would be.
+    check_fits_corpus("teacher", str(student), load_masked_language_model("teacher", str(student)), corpus)
 
 
 def test_metrics_have_a_line_per_step_and_the_loss_falls(finished: Path) -> None:
@@ -183,6 +200,7 @@ def test_masked_language_modelling_without_a_teacher(
     result = deepspeed(*arguments, ranks=1)
     assert result.returncode == 0, result.stderr[-3000:]
     assert isinstance(AutoModelForMaskedLM.from_pretrained(tmp_path / "run" / "student"), BertForMaskedLM)
+    assert "token_type_ids" in AutoTokenizer.from_pretrained(tmp_path / "run" / "student")("the list")
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1].loss_ce == 0
 
 

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from distilspeed.trainer import comparison
-from distilspeed.trainer.comparison import EvaluateArguments, choose_device, evaluate
+from distilspeed.trainer.comparison import EvaluateArguments, choose_device, evaluate, shown_names
 from distilspeed.trainer.corpus import open_corpus
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.evaluation import masked_token_quality
@@ -89,6 +89,9 @@ def test_student_and_baseline_are_measured_against_the_teacher(
     model = AutoModelForMaskedLM.from_pretrained(arguments.student)
     assert student.quality == masked_token_quality(model, open_corpus(arguments.data_dir), 12, seed=5)
     assert student.parameters == model.num_parameters()
+    assert [model.name for model in report.models] == [
+        f"{Path(arguments.student).parent.name}/{name}" for name in ("teacher", "student", "student")
+    ]
     assert teacher.quality.accuracy > 0
     assert student.mlm_retention_percent == pytest.approx(
         100 * student.quality.accuracy / teacher.quality.accuracy
@@ -105,6 +108,32 @@ def test_student_and_baseline_are_measured_against_the_teacher(
     ]
     assert str(tmp_path) not in (arguments.output_dir / "report.json").read_text()
     assert [path.name for path in arguments.output_dir.parent.iterdir()] == ["evaluation"]
+
+
+def test_models_are_called_by_what_tells_them_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def called(*names: str) -> list[str]:
+        return shown_names(names)
+
+    for folder in ("runs/first/student", "runs/second/student", "a/runs/first/student"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    one, other = str(tmp_path / "runs/first/student"), "runs/second/student/"
+    assert called("google-bert/bert-base-uncased", one) == [
+        "google-bert/bert-base-uncased",
+        "first/student",
+    ]
+    # A folder called "student" as the teacher, and the same as student and baseline.
+    assert called(one, other, other) == ["first/student", "second/student", "second/student"]
+    assert called(one, "a/runs/first/student") == [
+        f"{tmp_path.name}/runs/first/student",
+        "a/runs/first/student",
+    ]
+    monkeypatch.chdir(one)
+    assert called(".", "../../second/student") == ["first/student", "second/student"]
+    assert called("/") == ["/"]
+    long = tmp_path / ("n" * 100)
+    long.mkdir()
+    assert called(str(long)) == ["…" + "n" * 60]
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,6 +85,11 @@ def test_the_table_has_a_row_a_model(report: Report) -> None:
     assert "| 40.0 ± 0.0 (50.0 %) |" in baseline
 
 
+def test_a_name_does_not_break_the_table(report: Report) -> None:
+    teacher = replace(report.models[0], name="a|b")
+    assert "| teacher (a\\|b) |" in replace(report, models=(teacher, *report.models[1:])).table()
+
+
 def test_the_folder_holds_numbers_table_conditions_and_plot(report: Report, tmp_path: Path) -> None:
     write_report(report, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md", "report.png"]
