@@ -7,7 +7,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
+
+from distilspeed.trainer.environment import prepare_environment
 
 # A rank other than 0 gives rank 0 this long to report the same problem (the launcher ends the
 # others when rank 0 exits) before it concludes that the problem is its own and speaks.
@@ -68,19 +71,29 @@ def first_line(error: Exception) -> str:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An argument parser that reports a wrong command line as a :class:`UserError`: one line, no usage text."""
+    """An argument parser that reports a wrong command line as a :class:`UserError`: one line, no usage text.
+
+    It expands ``~`` in every path and string (no hub id begins with it): after an ``=`` no shell does.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register("type", None, os.path.expanduser)
+        # Path.expanduser raises where there is no such user.
+        self.register("type", Path, lambda text: Path(os.path.expanduser(text)))  # noqa: PTH111
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Run ``main`` and exit: 0, or with the status of a :class:`CommandError`.
+    """Run ``main`` in the prepared environment and exit: 0, or with the status of a :class:`CommandError`.
 
     The error is one line on stderr, ``error: what is wrong; what to do``, from one rank only. With
     ``--debug`` on the command line the traceback is shown as well.
     """
     try:
+        prepare_environment()
         main()
     except CommandError as error:
         if "--debug" in sys.argv:

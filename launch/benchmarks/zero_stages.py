@@ -13,7 +13,9 @@ import statistics
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from distilspeed.trainer.environment import SETTINGS
+
+os.environ.update(SETTINGS | os.environ)
 
 import torch
 import torch.distributed
