@@ -64,6 +64,17 @@ class StoppedError(CommandError):
     label = "stopped"
 
 
+def status_of(error: BaseException) -> int:
+    """The exit status of a command that an exception ends."""
+    if isinstance(error, CommandError):
+        return error.status
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    if isinstance(error, SystemExit) and isinstance(error.code, int | None):
+        return error.code or 0
+    return 1  # Python's, of one that nobody catches
+
+
 def first_line(error: Exception) -> str:
     """What an error of another library says, short enough for one of ours: a line, or two where it ends in a colon."""
     first, *others = (str(error).strip() or type(error).__name__).splitlines()
@@ -98,24 +109,29 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except CommandError as error:
         if "--debug" in sys.argv:
             raise
-        if not error.ranks_agree and int(os.environ.get("RANK", "0")) > 0:
+        if not error.ranks_agree and _rank() > 0:
             time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
         show_error(error)
-        sys.exit(error.status)
-    except KeyboardInterrupt:
+        sys.exit(status_of(error))
+    except KeyboardInterrupt as error:
         if "--debug" in sys.argv:
             raise
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(status_of(error))
     sys.exit(0)
 
 
 def show_error(error: CommandError) -> None:
     """The one line of an error, which may be said by any rank and from any thread."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = _rank()
     line = f"{error.label}: {' '.join(str(error).split())}"
     if rank:
         line = f"\n{line} (rank {rank})"  # rank 0's progress bar stands in the last line
     print(line, file=sys.stderr, flush=True)
+
+
+def _rank() -> int:
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else 0
 
 
 def quiet_libraries() -> None:

@@ -1,10 +1,13 @@
-"""Signals that end a command, and the processes that it starts: they leave these signals to it."""
+"""The end of a process, the signals that bring it about, and the processes that it starts: they leave these to it."""
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from typing import NoReturn
 
 # Ctrl-C, a closed terminal and batch systems send these to every process of a job.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -44,3 +47,10 @@ def children_deaf_to(signals: Collection[signal.Signals]) -> Iterator[None]:
             signal.signal(number, handler)
         for held_number in held:
             signal.raise_signal(held_number)
+
+
+def end_at_once(status: int) -> NoReturn:
+    """End without the interpreter's own end, which can wait for, or abort over, what another process has left."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
