@@ -14,7 +14,6 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilspeed.trainer.environment import prepare_environment
 from distilspeed.trainer.errors import CommandParser, UserError, quiet_libraries, run_command
 
 if TYPE_CHECKING:
@@ -34,8 +33,6 @@ def main() -> None:
     rounds, ranks, output, check, contestant, laps = (
         options.pop(name) for name in ("rounds", "ranks", "output", "check", "contestant", "laps")
     )
-    if contestant == "ours":
-        prepare_environment()
     if options.pop("as_v100"):
         from distilspeed.trainer.throughput.v100 import limit_to_v100
 
@@ -55,7 +52,7 @@ def main() -> None:
 def _prepare(options: dict[str, Any]) -> "Run":
     for not_an_argument in ("debug", "local_rank"):
         options.pop(not_an_argument)
-    # After the environment is set, because this imports torch.
+    # After the parsing, because importing torch takes seconds.
     from distilspeed.trainer.config import TrainArguments
     from distilspeed.trainer.run import prepare_run
 

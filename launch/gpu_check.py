@@ -22,6 +22,7 @@ from typing import NoReturn
 from distilspeed.trainer.checks import Part, Runner, file_name
 from distilspeed.trainer.errors import CommandParser, UserError, quiet_libraries, run_command
 from distilspeed.trainer.files import check_unoccupied, write_text, writing
+from distilspeed.trainer.processes import STOP_SIGNALS, stop_signals
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS, KERNELS, TRAINING, DISTILLATION = GROUPS = ("tests", "kernels", "training", "distillation")
@@ -229,7 +230,7 @@ def script(name: str, *arguments: object) -> list[object]:
 
 def stop(number: int, _frame: object) -> NoReturn:
     """Leave once, and take along what runs: a second signal must not interrupt that."""
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for each in STOP_SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     sys.exit(128 + number)
 
@@ -249,7 +250,7 @@ def main() -> None:
     if has_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         sizes = replace(sizes, dtypes=("fp16",))
     quiet_libraries()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in stop_signals():
         signal.signal(number, stop)
     with writing(options.output_dir):
         options.output_dir.mkdir(parents=True, exist_ok=True)

@@ -22,11 +22,12 @@ from types import FrameType
 from typing import Any
 
 from distilspeed.trainer.errors import CommandParser, UserError, quiet_libraries, run_command
+from distilspeed.trainer.processes import stop_signals
 
 
 def main() -> None:
     arguments = _parse_arguments()
-    for stop in (signal.SIGINT, signal.SIGTERM):
+    for stop in stop_signals():
         signal.signal(stop, _exit_and_clean_up)
     # Imported here because every tokenising process imports this file again, and has no use for torch.
     from distilspeed.trainer.corpus import Shard

@@ -5,12 +5,12 @@ by (seed, e). Global batch s is rows [s B, (s + 1) B) of it, whatever the split,
 resume from is the step number alone. A global batch may span two epochs; no row is ever dropped.
 """
 
-import functools
 import math
-import signal
 import sys
 from collections.abc import Generator, Iterable
-from typing import NamedTuple
+from functools import lru_cache
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from distilspeed.trainer.masking import (
     masking_rule,
     philox,
 )
+from distilspeed.trainer.processes import STOP_SIGNALS, children_deaf_to
 
 # Random streams beside masking's, which is 0.
 ROW_ORDER_STREAM, DROPOUT_STREAM = 1, 2
@@ -107,11 +108,28 @@ def corpus_masking_rule(corpus: Corpus) -> MaskingRule:
     return masking_rule(corpus.token_counts, list(corpus.manifest.special_ids), corpus.manifest.mask_id)
 
 
-class MicroBatches(Dataset[MicroBatch]):
-    """Micro-batches of one rank; item i is accumulation step i % G of global batch i // G.
+# Caches of functions, not of methods: a worker that is spawned gets a copy of the object, and a cache has none.
+@lru_cache(maxsize=2)
+def _epoch_order(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    generator = np.random.Generator(philox(seed, epoch, stream=(ROW_ORDER_STREAM, 0)))
+    return generator.permutation(num_rows)
 
-    ``global_batch(step)`` gives epochs and row numbers of a global batch, int64 [train_batch_size] each.
-    """
+
+@lru_cache(maxsize=2)
+def _choose_rows(
+    num_rows: int, seed: int, train_batch_size: int, step: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    first = step * train_batch_size
+    epochs, places = np.divmod(np.arange(first, first + train_batch_size), num_rows)
+    rows = np.empty_like(places)
+    for epoch in np.unique(epochs):
+        of_epoch = epochs == epoch
+        rows[of_epoch] = _epoch_order(num_rows, seed, int(epoch))[places[of_epoch]]
+    return epochs, rows
+
+
+class MicroBatches(Dataset[MicroBatch]):
+    """Micro-batches of one rank; item i is accumulation step i % G of global batch i // G."""
 
     def __init__(self, corpus: Corpus, batch: BatchEquation, rank: int, seed: int) -> None:
         self.rows = corpus.train
@@ -123,29 +141,18 @@ class MicroBatches(Dataset[MicroBatch]):
         self.batch = batch
         self.rank = rank
         self.seed = seed
-        self._epoch_order = functools.lru_cache(maxsize=2)(self._permute)
-        self.global_batch = functools.lru_cache(maxsize=2)(self._choose_rows)
 
     def __len__(self) -> int:
         raise TypeError("the sequence of micro-batches has no end; a sampler says which to take")
 
-    def _choose_rows(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        first = step * self.batch.train_batch_size
-        epochs, places = np.divmod(np.arange(first, first + self.batch.train_batch_size), len(self.rows))
-        rows = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            of_epoch = epochs == epoch
-            rows[of_epoch] = self._epoch_order(int(epoch))[places[of_epoch]]
-        return epochs, rows
+    def global_batch(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Epochs and row numbers of a global batch, int64 [train_batch_size] each."""
+        return _choose_rows(len(self.rows), self.seed, self.batch.train_batch_size, step)
 
     def count_tokens(self, step: int) -> int:
         """Real tokens of global batch ``step``."""
         _, rows = self.global_batch(step)
         return int(self.real_tokens[rows].sum())
-
-    def _permute(self, epoch: int) -> NDArray[np.int64]:
-        generator = np.random.Generator(philox(self.seed, epoch, stream=(ROW_ORDER_STREAM, 0)))
-        return generator.permutation(len(self.rows))
 
     def _places(self, accumulation_step: int) -> slice:
         """Where this rank's micro-batch of an accumulation step stands in the global batch."""
@@ -186,12 +193,12 @@ class MicroBatches(Dataset[MicroBatch]):
         """Micro-batches of the global batches [first_batch, last_batch), in order; None: without end."""
         accumulation_steps = self.batch.gradient_accumulation_steps
         end = sys.maxsize if last_batch is None else last_batch * accumulation_steps
-        return DataLoader(
+        return _Loader(
             self,
             batch_size=None,
             sampler=range(first_batch * accumulation_steps, end),
             num_workers=num_workers,
-            worker_init_fn=_leave_signals_to_trainer,
+            worker_init_fn=_start_worker,
             generator=torch.Generator(),  # it draws a seed for its workers, which must not come out of dropout's
             prefetch_factor=PREFETCH_FACTOR if num_workers else None,
             pin_memory=torch.cuda.is_available(),
@@ -203,10 +210,30 @@ def resolve_num_workers(asked: int | None, device: torch.device) -> int:
     return (WORKERS_PER_GPU if device.type == "cuda" else 0) if asked is None else asked
 
 
-def _leave_signals_to_trainer(worker: int) -> None:
-    # They go to all processes of a terminal or of a job, and the last step before a checkpoint still needs its data.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+class _Loader(DataLoader[MicroBatch]):
+    """Its workers leave signals to the trainer: the last step before a checkpoint still needs its data."""
+
+    def __iter__(self) -> Any:
+        with children_deaf_to(STOP_SIGNALS):
+            return super().__iter__()
+
+
+def _start_worker(worker: int) -> None:
+    """Say nothing where the trainer has gone: which has been said, and the worker ends with it.
+
+    A thread of multiprocessing hands the tensors over and shows an error as an uncaught exception.
+    """
+    show = sys.excepthook
+
+    def show_unless_trainer_is_gone(
+        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
+        # One without a number is multiprocessing's, of a message that was cut off.
+        cut_off = isinstance(error, OSError) and error.errno is None
+        if not (cut_off or isinstance(error, ConnectionError | EOFError)):
+            show(kind, error, traceback)
+
+    sys.excepthook = show_unless_trainer_is_gone
 
 
 def on_device(batches: Iterable[MicroBatch], device: torch.device) -> Generator[MicroBatch, None, None]:

@@ -1,7 +1,10 @@
 """DeepSpeed: the processes, the student's engine; what the device can do, checked first."""
 
+import atexit
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -14,8 +17,9 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from packaging.version import Version
 from torch import nn
 
-from distilspeed.trainer.errors import OverflowAtLowestScale, UserError, first_line
+from distilspeed.trainer.errors import OverflowAtLowestScale, UserError, first_line, status_of
 from distilspeed.trainer.optimizers import forget_dummy_step, own_optimizer
+from distilspeed.trainer.processes import end_at_once
 
 # Older versions divide gradients by the accumulation steps once per output tensor of the module.
 OLDEST_DEEPSPEED = Version("0.19.8")
@@ -58,12 +62,39 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise UserError(f'this device ({device}) has no bf16; enable "fp16" in the config')
 
 
-def join_job(process: Process, timeout: float = 1800.0) -> None:
-    """Connect to the other ranks (a no-op where that has been done).
+@contextmanager
+def joined_job(process: Process, timeout: float = 1800.0) -> Iterator[None]:
+    """Be connected to the other ranks (in a job that has been joined already this does nothing).
+
+    In the end the process groups are destroyed, because an interpreter that ends with them can abort. Not so after an
+    error: it may be that another rank has gone, or waits for this one, and then that could take as long as a
+    collective. The process ends without them, and without the interpreter's end, when all has been said.
 
     Args:
         timeout: of collectives, in seconds.
+
+    Raises:
+        UserError: the ranks cannot meet.
     """
+    if torch.distributed.is_initialized():
+        yield
+        return
+    _join(process, timeout)
+    errors: list[BaseException] = []
+    atexit.register(lambda: errors and end_at_once(status_of(errors[0])))
+    try:
+        yield
+    except BaseException as error:
+        errors.append(error)
+        raise
+    # One that leaves first would break what the others are still at.
+    torch.distributed.barrier(device_ids=[process.local_rank] if process.device.type == "cuda" else None)
+    deepspeed.comm.destroy_process_group()
+
+
+def _join(process: Process, timeout: float = 1800.0) -> None:
+    if process.world_size > 1:
+        _check_meeting_place()
     alone = {
         "RANK": process.rank,
         "LOCAL_RANK": process.local_rank,
@@ -86,6 +117,16 @@ def join_job(process: Process, timeout: float = 1800.0) -> None:
             f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
             f"{first_line(error)}; choose another port (deepspeed --master_port)"
         ) from error
+
+
+def _check_meeting_place() -> None:
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise UserError(
+                f"{os.environ['WORLD_SIZE']} ranks need {name}, which is not set; set LOCAL_RANK to the number of "
+                "this rank on its host, MASTER_ADDR to the host of rank 0 and MASTER_PORT to a free port there, or "
+                "start with deepspeed, torchrun or srun"
+            )
 
 
 def free_port() -> int:

@@ -17,6 +17,14 @@ DETERMINISTIC_SETTINGS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 
 def prepare_environment(full_determinism: bool = False) -> None:
-    """Set what makes training faster, or deterministic, and is not set yet; before torch is imported."""
+    """Set what makes a command faster, or deterministic, and is not set yet; before torch is imported.
+
+    ``run_command`` calls this for every command.
+    """
     for name, value in (SETTINGS | (DETERMINISTIC_SETTINGS if full_determinism else {})).items():
         os.environ.setdefault(name, value)
+
+
+def unprepared_environment() -> dict[str, str]:
+    """The environment of a process that is to run as if no command of ours had started it."""
+    return {name: value for name, value in os.environ.items() if SETTINGS.get(name) != value}

@@ -7,7 +7,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
+
+from distilspeed.trainer.environment import prepare_environment
 
 # A rank other than 0 gives rank 0 this long to report the same problem (the launcher ends the
 # others when rank 0 exits) before it concludes that the problem is its own and speaks.
@@ -61,6 +64,17 @@ class StoppedError(CommandError):
     label = "stopped"
 
 
+def status_of(error: BaseException) -> int:
+    """The exit status of a command that an exception ends."""
+    if isinstance(error, CommandError):
+        return error.status
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    if isinstance(error, SystemExit) and isinstance(error.code, int | None):
+        return error.code or 0
+    return 1  # Python's, of one that nobody catches
+
+
 def first_line(error: Exception) -> str:
     """What an error of another library says, short enough for one of ours: a line, or two where it ends in a colon."""
     first, *others = (str(error).strip() or type(error).__name__).splitlines()
@@ -68,37 +82,47 @@ def first_line(error: Exception) -> str:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An argument parser that reports a wrong command line as a :class:`UserError`: one line, no usage text."""
+    """An argument parser that reports a wrong command line as a :class:`UserError`: one line, no usage text.
+
+    It expands ``~`` in every path and string (no hub id begins with it): after an ``=`` no shell does.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register("type", None, os.path.expanduser)
+        # Path.expanduser raises where there is no such user.
+        self.register("type", Path, lambda text: Path(os.path.expanduser(text)))  # noqa: PTH111
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Run ``main`` and exit: 0, or with the status of a :class:`CommandError`.
+    """Run ``main`` in the prepared environment and exit: 0, or with the status of a :class:`CommandError`.
 
     The error is one line on stderr, ``error: what is wrong; what to do``, from one rank only. With
     ``--debug`` on the command line the traceback is shown as well.
     """
     try:
+        prepare_environment()
         main()
     except CommandError as error:
         if "--debug" in sys.argv:
             raise
-        if not error.ranks_agree and int(os.environ.get("RANK", "0")) > 0:
+        if not error.ranks_agree and _rank() > 0:
             time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
         show_error(error)
-        sys.exit(error.status)
-    except KeyboardInterrupt:
+        sys.exit(status_of(error))
+    except KeyboardInterrupt as error:
         if "--debug" in sys.argv:
             raise
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(status_of(error))
     sys.exit(0)
 
 
 def show_error(error: CommandError) -> None:
     """The one line of an error, which may be said by any rank and from any thread."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = _rank()
     line = f"{error.label}: {' '.join(str(error).split())}"
     if rank:
         line = f"\n{line} (rank {rank})"  # rank 0's progress bar stands in the last line
@@ -108,6 +132,11 @@ def show_error(error: CommandError) -> None:
 def show_warning(message: str) -> None:
     """One line on stderr about something that does not end the command; call it on one rank only."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def _rank() -> int:
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else 0
 
 
 def quiet_libraries() -> None:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from distilspeed.trainer.batches import MicroBatches, on_device, resolve_num_workers
 from distilspeed.trainer.checkpoint import Checkpoints, Progress
-from distilspeed.trainer.engines import DTYPES, join_job
+from distilspeed.trainer.engines import DTYPES, joined_job
 from distilspeed.trainer.errors import StoppedError
 from distilspeed.trainer.evaluation import masked_token_quality
 from distilspeed.trainer.export import TrainingRecord, export_student, gather_weights, whole_student
@@ -44,10 +44,13 @@ def train(run: Run) -> None:
     identity = identity_of(run) if process.rank == 0 else {}
     if process.rank == 0:
         check_same_run(run, identity)
-    # A rank that does not answer is named by the watch; collectives, which name none, wait longer.
-    join_job(process, arguments.ddp_timeout + SECONDS_TO_NAME_RANK)
     torch.use_deterministic_algorithms(arguments.full_determinism)
-    with JobWatch(process, arguments.ddp_timeout) as watch, _alone_in_folder(run):
+    with (
+        # A rank that does not answer is named by the watch; collectives, which name none, wait longer.
+        joined_job(process, arguments.ddp_timeout + SECONDS_TO_NAME_RANK),
+        JobWatch(process, arguments.ddp_timeout) as watch,
+        _alone_in_folder(run),
+    ):
         batches = MicroBatches(run.corpus, run.batch, process.rank, arguments.seed)
         attention = settle_attention(run, batches)
         if process.rank == 0:
@@ -66,6 +69,7 @@ def _alone_in_folder(run: Run) -> AbstractContextManager[None]:
 
 
 def _train(run: Run, batches: MicroBatches, watch: JobWatch) -> None:
+    run = run.with_optimizer_settled()
     arguments, process = run.arguments, run.process
     checkpoints = Checkpoints(
         arguments.output_dir / "checkpoints", arguments.save_total_limit, arguments.save_retain_steps

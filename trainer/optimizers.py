@@ -2,17 +2,20 @@
 
 import math
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed
 from deepspeed.git_version_info import installed_ops
 from deepspeed.ops.op_builder import CPUAdamBuilder, FusedAdamBuilder
 from deepspeed.ops.op_builder.builder import OpBuilder
 from torch.optim import Optimizer
-from torch.utils.cpp_extension import CUDA_HOME, is_ninja_available
+from torch.utils.cpp_extension import CUDA_HOME, _get_build_directory, is_ninja_available
 
 from distilspeed.trainer.apex import find_apex
 from distilspeed.trainer.config import AUTO
@@ -21,10 +24,15 @@ from distilspeed.trainer.lamb import Lamb
 
 ADAM_TYPES = ("adam", "adamw")
 LAMB_TYPE = "lamb"
+MACHINE_CHOICES = ("torch_adam", "fused")  # of an Adam's parameters: what is fastest differs between machines
+SECONDS_OF_BUILD = 900.0  # more than any of DeepSpeed's Adams takes to compile
+SECONDS_BETWEEN_LOOKS = 1.0
 TRUST_RATIO_LIMITS = {"max_coeff", "min_coeff"}
 
 
-def choose_optimizer(config: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def choose_optimizer(
+    config: Mapping[str, Any], device: torch.device, has_deepspeed_adam: bool = False
+) -> dict[str, Any]:
     """Fill ``"torch_adam": "auto"`` and ``"fused": "auto"`` of a DeepSpeed config, and check a Lamb.
 
     ``torch_adam`` becomes false where DeepSpeed's own Adam can run: FusedAdam on a GPU, CPUAdam for optimiser
@@ -40,16 +48,56 @@ def choose_optimizer(config: Mapping[str, Any], device: torch.device) -> dict[st
     kind = optimizer_type(config)
     if kind == LAMB_TYPE:
         _check_lamb(config)
-    params = dict(config.get("optimizer", {}).get("params", {})) if kind in ADAM_TYPES else {}
-    if not {"torch_adam", "fused"} & params.keys():
+    params = _adam_params(config)
+    if not set(MACHINE_CHOICES) & params.keys():
         return dict(config)
     if params.get("torch_adam") == AUTO:
-        params["torch_adam"] = not _has_deepspeed_adam(config, device)
+        params["torch_adam"] = not has_deepspeed_adam
     if not params.get("torch_adam"):
         params.pop("fused", None)  # DeepSpeed's know no such parameter: they are fused
     elif params.get("fused") == AUTO:
         params["fused"] = device.type in ("cuda", "cpu")
-    return {**config, "optimizer": {**config["optimizer"], "params": params}}
+    return _with_params(config, params)
+
+
+def leave_choice_open(resolved: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved config, with "auto" again for what ``settle_optimizer`` is to choose of ``config``."""
+    is_open = {name: AUTO for name, value in _adam_params(config).items() if value == AUTO}
+    choices = {name: value for name, value in is_open.items() if name in MACHINE_CHOICES}
+    return _with_params(resolved, {**_adam_params(resolved), **choices}) if choices else dict(resolved)
+
+
+def settle_optimizer(config: Mapping[str, Any], device: torch.device, local_rank: int) -> dict[str, Any]:
+    """Choose the optimiser for the whole job; called by every rank, when the ranks have joined.
+
+    One rank of each host builds the operator that it needs, then the others load it. Where a rank cannot, all take
+    torch's Adam: with another on each host they would add up different updates.
+
+    Raises:
+        UserError: the operator that the config asks for cannot be built, or waits for a build that was killed.
+    """
+    wanted = _adam_params(config).get("torch_adam", False)
+    if (
+        optimizer_type(config) not in ADAM_TYPES
+        or wanted is True
+        or (wanted == AUTO and device.type != "cuda")
+    ):
+        return choose_optimizer(config, device)
+    builder, compiler = _builder_and_compiler(config, device)
+    obstacle, obstacles = "", [""] * torch.distributed.get_world_size()
+    for is_turn in (local_rank == 0, local_rank != 0):
+        if is_turn:
+            obstacle = _obstacle(builder, compiler)
+        torch.distributed.all_gather_object(obstacles, obstacle)  # which waits for those whose turn it is
+    rank, obstacle = next(((rank, each) for rank, each in enumerate(obstacles) if each), (0, ""))
+    if obstacle and wanted != AUTO:
+        raise UserError(
+            f"DeepSpeed's {builder.name} cannot be built on rank {rank}: {obstacle}; "
+            'set "torch_adam": "auto" in the optimizer\'s "params", or mend that'
+        )
+    if obstacle and torch.distributed.get_rank() == 0:
+        print(f"DeepSpeed's {builder.name} cannot be built on rank {rank}, torch's AdamW is used: {obstacle}")
+    return choose_optimizer(config, device, has_deepspeed_adam=not obstacle)
 
 
 def optimizer_type(config: Mapping[str, Any]) -> str:
@@ -58,26 +106,59 @@ def optimizer_type(config: Mapping[str, Any]) -> str:
     return str(optimizer.get("type", "")).lower() if isinstance(optimizer, Mapping) else ""
 
 
-def _has_deepspeed_adam(config: Mapping[str, Any], device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
+def _adam_params(config: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(config["optimizer"].get("params", {})) if optimizer_type(config) in ADAM_TYPES else {}
+
+
+def _with_params(config: Mapping[str, Any], params: dict[str, Any]) -> dict[str, Any]:
+    return {**config, "optimizer": {**config["optimizer"], "params": params}}
+
+
+def _builder_and_compiler(config: Mapping[str, Any], device: torch.device) -> tuple[OpBuilder, str | None]:
+    """What DeepSpeed builds its Adam with."""
     offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
     if offload.get("device", "none") != "none":
-        return _loads(CPUAdamBuilder(), compiler=shutil.which("c++"))
-    nvcc = shutil.which("nvcc", path=f"{CUDA_HOME}/bin") if CUDA_HOME else None
-    return _loads(FusedAdamBuilder(), compiler=nvcc)
+        return CPUAdamBuilder(), shutil.which("c++")
+    if device.type != "cuda":
+        return FusedAdamBuilder(), shutil.which("c++")
+    return FusedAdamBuilder(), shutil.which("nvcc", path=f"{CUDA_HOME}/bin") if CUDA_HOME else None
 
 
-def _loads(builder: OpBuilder, compiler: str | None) -> bool:
-    """Load the operator as DeepSpeed is about to: prebuilt, or compiled now and kept for the next run."""
-    if not (installed_ops.get(builder.name, False) or (compiler and is_ninja_available())):
-        return False
+def _obstacle(builder: OpBuilder, compiler: str | None) -> str:
+    """Load the operator as DeepSpeed is about to: prebuilt, or compiled now and kept for the next run.
+
+    Returns:
+        why it cannot be loaded; "" where it was.
+    """
+    if not installed_ops.get(builder.name, False):
+        if not (compiler and is_ninja_available()):
+            return "there is no compiler for it, or no ninja"
+        _wait_for_build(builder.name)
     try:
         builder.load()
     except Exception as error:  # versions that do not go together, a compiler's or a linker's complaint
-        print(f"DeepSpeed's {builder.name} cannot be built, torch's AdamW is used: {first_line(error)}")
-        return False
-    return True
+        return first_line(error)
+    return ""
+
+
+def _wait_for_build(name: str) -> None:
+    """Wait for the lock of another process's build, for which torch itself would wait for ever."""
+    lock = Path(_get_build_directory(name, verbose=False)) / "lock"
+    has_told = False
+    while True:
+        try:
+            age = time.time() - lock.stat().st_mtime
+        except FileNotFoundError:
+            return
+        if age > SECONDS_OF_BUILD:
+            raise UserError(
+                f"{lock} is {age / 60:.0f} minutes old: the build of DeepSpeed's {name} that made it was killed; "
+                "delete it if no build runs"
+            )
+        if not has_told:
+            print(f"waiting for another build of DeepSpeed's {name}; if none runs, delete {lock}", flush=True)
+            has_told = True
+        time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def _check_lamb(config: Mapping[str, Any]) -> None:

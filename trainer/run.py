@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from distilspeed.trainer.engines import DTYPES, Process, check_precision, this_p
 from distilspeed.trainer.errors import UserError, first_line
 from distilspeed.trainer.files import write_text, writing
 from distilspeed.trainer.flops import ModelShape, flops_per_token, model_shape
-from distilspeed.trainer.optimizers import choose_optimizer
+from distilspeed.trainer.optimizers import choose_optimizer, leave_choice_open, settle_optimizer
 from distilspeed.trainer.student import (
     check_fits_corpus,
     load_teacher,
@@ -65,6 +65,12 @@ class Run:
         """The sizes of student and, if there is one, teacher."""
         return model_shape(self.student.config), model_shape(self.teacher.config) if self.teacher else None
 
+    def with_optimizer_settled(self) -> "Run":
+        """The run with the optimiser that every rank can make; called by every rank, when the ranks have joined."""
+        process = self.process
+        config = settle_optimizer(self.deepspeed_config, process.device, process.local_rank)
+        return replace(self, deepspeed_config=config)
+
     def flops_per_token(self) -> float:
         """FLOPs of a training step per token of a row."""
         seq_length = self.corpus.manifest.seq_length
@@ -78,10 +84,9 @@ def prepare_run(arguments: TrainArguments) -> Run:
         UserError: for anything the caller can put right; nothing has been written then.
     """
     process = this_process()
-    config = choose_optimizer(
-        read_deepspeed_config(arguments.deepspeed_config),
-        torch.device("cpu") if arguments.plan else process.device,  # a plan compiles nothing
-    )
+    config = read_deepspeed_config(arguments.deepspeed_config)
+    # The choice of all machines; that of this job's is made when its ranks can agree on it (settle_optimizer).
+    checked_config = choose_optimizer(config, torch.device("cpu"))
     batch = resolve_batch_equation(
         config, process.world_size, arguments.train_batch_size, arguments.per_device_train_batch_size
     )
@@ -100,8 +105,9 @@ def prepare_run(arguments: TrainArguments) -> Run:
         arguments.max_steps,
         arguments.num_train_epochs,
     )
-    deepspeed_config = resolve_deepspeed_config(config, batch, steps, arguments.learning_rate)
+    deepspeed_config = resolve_deepspeed_config(checked_config, batch, steps, arguments.learning_rate)
     check_deepspeed_config(deepspeed_config)
+    deepspeed_config = leave_choice_open(deepspeed_config, config)
 
     teacher: BertForMaskedLM | None = None
     layers: tuple[int, ...] = ()

@@ -37,7 +37,7 @@ class StepResult(NamedTuple):
 
 
 class TrainingStep:
-    """One rank's part of optimiser steps; made by every rank, after ``join_job``. The run's models become its own.
+    """One rank's part of optimiser steps; made by every rank in ``joined_job``. The run's models become its own.
 
     Attributes:
         engine: DeepSpeed's, around student and losses.

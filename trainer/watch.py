@@ -2,9 +2,9 @@
 
 One thread per rank holds a connection to rank 0, apart from torch's own, and beats once a second. So every rank learns
 within a second of one that has died, whatever its main thread waits for; of one that does not answer (stopped, its
-host gone) after ``timeout`` seconds; and of one that fails, which alone says why. SIGTERM, SIGINT and the end of the
-``deepspeed`` command reach one rank or all, at different moments: at the end of each step the ranks agree whether it
-is their last.
+host gone) after ``timeout`` seconds; and of one that fails, which alone says why. SIGTERM, SIGINT, SIGHUP and the end
+of the ``deepspeed`` command reach one rank or all, at different moments: at the end of each step the ranks agree
+whether it is their last.
 """
 
 import contextlib
@@ -28,13 +28,13 @@ import torch.distributed
 
 from distilspeed.trainer import launcher
 from distilspeed.trainer.engines import Process
-from distilspeed.trainer.errors import CommandError, LostRankError, show_error
+from distilspeed.trainer.errors import CommandError, LostRankError, show_error, status_of
+from distilspeed.trainer.processes import STOP_SIGNALS, end_at_once, stop_signals
 
 SECONDS_BETWEEN_BEATS = 1.0
 SECONDS_TO_HANG_UP = 5.0
 SECONDS_TO_SPEAK = 3.0  # for the rank that says what has happened: where one ends, launchers end all
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-UNEXPECTED_STATUS = 1  # Python's, of an exception that nobody caught
+STANDARD_STREAMS = (1, 2)
 LOOPBACK = "127.0.0.1"
 
 Message = dict[str, Any]
@@ -74,7 +74,7 @@ class _Member:
 
 
 class JobWatch:
-    """Watches the job while the ``with`` block runs; entered by every rank's main thread, after ``join_job``.
+    """Watches the job while the ``with`` block runs; entered by every rank's main thread, in ``joined_job``.
 
     Leaving the block waits for all ranks to leave it. An exception in it ends all ranks: the first one to fail raises
     it, the others end quietly with its status.
@@ -117,12 +117,10 @@ class JobWatch:
         if error is not None:
             if isinstance(error, CommandError):
                 error.ranks_agree = True
-                status = error.status
             else:
                 # Where another rank has died, collectives may break here before that is known.
                 time.sleep(SECONDS_BETWEEN_BEATS)
-                status = UNEXPECTED_STATUS
-            self._send({"kind": "failed", "status": status})
+            self._send({"kind": "failed", "status": status_of(error)})
             self._may_leave.wait(self.timeout)
             return  # with its handlers: a signal must not interrupt the error on its way out
         self._send({"kind": "done"})
@@ -148,7 +146,8 @@ class JobWatch:
         """Have the thread read signals; Python's own handlers wait until the main thread leaves a collective."""
         self._signals, written_to = socket.socketpair()
         written_to.setblocking(False)
-        self._handlers = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
+        self._on_terminal = [stream for stream in STANDARD_STREAMS if os.isatty(stream)]
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in stop_signals()}
         signal.set_wakeup_fd(written_to.detach(), warn_on_full_buffer=False)
 
     def _run(self) -> None:
@@ -161,9 +160,9 @@ class JobWatch:
             if self._signals in ready:
                 for number in self._signals.recv(64):
                     if number in STOP_SIGNALS:
-                        self._told_by = self._told_by or signal.Signals(number).name
+                        self._note_end(signal.Signals(number).name)
             if launcher.runner in ready:
-                self._told_by = self._told_by or "the end of the deepspeed command"
+                self._note_end("the end of the deepspeed command")
                 sources.remove(launcher.runner)
             if self._connection in ready:
                 self._rank_0.last_heard = time.monotonic()
@@ -179,6 +178,16 @@ class JobWatch:
             if self._rank_0.silence() > self.timeout:
                 self._end_without_rank_0(f"has not answered for {self.timeout:g} seconds", kill=True)
 
+    def _note_end(self, told_by: str) -> None:
+        self._told_by = self._told_by or told_by
+        for stream in self._on_terminal:
+            if not os.isatty(
+                stream
+            ):  # it is closed, and writing to it an error that would cost the checkpoint
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream)
+                os.close(nowhere)
+
     def _is_over(self, message: Message) -> bool:
         if message["kind"] == "step":
             self._answers.put(message["told_by"])
@@ -186,7 +195,7 @@ class JobWatch:
             self._connection.close()
             if message["status"] and message["rank"] != self.process.rank:
                 time.sleep(SECONDS_TO_SPEAK)
-                _end_process(message["status"])
+                end_at_once(message["status"])
             self._may_leave.set()
             return True
         return False
@@ -199,7 +208,7 @@ class JobWatch:
                 self._rank_0.kill()
         else:
             time.sleep(SECONDS_TO_SPEAK)
-        _end_process(LostRankError.status)
+        end_at_once(LostRankError.status)
 
 
 class _Coordinator:
@@ -282,7 +291,7 @@ class _Coordinator:
         )
         if kill:
             lost.kill()
-        _end_process(LostRankError.status)
+        end_at_once(LostRankError.status)
 
     def _dismiss(self, message: Message, but: Collection[int] = ()) -> None:
         """Tell the ranks to leave, this process's last: with it goes what the others have not read yet."""
@@ -304,10 +313,3 @@ class _Coordinator:
         for member in members:
             with contextlib.suppress(OSError):  # what ended it is found when it is read from
                 member.send_bytes(json.dumps(message).encode())
-
-
-def _end_process(status: int) -> NoReturn:
-    """End at once: the main thread may wait for a collective that will never be complete."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)

@@ -16,6 +16,7 @@ from distilspeed.trainer.packing import (
     lay_out_rows,
     pack_best_fit_decreasing,
 )
+from distilspeed.trainer.processes import children_deaf_to
 from distilspeed.trainer.tokenization import DocumentTokenizer
 
 # The documents packed together, by what their text takes in memory.
@@ -23,6 +24,8 @@ BATCH_CHARACTERS = 2_000_000
 STRING_OVERHEAD = 50  # bytes of a str beside its characters, so that a batch of tiny documents is no larger
 # One that is worked on, one to begin at once, one more for when the first in line takes longer than others.
 BATCHES_PER_WORKER = 3
+# A terminal sends these to parent and workers alike, and the parent ends its workers, by SIGTERM where they hang.
+LEFT_TO_PARENT = (signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -45,16 +48,18 @@ def pack_documents(
     processes. ``BrokenProcessPool`` when a process dies.
     """
     # Spawn, because a fork while threads run (the tokenizer's, Arrow's, a hub download's) can deadlock.
-    pool = ProcessPoolExecutor(
-        num_proc,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(tokenizer_json, rules),
-    )
+    with children_deaf_to(LEFT_TO_PARENT):
+        pool = ProcessPoolExecutor(
+            num_proc,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start_worker,
+            initargs=(tokenizer_json, rules),
+        )
     waiting: deque[Future[PackedBatch]] = deque()
     try:
         for batch in _batches(documents):
-            waiting.append(pool.submit(_pack_in_worker, batch))
+            with children_deaf_to(LEFT_TO_PARENT):  # the pool starts its processes as work comes
+                waiting.append(pool.submit(_pack_in_worker, batch))
             if len(waiting) >= BATCHES_PER_WORKER * num_proc:
                 yield waiting.popleft().result()
         while waiting:
@@ -94,7 +99,6 @@ _worker_state: tuple[DocumentTokenizer, RowRules]
 
 def _start_worker(tokenizer_json: str, rules: RowRules) -> None:
     global _worker_state
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C too, and ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a process: the processes are the parallelism
     _worker_state = (DocumentTokenizer(tokenizer_json), rules)

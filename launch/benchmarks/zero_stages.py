@@ -13,16 +13,17 @@ import statistics
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from distilspeed.trainer.environment import SETTINGS
+
+os.environ.update(SETTINGS | os.environ)
 
 import torch
-import torch.distributed
 from torch import nn
 from transformers import DistilBertConfig, DistilBertForMaskedLM
 
 from distilspeed.trainer.config import BatchEquation, read_deepspeed_config, resolve_deepspeed_config
-from distilspeed.trainer.engines import join_job, optimizer_step, student_engine, this_process
-from distilspeed.trainer.optimizers import choose_optimizer
+from distilspeed.trainer.engines import Process, joined_job, optimizer_step, student_engine, this_process
+from distilspeed.trainer.optimizers import settle_optimizer
 
 CONFIG = Path(__file__).parents[2] / "ds_configs" / "cpu.json"
 ROWS, LENGTH, ACCUMULATION, STEPS = 1, 32, 4, 5
@@ -44,8 +45,14 @@ def main() -> None:
     parser.add_argument("precision", nargs="?", default="fp32", choices=("fp32", "bf16"))
     asked = parser.parse_args()
     process = this_process()
-    join_job(process)
-    config = choose_optimizer(read_deepspeed_config(CONFIG), process.device)
+    with joined_job(process):
+        times = measure(asked, process)
+    if process.rank == 0:
+        print(json.dumps({**vars(asked), "ranks": process.world_size, **times}), flush=True)
+
+
+def measure(asked: argparse.Namespace, process: Process) -> dict[str, float]:
+    config = settle_optimizer(read_deepspeed_config(CONFIG), process.device, process.local_rank)
     config["zero_optimization"] = {"stage": asked.stage}
     config["bf16"] = {"enabled": asked.precision == "bf16"}
     batch = BatchEquation(ROWS * ACCUMULATION * process.world_size, ROWS, ACCUMULATION, process.world_size)
@@ -62,10 +69,7 @@ def main() -> None:
         seconds = time.perf_counter() - start
         if micro_step >= ACCUMULATION:  # the first optimiser step makes states, buckets and traces
             (ending if (micro_step + 1) % ACCUMULATION == 0 else inside).append(seconds)
-    if process.rank == 0:
-        times = {"inside": statistics.median(inside), "ending": statistics.median(ending)}
-        print(json.dumps({**vars(asked), "ranks": process.world_size, **times}), flush=True)
-    torch.distributed.barrier()
+    return {"inside": statistics.median(inside), "ending": statistics.median(ending)}
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from transformers import BertConfig, BertForMaskedLM
 from distilspeed.trainer.batches import MicroBatches
 from distilspeed.trainer.config import BatchEquation, read_deepspeed_config, resolve_deepspeed_config
 from distilspeed.trainer.corpus import Corpus, open_corpus
-from distilspeed.trainer.engines import DTYPES, join_job, optimizer_step, student_engine, this_process
-from distilspeed.trainer.optimizers import choose_optimizer
+from distilspeed.trainer.engines import DTYPES, joined_job, optimizer_step, student_engine, this_process
+from distilspeed.trainer.optimizers import settle_optimizer
 from distilspeed.trainer.teacher import ReplicatedTeacher, ShardedTeacher
 
 CONFIG = Path(__file__).parents[2] / "ds_configs" / "cpu.json"
@@ -64,7 +64,9 @@ def config_for(stage: int, precision: str, optimizer: dict[str, Any] | None = No
     config["optimizer"] = optimizer or config["optimizer"]
     process = this_process()
     batch = BatchEquation(ACCUMULATION * process.world_size, 1, ACCUMULATION, process.world_size)
-    return resolve_deepspeed_config(choose_optimizer(config, process.device), batch, 10, None)
+    return resolve_deepspeed_config(
+        settle_optimizer(config, process.device, process.local_rank), batch, 10, None
+    )
 
 
 def collectives_of_micro_steps(stage: int, precision: str) -> list[int]:
@@ -124,11 +126,8 @@ def resident_elements(model: nn.Module) -> int:
     )
 
 
-if __name__ == "__main__":
-    corpus_dir, folder = map(Path, sys.argv[-2:])
-    join_job(this_process())
-    corpus = open_corpus(corpus_dir)
-    seen = {
+def look(corpus: Corpus) -> dict[str, Any]:
+    return {
         "collectives": {
             f"zero{stage}_{precision}": collectives_of_micro_steps(stage, precision)
             for precision in ("fp32", "bf16")
@@ -137,4 +136,10 @@ if __name__ == "__main__":
         "starts_untouched": {optimizer: starts_untouched(optimizer) for optimizer in ("AdamW", "Lamb")},
         "teacher": {precision: asdict(see_teacher(precision, corpus)) for precision in ("fp32", "bf16")},
     }
+
+
+if __name__ == "__main__":
+    corpus_dir, folder = map(Path, sys.argv[-2:])
+    with joined_job(this_process()):
+        seen = look(open_corpus(corpus_dir))
     (folder / f"seen{this_process().rank}.json").write_text(json.dumps(seen))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 # Long enough for a kill after the first checkpoint to find it running: 4 seconds on 2 idle cores.
 STEPS, SAVE_STEPS, BATCH, MICRO_BATCH = 12, 2, 256, 16
 MEASURED = ("time", "tokens_per_s", "mfu")
-SECONDS = 400  # a machine with other work may be ten times slower than an idle one
+SECONDS = 1200  # a machine with other work may be ten times slower than an idle one
 
 Job = subprocess.Popen[str]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import DistilBertConfig, DistilBertForMaskedLM
 
 from distilspeed.kernels.linear_distillation_loss import linear_distillation_loss
-from distilspeed.trainer.engines import join_job, student_engine, this_process
+from distilspeed.trainer.engines import joined_job, student_engine, this_process
 
 ROWS, LENGTH, STEPS, LEARNING_RATE = 8, 16, 2, 0.05
 VOCAB_SIZE, HIDDEN_SIZE, TEACHER_HIDDEN_SIZE = 101, 32, 48
@@ -106,7 +106,7 @@ def train(stage: int, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    join_job(this_process())
     folder, *stages = sys.argv[-3:]
-    for stage in stages:
-        train(int(stage), Path(folder))
+    with joined_job(this_process()):
+        for stage in stages:
+            train(int(stage), Path(folder))

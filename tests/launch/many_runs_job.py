@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distilspeed.trainer.config import TrainArguments
+from distilspeed.trainer.engines import joined_job, this_process
 from distilspeed.trainer.loop import train
 from distilspeed.trainer.run import prepare_run
 
@@ -19,5 +20,6 @@ def arguments_of(run: dict[str, Any]) -> TrainArguments:
     return TrainArguments(**{name: Path(value) if name in PATHS else value for name, value in run.items()})
 
 
-for run in json.loads(Path(sys.argv[-1]).read_text()):
-    train(prepare_run(arguments_of(run)))
+with joined_job(this_process()):
+    for run in json.loads(Path(sys.argv[-1]).read_text()):
+        train(prepare_run(arguments_of(run)))

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distilspeed.trainer.batches import MicroBatches, on_device
 from distilspeed.trainer.config import TrainArguments
-from distilspeed.trainer.engines import join_job
+from distilspeed.trainer.engines import joined_job, this_process
 from distilspeed.trainer.run import prepare_run, settle_attention
 from distilspeed.trainer.step import TrainingStep
 
@@ -83,7 +83,7 @@ def waits_of_a_step(accumulation: int, arguments: list[str]) -> list[str]:
             per_device_train_batch_size=MICRO_BATCH,
         )
     )
-    join_job(run.process)
+    run = run.with_optimizer_settled()
     batches = MicroBatches(run.corpus, run.batch, 0, seed=0)
     settle_attention(run, batches)
     step = TrainingStep(run)
@@ -100,4 +100,7 @@ def waits_of_a_step(accumulation: int, arguments: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({accumulation: waits_of_a_step(accumulation, sys.argv[1:]) for accumulation in (1, 4)}))
+    with joined_job(this_process()):
+        print(
+            json.dumps({accumulation: waits_of_a_step(accumulation, sys.argv[1:]) for accumulation in (1, 4)})
+        )

@@ -539,7 +539,7 @@ def test_a_script_refuses(command: str, said: str, inputs: Path) -> None:
         env=environment | {"PYTHON": "/nowhere/python"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
     lines = done.stderr.decode(errors="replace").splitlines()

@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 COMMAND = Path(__file__).resolve().parents[2] / "launch" / "benchmark_preparation.py"
-PATIENCE = 120.0  # seconds until a test gives up waiting
+PATIENCE = 600.0  # seconds until a test gives up waiting
 
 
 @pytest.fixture(scope="module")

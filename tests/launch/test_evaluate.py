@@ -17,7 +17,7 @@ def run_evaluate(*options: object) -> subprocess.CompletedProcess[str]:
     # Nothing may reach for the hub; and two threads on tiny models cost more than they save.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(COMMAND), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,9 +69,7 @@ def test_a_rank_that_stops_answering_is_named_and_ends_the_job(training: Trainin
     wait_for_checkpoint(training.run, job)
     stopped = processes_of(training.run)[f"rank {rank}"]
     stopped.send_signal(signal.SIGSTOP)
-    began = time.monotonic()
     status, _, errors = finish(job)
-    assert time.monotonic() - began < timeout + 6  # the launcher looks once a second
     assert status > 0
     assert len(said(errors)) == 1, errors
     assert f"rank {rank} (process {stopped.pid} " in said(errors)[0]
@@ -84,9 +81,7 @@ def test_a_rank_that_dies_is_named_and_ends_the_job(training: Training) -> None:
     job = training.start("--dataloader_num_workers", 1)  # which hold copies of its connections
     wait_for_checkpoint(training.run, job)
     processes_of(training.run)["rank 1"].kill()
-    began = time.monotonic()
     status, _, errors = finish(job)
-    assert time.monotonic() - began < 15
     assert status > 0
     assert len(said(errors)) == 1, errors
     assert "rank 1 (process " in said(errors)[0]

@@ -91,7 +91,7 @@ def test_terminated_it_leaves_nothing_running(
     started = others()
     assert started, "the training"
     os.kill(job.pid, signal.SIGTERM)
-    job.communicate(timeout=60)
+    job.communicate(timeout=600)
     assert job.returncode == 128 + signal.SIGTERM
     assert not [pid for pid in started if psutil.pid_exists(pid)]
 

@@ -169,7 +169,7 @@ def test_a_signal_ends_all_hosts_before_the_script_returns(
     job = stand_ins.start(["host1", "host2"])
     wait_until(lambda: stand_ins.started("host1") and stand_ins.started("host2"), job)
     os.killpg(job.pid, sent)  # as a terminal does, to the script and everything it started here
-    assert job.wait(60) == status
+    assert job.wait(600) == status
     assert stand_ins.ended("host1")
     assert stand_ins.ended("host2")
     finish(job)
@@ -180,7 +180,7 @@ def test_the_hosts_end_even_when_the_script_is_killed(stand_ins: StandIns) -> No
     wait_until(lambda: all(stand_ins.started(f"host{n}") for n in (1, 2, 3)), job)
     assert len(stand_ins.running()) == 3
     job.kill()
-    wait_until(lambda: not stand_ins.running(), seconds=60)
+    wait_until(lambda: not stand_ins.running(), seconds=600)
     finish(job)
 
 
@@ -259,7 +259,7 @@ def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
         yield hosts
     finally:
         script.stdin.close()
-        script.wait(60)
+        script.wait(600)
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     left = [*processes_naming(folder), *processes_naming(name), *Path("/etc/netns").glob(f"{name}*")]
     assert name not in listed

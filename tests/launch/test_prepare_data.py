@@ -5,21 +5,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from distilspeed.trainer.corpus import open_corpus
 from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.processes import STOP_SIGNALS
 
 COMMAND = Path(__file__).resolve().parents[2] / "launch" / "prepare_data.py"
-PATIENCE = 60.0  # seconds until a test gives up waiting
+PATIENCE = 600.0  # seconds until a test gives up waiting
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
+def start(*arguments: object, prefix: Sequence[str] = ()) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, str(COMMAND), *map(str, arguments)],
+        [*prefix, sys.executable, str(COMMAND), *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -43,6 +44,13 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def workers_of(pid: int) -> list[int]:
+    """The tokenising processes that have begun to start."""
+    return [
+        child for child in children_of(pid) if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
 
 
 def is_running(pid: int) -> bool:
@@ -117,7 +125,7 @@ def test_a_mistake_is_one_line_and_status_2(small_tokenizer_dir: Path, tmp_path:
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", STOP_SIGNALS)
 def test_stopping_it_leaves_nothing(
     long_text: Path, small_tokenizer_dir: Path, tmp_path: Path, stop: signal.Signals
 ) -> None:
@@ -129,6 +137,31 @@ def test_stopping_it_leaves_nothing(
     assert "Traceback" not in errors
     assert not (tmp_path / "out").exists()
     wait_until(lambda: not any(map(is_running, workers)))
+
+
+@pytest.mark.parametrize("stop", STOP_SIGNALS)
+def test_stopping_it_as_its_processes_start_is_quiet(
+    reference_text: Path, small_tokenizer_dir: Path, tmp_path: Path, stop: signal.Signals
+) -> None:
+    options = ["--text", reference_text, "--tokenizer", small_tokenizer_dir, "--num_proc", 3]
+    process = start(*options, "--output_dir", tmp_path / "out" / "corpus")
+    wait_until(lambda: workers_of(process.pid))
+    os.killpg(process.pid, stop)
+    output, errors = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, output, errors) == (128 + stop, "", "")
+    assert not (tmp_path / "out").exists()
+
+
+def test_under_nohup_it_outlives_its_terminal(
+    reference_text: Path, small_tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    options = ["--text", reference_text, "--tokenizer", small_tokenizer_dir, "--num_proc", 2]
+    process = start(*options, "--output_dir", tmp_path / "corpus", prefix=["nohup"])
+    wait_until(lambda: workers_of(process.pid))
+    os.killpg(process.pid, signal.SIGHUP)
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, errors
+    open_corpus(tmp_path / "corpus", verify_checksums=True)
 
 
 def test_killing_it_leaves_no_corpus_and_no_process(

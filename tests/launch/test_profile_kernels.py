@@ -41,7 +41,7 @@ def run_profile(*options: object) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, COMMAND, *SMALL, *options]
     return subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, timeout=300, env=environment
+        [str(part) for part in command], capture_output=True, text=True, timeout=1200, env=environment
     )
 
 

@@ -55,7 +55,7 @@ def run_guarded(folder: Path, *arguments: object) -> str:
         capture_output=True,
         text=True,
         umask=UMASK,
-        timeout=300,
+        timeout=1200,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -140,5 +140,5 @@ def with_torch(
         text=True,
         env=cpu_environment(PYTHONPATH=folder, DS_ACCELERATOR="cuda", **more),
         check=False,
-        timeout=300,
+        timeout=1200,
     )

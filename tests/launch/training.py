@@ -11,7 +11,7 @@ from launcher import DEEPSPEED, ROOT, free_port, write_config
 from distilspeed.trainer.checkpoint import Checkpoint
 
 STEPS, SAVE_STEPS, BATCH, MICRO_BATCH = 24, 2, 64, 16
-SECONDS_TO_END = 90  # in which nothing may be left of a job; a machine with other work is ten times slower
+SECONDS_TO_END = 300  # in which nothing may be left of a job; a machine with other work is ten times slower
 TRAIN = ROOT / "launch" / "train.py"
 FAULTY = Path(__file__).with_name("fault_job.py")
 CPU_HAS_FP16 = CPU_Accelerator().is_fp16_supported()

@@ -1,7 +1,12 @@
 """Which rows make a batch does not depend on how it is split, nor on where a run was resumed."""
 
 import math
+import os
+import socket
+import sys
+from multiprocessing import forkserver, resource_sharer
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -10,6 +15,7 @@ import torch
 from distilspeed.trainer.batches import (
     MicroBatch,
     MicroBatches,
+    _start_worker,
     document_layout,
     resolve_num_workers,
     total_steps,
@@ -17,6 +23,7 @@ from distilspeed.trainer.batches import (
 from distilspeed.trainer.config import BatchEquation
 from distilspeed.trainer.corpus import Corpus, open_corpus
 from distilspeed.trainer.masking import IGNORE_INDEX
+from distilspeed.trainer.processes import STOP_SIGNALS
 
 SPLITS = [(24, 1, 1), (12, 2, 1), (6, 2, 2), (2, 4, 3), (1, 24, 1), (8, 1, 3)]
 
@@ -91,6 +98,58 @@ def test_a_gpu_has_two_workers_unless_told_otherwise(
     asked: int | None, device: str, num_workers: int
 ) -> None:
     assert resolve_num_workers(asked, torch.device(device)) == num_workers
+
+
+@pytest.mark.parametrize("start_method", ["fork", "forkserver", "spawn"])
+def test_workers_make_the_same_batches_and_heed_no_signal(corpus: Corpus, start_method: str) -> None:
+    batches = MicroBatches(corpus, BatchEquation(8, 2, 2, 2), rank=1, seed=3)
+    expected = list(batches.loader(0, 6, num_workers=0))
+    loader = batches.loader(0, 6, num_workers=2)
+    loader.multiprocessing_context = start_method
+    found = iter(loader)
+    processes = [worker.pid for worker in found._workers]
+    if start_method == "forkserver":
+        processes.append(forkserver._forkserver._forkserver_pid)
+    for process in processes:  # which are starting
+        for stop in STOP_SIGNALS:
+            os.kill(process, stop)
+    for batch in expected:
+        assert all(torch.equal(a, b) for a, b in zip(batch, next(found), strict=True))
+
+
+def test_a_worker_says_nothing_where_the_trainer_dies_as_it_takes_a_batch(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hung_up = []
+
+    def hang_up(address_and_key: tuple[str, int]) -> NoReturn:
+        address, _ = address_and_key
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(address)
+        hung_up.append(address)
+        raise EOFError
+
+    monkeypatch.setattr(resource_sharer._ResourceSharer, "get_connection", staticmethod(hang_up))
+    batches = iter(
+        MicroBatches(corpus, BatchEquation(1, 1, 1, 1), rank=0, seed=3).loader(0, 2, num_workers=1)
+    )
+    with pytest.raises(EOFError):
+        next(batches)
+    (worker,) = batches._workers
+    batches._shutdown_workers()
+    assert (worker.exitcode, len(hung_up)) == (0, 1)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("error", [ValueError("a fault"), OSError(24, "Too many open files")])
+def test_a_worker_shows_what_is_a_fault(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = []
+    monkeypatch.setattr(sys, "excepthook", lambda *about: shown.append(about[1]))
+    _start_worker(0)
+    sys.excepthook(type(error), error, None)
+    sys.excepthook(ConnectionResetError, ConnectionResetError(), None)
+    sys.excepthook(OSError, OSError("got end of file during message"), None)
+    assert shown == [error]
 
 
 def test_the_masked_places_are_every_masked_token_and_constant_in_number(corpus: Corpus) -> None:

@@ -17,7 +17,7 @@ from distilspeed.trainer.corpus_writer import RowWriter
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.preparation import CorpusArguments, prepare_corpus
 
-PATIENCE = 60.0  # seconds until a test gives up waiting
+PATIENCE = 600.0  # seconds until a test gives up waiting
 
 # The build in a process of its own, in small batches, recording its progress after each of them.
 BUILD = """

@@ -2,6 +2,8 @@
 
 import contextlib
 import multiprocessing
+import os
+import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import fields
@@ -13,6 +15,7 @@ from tokenizers import Tokenizer
 
 from distilspeed.trainer import workers
 from distilspeed.trainer.packing import RowRules
+from distilspeed.trainer.processes import children_deaf_to
 from distilspeed.trainer.tokenization import DocumentTokenizer
 from distilspeed.trainer.workers import BATCHES_PER_WORKER, PackedBatch, pack_batch, pack_documents
 
@@ -85,6 +88,45 @@ def test_a_batch_is_bounded_by_the_memory_of_its_text(
     monkeypatch.setattr(workers, "BATCH_CHARACTERS", 50 * (1 + workers.STRING_OVERHEAD))
     batches = pack([document] * (2 * count + 1), backend, num_proc=1)
     assert [batch.documents for batch in batches] == [count, count, 1]
+
+
+def test_processes_that_are_starting_leave_a_terminals_signals_to_their_parent(
+    reference_text: Path,
+    backend: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(workers, "BATCH_CHARACTERS", 10_000)
+    text = reference_text.read_text(encoding="utf-8").splitlines()[:1000]
+    signalled = set()
+
+    def signalling() -> Iterator[str]:
+        for document in text:
+            for child in multiprocessing.active_children():
+                if child.pid not in signalled:
+                    signalled.add(child.pid)
+                    os.kill(child.pid, signal.SIGINT)
+                    os.kill(child.pid, signal.SIGHUP)
+            yield document
+
+    assert sum(batch.documents for batch in pack(signalling(), backend, num_proc=2)) == len(text)
+    assert len(signalled) == 2
+    assert capfd.readouterr().err == ""
+
+
+def test_a_signal_while_a_process_is_started_comes_after_it() -> None:
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    try:
+        with children_deaf_to((signal.SIGINT,)):
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+            assert not came
+    except KeyboardInterrupt:
+        came.append(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert came == [signal.SIGTERM, signal.SIGINT]
 
 
 def test_a_killed_process_ends_the_work_with_an_error(

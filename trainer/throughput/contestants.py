@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ from torch import nn
 
 from distilspeed.kernels.profiling.measurement import peak_cpu_bytes
 from distilspeed.trainer.batches import MicroBatches, on_device, resolve_num_workers
-from distilspeed.trainer.engines import DTYPES, join_job
+from distilspeed.trainer.engines import DTYPES, joined_job
 from distilspeed.trainer.flops import measure_matmul_flops
 from distilspeed.trainer.phases import PhaseProfile
 from distilspeed.trainer.run import Run, settle_attention
@@ -66,11 +67,10 @@ class Contestant(Protocol):
 
 
 class Ours:
-    """The trainer's own step, as ``launch/train.py`` takes it."""
+    """The trainer's own step, as ``launch/train.py`` takes it; made in ``joined_job``."""
 
     def __init__(self, run: Run) -> None:
-        self.run = run
-        join_job(run.process)
+        self.run = run = run.with_optimizer_settled()
         self.batches = MicroBatches(run.corpus, run.batch, run.process.rank, run.arguments.seed)
         settle_attention(run, self.batches)
         self.step = TrainingStep(run)
@@ -128,12 +128,13 @@ def serve(name: str, run: Run, commands: Iterable[str] | None = None) -> None:
     Args:
         commands: None: standard input.
     """
-    contestant: Contestant = Ours(run) if name == OURS else Eager(run)
-    contestant.steps(WARM_UP_STEPS)
-    for command in itertools.chain([str(1)], sys.stdin if commands is None else commands):
-        answer: Any = contestant.steps(int(command)) if command.strip() else footprint(contestant, run)
-        if run.process.rank == 0:
-            print(f"\n{ANSWER}{json.dumps(asdict(answer))}", flush=True)
+    with joined_job(run.process) if name == OURS else nullcontext():
+        contestant: Contestant = Ours(run) if name == OURS else Eager(run)
+        contestant.steps(WARM_UP_STEPS)
+        for command in itertools.chain([str(1)], sys.stdin if commands is None else commands):
+            answer: Any = contestant.steps(int(command)) if command.strip() else footprint(contestant, run)
+            if run.process.rank == 0:
+                print(f"\n{ANSWER}{json.dumps(asdict(answer))}", flush=True)
 
 
 def footprint(contestant: Contestant, run: Run) -> Footprint:

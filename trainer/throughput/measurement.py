@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from distilspeed.trainer.engines import free_port
+from distilspeed.trainer.environment import unprepared_environment
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.throughput.contestants import ANSWER, EAGER, OURS, Footprint, Lap
 
@@ -38,6 +39,7 @@ class Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=unprepared_environment() if name == EAGER else None,
             # A terminal's Ctrl-C is for the parent, which ends it.
             start_new_session=True,
         )
