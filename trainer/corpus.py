@@ -3,7 +3,7 @@
 train/, held_out/   `datasets.Dataset` folders (Arrow). A row: input_ids [seq_length] uint16 or int32,
                     whole pieces ``[CLS] … [SEP]`` one after the other, then padding;
                     document_lengths, int32, the tokens of each piece; real_tokens, their sum;
-                    maskable_tokens, how many are not special (the unknown token is special)
+                    maskable_tokens, how many are not special (``special_ids`` of the manifest)
 token_counts.npy    int64 [vocabulary], how often each token occurs in train, padding not counted
 tokenizer/          the tokenizer, as ``save_pretrained`` leaves it
 manifest.json       :class:`Manifest`
@@ -71,7 +71,11 @@ class CorpusCounts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a corpus says of itself; ``vocab_size`` is the tokenizer's length, added tokens included."""
+    """What a corpus says of itself.
+
+    ``vocab_size`` is the tokenizer's length, added tokens included. ``special_ids`` are never masked; the unknown
+    token is one of them, an added token that stands for content ("<url>") is not.
+    """
 
     format_version: int
     tokenizer_hash: str

@@ -23,6 +23,7 @@ from distilspeed.trainer.corpus import (
 )
 from distilspeed.trainer.files import FileRecord
 from distilspeed.trainer.packing import PackedRows, RowRules
+from distilspeed.trainer.vocabulary import structure_ids
 from distilspeed.trainer.workers import PackedBatch
 
 VERSIONED_PACKAGES = ("distilspeed", "datasets", "pyarrow", "tokenizers", "transformers", "numpy")
@@ -46,7 +47,7 @@ def row_rules(tokenizer: PreTrainedTokenizerFast, seq_length: int) -> RowRules:
         cls_id=tokenizer.cls_token_id,
         sep_id=tokenizer.sep_token_id,
         unk_id=tokenizer.unk_token_id,
-        special_ids=tuple(sorted(set(tokenizer.all_special_ids))),
+        special_ids=structure_ids(tokenizer),
         dtype="uint16" if len(tokenizer) <= 1 << 16 else "int32",
     )
 

@@ -16,6 +16,7 @@ from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.files import check_unoccupied, parents_made
 from distilspeed.trainer.sources import Source, dataset_source, file_source, split_specification
 from distilspeed.trainer.unfinished import Recipe, UnfinishedCorpus, unfinished_corpus
+from distilspeed.trainer.vocabulary import document_pipeline
 from distilspeed.trainer.workers import pack_documents
 
 MINIMUM_SEQ_LENGTH = 16
@@ -152,8 +153,8 @@ def _write_corpus(
     with contextlib.closing(writer):
         done = writer.counts.documents
         documents = chain.from_iterable(source.documents() for source in sources)
-        backend = tokenizer.backend_tokenizer.to_str()
-        batches = pack_documents(islice(documents, done, None), backend, rules, arguments.num_proc)
+        remaining = islice(documents, done, None)
+        batches = pack_documents(remaining, document_pipeline(tokenizer), rules, arguments.num_proc)
         with (
             contextlib.closing(batches),
             tqdm(unit=" documents", disable=None, initial=done) as progress,

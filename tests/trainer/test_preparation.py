@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoTokenizer, BertTokenizer
 
 from distilspeed.trainer import corpus_writer
+from distilspeed.trainer.batches import corpus_masking_rule
 from distilspeed.trainer.corpus import Corpus
 from distilspeed.trainer.corpus_writer import is_held_out
 from distilspeed.trainer.errors import UserError
@@ -116,6 +117,40 @@ def test_speeches_with_a_real_teachers_tokenizer_have_under_two_percent_padding(
     )
     assert corpus.manifest.padding_fraction < 0.02
     assert corpus.load_tokenizer().decode(corpus.train[0]["input_ids"]).startswith("[CLS] ")
+
+
+def test_added_tokens_are_in_the_corpus_as_in_the_tokenizer_and_can_be_masked(
+    arguments: CorpusArguments, tmp_path: Path, pieces_of: PiecesOf
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<url>"]})
+    tokenizer.add_tokens(["[NUM]"])
+    tokenizer.save_pretrained(tmp_path / "added")
+    documents = [
+        f"{number} statements are found in the list: see <url> and [NUM] items" for number in range(100)
+    ]
+    (tmp_path / "tweets.txt").write_text("\n".join(documents))
+    corpus = prepare_corpus(
+        replace(arguments, text=(tmp_path / "tweets.txt",), tokenizer=str(tmp_path / "added"))
+    )
+    expected = Counter(
+        token
+        for document in documents
+        for token in tokenizer(document, add_special_tokens=False)["input_ids"]
+    )
+    found = Counter(
+        token
+        for split in (corpus.train, corpus.held_out)
+        for piece in pieces_of(split)
+        for token in piece[1:-1]
+    )
+    for token in tokenizer.convert_tokens_to_ids(["<url>", "[NUM]"]):
+        assert found[token] == expected[token] == len(documents)
+        assert token not in corpus.manifest.special_ids
+        assert corpus_masking_rule(corpus).sampling_weights[token] > 0
+    assert set(corpus.manifest.special_ids) == {
+        getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "unk", "cls", "sep", "mask")
+    }
 
 
 def test_a_large_vocabulary_gets_wider_ids(arguments: CorpusArguments, tmp_path: Path) -> None:
