@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distilspeed.trainer.errors import UserError, first_line
 from distilspeed.trainer.files import FileRecord
+from distilspeed.trainer.vocabulary import check_case
 
 FORMAT_VERSION = 1
 SPECIAL_TOKENS = ("pad", "cls", "sep", "mask", "unk")
@@ -128,7 +129,7 @@ class RowBatch:
 def open_corpus(data_dir: Path, verify_checksums: bool = False) -> Corpus:
     """Open a prepared corpus, memory-mapped.
 
-    Every file's presence and size is checked, and with ``verify_checksums`` its content, token ids included.
+    Every file's presence and size is checked, and with ``verify_checksums`` its content: token ids and tokenizer, too.
     ``UserError`` for a folder that is no corpus, one of another format, and one with a missing or damaged file.
     """
     manifest = _read_manifest(data_dir)
@@ -148,6 +149,8 @@ def open_corpus(data_dir: Path, verify_checksums: bool = False) -> Corpus:
         raise
     except Exception as error:  # whatever a damaged file leads datasets, pyarrow and numpy to
         raise UserError(_damaged(data_dir, first_line(error))) from error
+    if verify_checksums:
+        corpus.load_tokenizer()
     return corpus
 
 
@@ -164,7 +167,7 @@ def read_rows(dataset: datasets.Dataset, indices: Sequence[int] | np.ndarray) ->
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """A fast tokenizer from a folder or the hub, with every token that masking needs; else ``UserError``."""
+    """A fast tokenizer from a folder or the hub; ``UserError`` for one that masking cannot use or with a wrong case."""
     try:
         # False, because unless told transformers asks at the terminal whether to run a repository's code.
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -182,6 +185,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         )
     if max(tokenizer.get_vocab().values()) >= len(tokenizer):
         raise UserError(f"the ids of the tokenizer {name} have gaps; choose another tokenizer")
+    check_case(name, tokenizer)
     return tokenizer
 
 

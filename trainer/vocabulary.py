@@ -1,12 +1,23 @@
 """Which tokens of a tokenizer text may become, and whether its normaliser fits its vocabulary."""
 
 import json
+import re
 
 from transformers import PreTrainedTokenizerFast
+
+from distilspeed.trainer.errors import UserError
 
 # The tokens that give a row its structure, by transformers' names: text never becomes one of them and they are never
 # masked. Every other added token ("<url>", "[NUM]") stands for content.
 STRUCTURE_TOKENS = ("pad", "cls", "sep", "mask", "unk", "bos", "eos")
+
+# Capitals that a lower-cased vocabulary may hold: an oddity or two, or this share of its pieces with letters that have
+# a case. BERT's uncased vocabulary has none but in its special tokens; a cased one has them in every third piece, and
+# the smallest in one for each letter.
+CAPITALS_SHARE = 0.05
+CAPITALS_ODDITIES = 2
+# "[unused1]" and "<s>" are names, whatever their letters.
+_is_name = re.compile(r"\[.*\]|<.*>").fullmatch
 
 
 def structure_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
@@ -27,3 +38,23 @@ def document_pipeline(tokenizer: PreTrainedTokenizerFast) -> str:
         splits = token["special"] and tokenizer.split_special_tokens
         token["special"] = token["id"] in structure or splits
     return json.dumps(pipeline)
+
+
+def check_case(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise a UserError where text is lower-cased and the vocabulary is not: "York" would become y ##o ##r ##k.
+
+    A folder with ``vocab.txt`` alone is read with BERT's defaults, which lower-case.
+    """
+    backend = tokenizer.backend_tokenizer
+    if backend.normalizer is None or "A" in backend.normalizer.normalize_str("A"):
+        return
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    pieces = [piece for piece in backend.get_vocab() if piece not in added and not _is_name(piece)]
+    with_case = sum(piece.lower() != piece.upper() for piece in pieces)
+    with_capitals = sum(piece.lower() != piece for piece in pieces)
+    if with_capitals > max(CAPITALS_ODDITIES, CAPITALS_SHARE * with_case):
+        raise UserError(
+            f"the tokenizer {name} lower-cases text, but {with_capitals:,} of its vocabulary's {with_case:,} pieces "
+            'of letters have capitals, which no text would reach; set "do_lower_case": false in its '
+            'tokenizer_config.json, and "lowercase": false in tokenizer.json where there is one'
+        )

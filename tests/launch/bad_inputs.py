@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shutil
+import string
 import sys
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,12 @@ def _write_tokenizers(folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(good)
         setattr(tokenizer, token, None)
         tokenizer.save_pretrained(folder / name)
+    (folder / "cased_vocabulary").mkdir()
+    capitals = " ".join([*string.ascii_uppercase, *string.ascii_lowercase, "York", "##York"])
+    (folder / "cased_vocabulary" / "vocab.txt").write_text(
+        "\n".join(f"[PAD] [UNK] [CLS] [SEP] [MASK] {capitals}".split()) + "\n"
+    )
+    (folder / "cased_vocabulary" / "config.json").write_text('{"model_type": "bert"}')
     for name, content in (
         ("tokenizer_not_json", b"tokenizer"),
         ("tokenizer_empty", b"{}"),

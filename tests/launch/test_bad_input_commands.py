@@ -108,6 +108,10 @@ PREPARE_OPTIONS = [
     ("--tokenizer tokenizer_empty", "the tokenizer tokenizer_empty cannot be loaded"),
     ("--tokenizer tokenizer_latin1", "the tokenizer tokenizer_latin1 cannot be loaded"),
     ("--tokenizer tokenizer_cut", "the tokenizer tokenizer_cut cannot be loaded"),
+    (
+        "--tokenizer cased_vocabulary",
+        "lower-cases text, but 28 of its vocabulary's 54 pieces of letters have capitals",
+    ),
     ("--seq_length 0", "--seq_length 0 is not between 16 and the tokenizer's limit of 512"),
     ("--seq_length -64", "--seq_length -64 is not between 16"),
     ("--seq_length 15", "--seq_length 15 is not between 16"),
