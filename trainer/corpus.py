@@ -58,9 +58,15 @@ WHOLE = Shard()
 
 @dataclass(frozen=True)
 class CorpusCounts:
-    """How much was read and what became of it; tokens include ``[CLS]`` and ``[SEP]``, never padding."""
+    """How much was read and what became of it; tokens include ``[CLS]`` and ``[SEP]``, never padding.
+
+    ``documents``: those with text. ``dropped_null`` and ``dropped_blank`` are documents without (0 in corpora from
+    before they were counted), ``dropped_short`` and ``dropped_unknown`` pieces.
+    """
 
     documents: int = 0
+    dropped_null: int = 0
+    dropped_blank: int = 0
     pieces: int = 0
     dropped_short: int = 0
     dropped_unknown: int = 0
@@ -68,6 +74,10 @@ class CorpusCounts:
     train_tokens: int = 0
     held_out_rows: int = 0
     held_out_tokens: int = 0
+
+    @property
+    def documents_read(self) -> int:
+        return self.documents + self.dropped_null + self.dropped_blank
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,9 @@ class Manifest:
     sources: tuple[SourceRecord, ...]
     versions: dict[str, str]
     files: tuple[FileRecord, ...]
-    shard: Shard = WHOLE  # what the first corpora of this format do not say
+    # What the first corpora of this format do not say:
+    shard: Shard = WHOLE
+    document_separator: str = "line"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"

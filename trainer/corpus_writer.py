@@ -104,6 +104,8 @@ class RowWriter:
         self.token_counts[self._pad_id] -= padding
         self._counts.update(
             documents=batch.documents,
+            dropped_null=batch.dropped_null,
+            dropped_blank=batch.dropped_blank,
             pieces=len(rows.piece_lengths),
             dropped_short=batch.dropped_short,
             dropped_unknown=batch.dropped_unknown,
@@ -193,6 +195,7 @@ def finish_corpus(
     tokenizer: PreTrainedTokenizerFast,
     seq_length: int,
     sources: tuple[SourceRecord, ...],
+    document_separator: str,
     shard: Shard,
     counts: CorpusCounts,
     token_counts: np.ndarray,
@@ -216,6 +219,7 @@ def finish_corpus(
         counts=counts,
         padding_fraction=1 - (counts.train_tokens + counts.held_out_tokens) / places,
         sources=sources,
+        document_separator=document_separator,
         shard=shard,
         versions=installed_versions(),
         files=tuple(FileRecord.of(folder, path) for path in _corpus_files(folder)),

@@ -74,6 +74,10 @@ class DocumentTokenizer:
         return any(token in document for token in self._added_tokens)
 
 
+def is_blank(text: str) -> bool:
+    return not text or text.isspace()
+
+
 def words_are_independent(tokenizer_json: str) -> bool:
     """Whether a serialised tokenizer's tokens of a text without added tokens are those of its words: BERT's WordPiece.
 
