@@ -124,8 +124,8 @@ def _open_sources(arguments: CorpusArguments) -> list[Source]:
         ) from error
     if arguments.document_separator != "line" and not any(source.is_plain_text for source in sources):
         raise UserError(
-            f"--document_separator {arguments.document_separator} is for plain text, and no --text file is any; "
-            "leave it out"
+            f"--document_separator {arguments.document_separator} needs a plain text file among --text; "
+            "give one or leave it out"
         )
     for name in arguments.dataset:
         folder = Path(split_specification(name)[0])

@@ -133,7 +133,7 @@ def _read_json_lines(file: InputFile, text_column: str, lines: range) -> Iterato
 
 
 def _json_file(file: InputFile) -> str:
-    return str(file.path) if file.is_named_json() else f"{file.path}, which begins as JSON does"
+    return str(file.path) if file.is_named_json() else f"{file.path}, which begins like JSON"
 
 
 def _parse_json(text: str, where: str) -> Any:
@@ -195,8 +195,8 @@ def _read_dataset(
     except Exception as error:  # the hub, file systems and every format's reader have errors of their own
         if (cache := _unwritable_cache(error)) is not None:
             raise UserError(
-                f"the cache of datasets cannot be written: {cache}; let HF_HOME or HF_DATASETS_CACHE name a folder "
-                "that can be"
+                f"the cache of datasets cannot be written: {cache}; "
+                "set HF_HOME or HF_DATASETS_CACHE to a writable folder"
             ) from error
         raise UserError(
             f"the dataset {specification} cannot be read: {first_line(error)}; "

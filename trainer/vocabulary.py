@@ -55,6 +55,6 @@ def check_case(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
     if with_capitals > max(CAPITALS_ODDITIES, CAPITALS_SHARE * with_case):
         raise UserError(
             f"the tokenizer {name} lower-cases text, but {with_capitals:,} of its vocabulary's {with_case:,} pieces "
-            'of letters have capitals, which no text would reach; set "do_lower_case": false in its '
+            'of letters have capitals and can never match; set "do_lower_case": false in its '
             'tokenizer_config.json, and "lowercase": false in tokenizer.json where there is one'
         )

@@ -53,8 +53,8 @@ PREPARE_TEXT = [
     ("table.csv", "table.csv is a table; put it into a folder of its own and give that as --dataset"),
     ("TABLE.TSV.gz", "TABLE.TSV.gz is a table;"),
     ("good.parquet.gz", "good.parquet.gz is a compressed Parquet file; unpack it"),
-    ("records.txt", "records.txt, which begins as JSON does, line 2 is not JSON"),
-    ("records", "records, which begins as JSON does, line 2 has no field 'text' but body;"),
+    ("records.txt", "records.txt, which begins like JSON, line 2 is not JSON"),
+    ("records", "records, which begins like JSON, line 2 has no field 'text' but body;"),
     ("records.json.gz", "records.json.gz, line 1 has no field 'text' but body;"),
     (
         "sentences.txt --document_separator blank_line",
@@ -62,7 +62,7 @@ PREPARE_TEXT = [
     ),
     (
         "good.jsonl good.parquet --document_separator blank_line",
-        "blank_line is for plain text, and no --text file is any",
+        "blank_line needs a plain text file among --text",
     ),
     ("endless.txt", "endless.txt has a line of more than 64 MiB"),
     ("endless.jsonl", "endless.jsonl has a line of more than 64 MiB"),
@@ -122,7 +122,7 @@ PREPARE_DATASET = [
     ("pickled", "pickled cannot be read"),
     ("data::test", "data::test cannot be read"),
     ("data_broken", "data_broken cannot be read"),
-    ("data --document_separator blank_line", "blank_line is for plain text, and no --text file is any"),
+    ("data --document_separator blank_line", "blank_line needs a plain text file among --text"),
 ]
 PREPARE = "--text good.txt --tokenizer tokenizer --seq_length 64 --num_proc 1 --output_dir out/corpus"
 PREPARE_OPTIONS = [

@@ -141,7 +141,7 @@ def test_a_cache_that_cannot_be_written_is_named(
     assert (status, output) == (2, "")
     [line] = errors.splitlines()
     assert line.startswith(f"error: the cache of datasets cannot be written: {cache}")
-    assert line.endswith(": Not a directory; let HF_HOME or HF_DATASETS_CACHE name a folder that can be")
+    assert line.endswith(": Not a directory; set HF_HOME or HF_DATASETS_CACHE to a writable folder")
     assert not output_dir.parent.exists()
 
 

@@ -140,7 +140,7 @@ def test_prose_that_begins_oddly_stays_prose(tmp_path: Path, line: str) -> None:
 def test_what_begins_as_json_never_becomes_text(tmp_path: Path, content: str) -> None:
     path = tmp_path / "records.txt"
     path.write_text(content)
-    with pytest.raises(UserError, match=r"records\.txt, which begins as JSON does"):
+    with pytest.raises(UserError, match=r"records\.txt, which begins like JSON"):
         list(file_source(path, "text").documents())
 
 
