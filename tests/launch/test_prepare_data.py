@@ -127,24 +127,6 @@ def test_a_mistake_is_one_line_and_status_2(small_tokenizer_dir: Path, tmp_path:
     assert not any(tmp_path.iterdir())
 
 
-def test_a_cache_that_cannot_be_written_is_named(
-    small_tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text('{"text": "a document"}\n')
-    (tmp_path / "occupied").write_text("no folder")
-    options = ["--dataset", tmp_path / "data", "--tokenizer", small_tokenizer_dir]
-    output_dir, cache = tmp_path / "out" / "corpus", tmp_path / "occupied" / "cache"
-    monkeypatch.setenv("HF_HOME", str(cache))
-    monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
-    status, output, errors = run(*options, "--output_dir", output_dir)
-    assert (status, output) == (2, "")
-    [line] = errors.splitlines()
-    assert line.startswith(f"error: the cache of datasets cannot be written: {cache}")
-    assert line.endswith(": Not a directory; set HF_HOME or HF_DATASETS_CACHE to a writable folder")
-    assert not output_dir.parent.exists()
-
-
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_stopping_it_leaves_nothing(
     long_text: Path, small_tokenizer_dir: Path, tmp_path: Path, stop: signal.Signals
@@ -174,3 +156,21 @@ def test_killing_it_leaves_no_corpus_and_no_process(
     for folder in (output_dir, left):
         with pytest.raises(UserError, match="is not a prepared corpus"):
             open_corpus(folder)
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    small_tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"text": "a document"}\n')
+    (tmp_path / "occupied").write_text("no folder")
+    options = ["--dataset", tmp_path / "data", "--tokenizer", small_tokenizer_dir]
+    output_dir, cache = tmp_path / "out" / "corpus", tmp_path / "occupied" / "cache"
+    monkeypatch.setenv("HF_HOME", str(cache))
+    monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
+    status, output, errors = run(*options, "--output_dir", output_dir)
+    assert (status, output) == (2, "")
+    [line] = errors.splitlines()
+    assert line.startswith(f"error: the cache of datasets cannot be written: {cache}")
+    assert line.endswith(": Not a directory; set HF_HOME or HF_DATASETS_CACHE to a writable folder")
+    assert not output_dir.parent.exists()
