@@ -44,7 +44,8 @@ def main() -> None:
     counts, padding = corpus.manifest.counts, corpus.manifest.padding_fraction
     print(
         f"{corpus.path}: {counts.documents:,} documents in {counts.pieces:,} pieces; dropped "
-        f"{counts.dropped_short:,} short and {counts.dropped_unknown:,} mostly unknown ones\n"
+        f"{counts.dropped_null:,} null and {counts.dropped_blank:,} blank documents, "
+        f"{counts.dropped_short:,} short and {counts.dropped_unknown:,} mostly unknown pieces\n"
         f"train     {counts.train_rows:>12,} rows {counts.train_tokens:>16,} tokens\n"
         f"held out  {counts.held_out_rows:>12,} rows {counts.held_out_tokens:>16,} tokens\n"
         f"padding   {padding:>12.2%} of {corpus.manifest.seq_length} tokens a row"
@@ -72,7 +73,7 @@ def _parse_arguments() -> dict[str, Any]:
         action="extend",
         type=Path,
         metavar="FILE",
-        help="text (a document a line), .json, .jsonl or .parquet files",
+        help="text, JSON lines, a JSON array or Parquet, recognised by content; or compressed (gzip, bzip2, xz, zstd)",
     )
     add(
         "--dataset",
@@ -86,6 +87,11 @@ def _parse_arguments() -> dict[str, Any]:
     add("--output_dir", required=True, type=Path, metavar="DIR", help="made by this command")
     add("--num_proc", type=int, metavar="N", help="tokenising processes (default: available cores)")
     add("--text_column", help="the field that holds the text (default text)")
+    add(
+        "--document_separator",
+        choices=("line", "blank_line"),
+        help="a document of plain text is a line (default), or the lines between blank ones",
+    )
     add("--held_out_fraction", type=float, help="share of the rows kept for evaluation (default 0.01)")
     add(
         "--shard",

@@ -3,7 +3,7 @@
 train/, held_out/   `datasets.Dataset` folders (Arrow). A row: input_ids [seq_length] uint16 or int32,
                     whole pieces ``[CLS] … [SEP]`` one after the other, then padding;
                     document_lengths, int32, the tokens of each piece; real_tokens, their sum;
-                    maskable_tokens, how many are not special (the unknown token is special)
+                    maskable_tokens, how many are not special (``special_ids`` of the manifest)
 token_counts.npy    int64 [vocabulary], how often each token occurs in train, padding not counted
 tokenizer/          the tokenizer, as ``save_pretrained`` leaves it
 manifest.json       :class:`Manifest`
@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distilspeed.trainer.errors import UserError, first_line
 from distilspeed.trainer.files import FileRecord
+from distilspeed.trainer.vocabulary import check_case
 
 FORMAT_VERSION = 1
 SPECIAL_TOKENS = ("pad", "cls", "sep", "mask", "unk")
@@ -57,9 +58,15 @@ WHOLE = Shard()
 
 @dataclass(frozen=True)
 class CorpusCounts:
-    """How much was read and what became of it; tokens include ``[CLS]`` and ``[SEP]``, never padding."""
+    """How much was read and what became of it; tokens include ``[CLS]`` and ``[SEP]``, never padding.
+
+    ``documents``: those with text. ``dropped_null`` and ``dropped_blank`` are documents without (0 in corpora from
+    before they were counted), ``dropped_short`` and ``dropped_unknown`` pieces.
+    """
 
     documents: int = 0
+    dropped_null: int = 0
+    dropped_blank: int = 0
     pieces: int = 0
     dropped_short: int = 0
     dropped_unknown: int = 0
@@ -68,10 +75,18 @@ class CorpusCounts:
     held_out_rows: int = 0
     held_out_tokens: int = 0
 
+    @property
+    def documents_read(self) -> int:
+        return self.documents + self.dropped_null + self.dropped_blank
+
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a corpus says of itself; ``vocab_size`` is the tokenizer's length, added tokens included."""
+    """What a corpus says of itself.
+
+    ``vocab_size`` is the tokenizer's length, added tokens included. ``special_ids`` are never masked; the unknown
+    token is one of them, an added token that stands for content ("<url>") is not.
+    """
 
     format_version: int
     tokenizer_hash: str
@@ -88,7 +103,9 @@ class Manifest:
     sources: tuple[SourceRecord, ...]
     versions: dict[str, str]
     files: tuple[FileRecord, ...]
-    shard: Shard = WHOLE  # what the first corpora of this format do not say
+    # What the first corpora of this format do not say:
+    shard: Shard = WHOLE
+    document_separator: str = "line"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
@@ -124,7 +141,7 @@ class RowBatch:
 def open_corpus(data_dir: Path, verify_checksums: bool = False) -> Corpus:
     """Open a prepared corpus, memory-mapped.
 
-    Every file's presence and size is checked, and with ``verify_checksums`` its content, token ids included.
+    Every file's presence and size is checked, and with ``verify_checksums`` its content: token ids and tokenizer, too.
     ``UserError`` for a folder that is no corpus, one of another format, and one with a missing or damaged file.
     """
     manifest = _read_manifest(data_dir)
@@ -144,6 +161,8 @@ def open_corpus(data_dir: Path, verify_checksums: bool = False) -> Corpus:
         raise
     except Exception as error:  # whatever a damaged file leads datasets, pyarrow and numpy to
         raise UserError(_damaged(data_dir, first_line(error))) from error
+    if verify_checksums:
+        corpus.load_tokenizer()
     return corpus
 
 
@@ -160,7 +179,7 @@ def read_rows(dataset: datasets.Dataset, indices: Sequence[int] | np.ndarray) ->
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """A fast tokenizer from a folder or the hub, with every token that masking needs; else ``UserError``."""
+    """A fast tokenizer from a folder or the hub; ``UserError`` for one that masking cannot use or with a wrong case."""
     try:
         # False, because unless told transformers asks at the terminal whether to run a repository's code.
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -178,6 +197,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         )
     if max(tokenizer.get_vocab().values()) >= len(tokenizer):
         raise UserError(f"the ids of the tokenizer {name} have gaps; choose another tokenizer")
+    check_case(name, tokenizer)
     return tokenizer
 
 

@@ -23,6 +23,7 @@ from distilspeed.trainer.corpus import (
 )
 from distilspeed.trainer.files import FileRecord
 from distilspeed.trainer.packing import PackedRows, RowRules
+from distilspeed.trainer.vocabulary import structure_ids
 from distilspeed.trainer.workers import PackedBatch
 
 VERSIONED_PACKAGES = ("distilspeed", "datasets", "pyarrow", "tokenizers", "transformers", "numpy")
@@ -46,7 +47,7 @@ def row_rules(tokenizer: PreTrainedTokenizerFast, seq_length: int) -> RowRules:
         cls_id=tokenizer.cls_token_id,
         sep_id=tokenizer.sep_token_id,
         unk_id=tokenizer.unk_token_id,
-        special_ids=tuple(sorted(set(tokenizer.all_special_ids))),
+        special_ids=structure_ids(tokenizer),
         dtype="uint16" if len(tokenizer) <= 1 << 16 else "int32",
     )
 
@@ -103,6 +104,8 @@ class RowWriter:
         self.token_counts[self._pad_id] -= padding
         self._counts.update(
             documents=batch.documents,
+            dropped_null=batch.dropped_null,
+            dropped_blank=batch.dropped_blank,
             pieces=len(rows.piece_lengths),
             dropped_short=batch.dropped_short,
             dropped_unknown=batch.dropped_unknown,
@@ -192,6 +195,7 @@ def finish_corpus(
     tokenizer: PreTrainedTokenizerFast,
     seq_length: int,
     sources: tuple[SourceRecord, ...],
+    document_separator: str,
     shard: Shard,
     counts: CorpusCounts,
     token_counts: np.ndarray,
@@ -215,6 +219,7 @@ def finish_corpus(
         counts=counts,
         padding_fraction=1 - (counts.train_tokens + counts.held_out_tokens) / places,
         sources=sources,
+        document_separator=document_separator,
         shard=shard,
         versions=installed_versions(),
         files=tuple(FileRecord.of(folder, path) for path in _corpus_files(folder)),

@@ -12,7 +12,7 @@ from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.files import check_unoccupied, folder_written_whole, parents_made
 
 # What shards of one corpus have in common, by the manifest's names.
-COMMON_FIELDS = ("tokenizer_hash", "seq_length", "sources", "versions")
+COMMON_FIELDS = ("tokenizer_hash", "seq_length", "sources", "document_separator", "versions")
 
 
 def merge_shards(shard_dirs: Sequence[Path], output_dir: Path) -> Corpus:
@@ -86,6 +86,7 @@ def _write_merged(folder: Path, shards: Sequence[Corpus]) -> None:
         tokenizer,
         manifest.seq_length,
         manifest.sources,
+        manifest.document_separator,
         WHOLE,
         CorpusCounts(**{name: sum(part[name] for part in parts) for name in parts[0]}),
         sum(shard.token_counts for shard in shards[1:]) + shards[0].token_counts,

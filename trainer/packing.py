@@ -24,7 +24,7 @@ UNKNOWN_SHARE_LIMIT = 0.5
 class RowRules:
     """What a row is: pieces of ``cls_id … sep_id``, at most ``seq_length`` tokens, then ``pad_id``.
 
-    ``dtype``: of the ids stored. ``special_ids`` are never masked.
+    ``dtype``: of the ids stored. ``special_ids`` are never masked, and no text becomes one but ``unk_id``.
     """
 
     seq_length: int
@@ -78,7 +78,11 @@ class PackedRows:
 
 
 def cut_into_pieces(documents: TokenizedDocuments, rules: RowRules) -> Pieces:
-    """Cut each document to rows' length and leave out the pieces too short or too unknown to learn from."""
+    """Cut each document to rows' length and leave out the pieces too short or too unknown to learn from.
+
+    A special token that the vocabulary has as a word and the text spells becomes the unknown one.
+    """
+    tokens = np.where(np.isin(documents.tokens, rules.special_ids), rules.unk_id, documents.tokens)
     room = rules.seq_length - 2
     pieces_per_document = -(-documents.lengths // room)
     document = np.repeat(np.arange(len(documents.lengths)), pieces_per_document)
@@ -88,14 +92,14 @@ def cut_into_pieces(documents: TokenizedDocuments, rules: RowRules) -> Pieces:
     ) * room  # tokens of the document before a piece
     starts = (np.cumsum(documents.lengths) - documents.lengths)[document] + before
     inside = np.minimum(documents.lengths[document] - before, room)
-    unknown_up_to = np.concatenate([[0], np.cumsum(documents.tokens == rules.unk_id)])
+    unknown_up_to = np.concatenate([[0], np.cumsum(tokens == rules.unk_id)])
     unknown = unknown_up_to[starts + inside] - unknown_up_to[starts]
     lengths = inside + 2
     is_short = lengths < MINIMUM_PIECE_TOKENS
     is_unknown = ~is_short & (unknown >= UNKNOWN_SHARE_LIMIT * lengths)
     kept = ~(is_short | is_unknown)
     return Pieces(
-        tokens=documents.tokens,
+        tokens=tokens,
         starts=starts[kept],
         lengths=lengths[kept],
         dropped_short=int(is_short.sum()),

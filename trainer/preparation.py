@@ -14,8 +14,10 @@ from distilspeed.trainer.corpus import WHOLE, Corpus, Shard, load_tokenizer, ope
 from distilspeed.trainer.corpus_writer import RowWriter, finish_corpus, installed_versions, row_rules
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.files import check_unoccupied, parents_made
+from distilspeed.trainer.lines import Separator
 from distilspeed.trainer.sources import Source, dataset_source, file_source, split_specification
 from distilspeed.trainer.unfinished import Recipe, UnfinishedCorpus, unfinished_corpus
+from distilspeed.trainer.vocabulary import document_pipeline
 from distilspeed.trainer.workers import pack_documents
 
 MINIMUM_SEQ_LENGTH = 16
@@ -31,6 +33,7 @@ class CorpusArguments:
     """What to prepare: documents of ``text`` files, then of ``dataset`` specifications, in that order.
 
     ``dataset``: ``NAME[:CONFIG[:SPLIT]]``, a name on the hub or a local folder.
+    ``document_separator``: what ends a document of a plain text file, a line's end or a blank line.
     ``held_out_fraction``: share of the rows set apart in ``held_out``.
     ``shard``: which part of every source to prepare; the default is all of it.
     ``resume``: go on with a build that was interrupted.
@@ -42,6 +45,7 @@ class CorpusArguments:
     dataset: tuple[str, ...] = ()
     seq_length: int = 512
     text_column: str = "text"
+    document_separator: Separator = "line"
     held_out_fraction: float = 0.01
     num_proc: int = field(default_factory=_available_cores)
     shard: Shard = WHOLE
@@ -58,6 +62,7 @@ def prepare_corpus(arguments: CorpusArguments) -> Corpus:
     sources, tokenizer = open_input(arguments)
     recipe = Recipe(
         sources=tuple(source.record for source in sources),
+        document_separator=arguments.document_separator,
         text_column=arguments.text_column,
         tokenizer_hash=tokenizer_hash(tokenizer),
         seq_length=arguments.seq_length,
@@ -111,12 +116,17 @@ def _check_arguments(arguments: CorpusArguments) -> None:
 def _open_sources(arguments: CorpusArguments) -> list[Source]:
     column, shard = arguments.text_column, arguments.shard
     try:
-        sources = [file_source(path, column, shard) for path in arguments.text]
+        sources = [file_source(path, column, shard, arguments.document_separator) for path in arguments.text]
         sources += [dataset_source(name, column, shard) for name in arguments.dataset]
     except OSError as error:
         raise UserError(
             f"cannot read {error.filename}: {error.strerror}; check --text and --dataset"
         ) from error
+    if arguments.document_separator != "line" and not any(source.is_plain_text for source in sources):
+        raise UserError(
+            f"--document_separator {arguments.document_separator} needs a plain text file among --text; "
+            "give one or leave it out"
+        )
     for name in arguments.dataset:
         folder = Path(split_specification(name)[0])
         if folder.is_dir() and folder.resolve() in arguments.output_dir.resolve().parents:
@@ -150,10 +160,10 @@ def _write_corpus(
     rules = row_rules(tokenizer, arguments.seq_length)
     writer = RowWriter(build.folder, rules, len(tokenizer), arguments.held_out_fraction, state=build.written)
     with contextlib.closing(writer):
-        done = writer.counts.documents
-        documents = chain.from_iterable(source.documents() for source in sources)
-        backend = tokenizer.backend_tokenizer.to_str()
-        batches = pack_documents(islice(documents, done, None), backend, rules, arguments.num_proc)
+        done = writer.counts.documents_read
+        documents = chain.from_iterable(source.values() for source in sources)
+        remaining = islice(documents, done, None)
+        batches = pack_documents(remaining, document_pipeline(tokenizer), rules, arguments.num_proc)
         with (
             contextlib.closing(batches),
             tqdm(unit=" documents", disable=None, initial=done) as progress,
@@ -161,7 +171,7 @@ def _write_corpus(
             for batch in batches:
                 writer.add(batch)
                 build.record_when_due(writer)
-                progress.update(batch.documents)
+                progress.update(batch.documents + batch.dropped_null + batch.dropped_blank)
         counts = writer.counts
         if not counts.train_rows or not counts.held_out_rows:
             raise UserError(
@@ -171,5 +181,12 @@ def _write_corpus(
         build.record(writer)
     records = tuple(source.record for source in sources)
     finish_corpus(
-        build.folder, tokenizer, arguments.seq_length, records, arguments.shard, counts, writer.token_counts
+        build.folder,
+        tokenizer,
+        arguments.seq_length,
+        records,
+        arguments.document_separator,
+        arguments.shard,
+        counts,
+        writer.token_counts,
     )

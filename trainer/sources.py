@@ -1,19 +1,19 @@
 """Where documents come from: text, JSON and Parquet files, dataset folders, the hub; all read as streams.
 
 Every source can be read in shards, each document in exactly one of them. Files of lines are divided by bytes, at
-line ends, and Parquet files by rows: a shard reads no text of the others. Of 94 MB of Gutenberg prose in 16 shards
-the largest is 0.5 % above the mean by bytes; by numbers of lines it would be 20 % (November 2026). Saved
-datasets are divided by rows and streamed ones as `datasets` divides them between nodes.
+the ends of documents, and Parquet files by rows: a shard reads no text of the others (it unpacks a compressed file up
+to its part). Of 94 MB of Gutenberg prose in 16 shards the largest is 0.5 % above the mean by bytes; by numbers of
+lines it would be 20 % (November 2026). Saved datasets are divided by rows and streamed ones as `datasets` divides them
+between nodes.
 """
 
-import codecs
 import json
 import math
-import os
+import sys
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -22,26 +22,30 @@ from datasets.distributed import split_dataset_by_node
 
 from distilspeed.trainer.corpus import WHOLE, Shard, SourceRecord
 from distilspeed.trainer.errors import UserError, first_line
+from distilspeed.trainer.lines import Separator, check_text, lines_of, read_lines, read_paragraphs
+from distilspeed.trainer.recognition import Format, InputFile
+from distilspeed.trainer.tokenization import is_blank
 
 READ_BATCH = 1000  # documents read from a dataset at a time
-READ_BYTES = 1 << 20  # of a file, at a time
-# A longer line, give or take READ_BYTES, is refused: one as long takes 2 GB to prepare (November 2026).
-LONGEST_LINE = 64 << 20
-BYTE_ORDER_MARK = "\ufeff".encode()
 
 
 @dataclass(frozen=True)
 class Source:
     """Somewhere documents come from; ``read`` gives the text column's values, whatever they are.
 
-    ``record`` names the whole source, whatever shard of it is read.
+    ``record`` names the whole source, whatever shard of it is read. ``is_plain_text``: a file without records.
     """
 
     record: SourceRecord
     read: Callable[[], Iterator[Any]]
+    is_plain_text: bool = False
 
     def documents(self) -> Generator[str]:
-        """The documents that are not blank. ``UserError`` for what cannot be read or is not text."""
+        """The documents that are not blank. ``UserError`` as of :meth:`values`."""
+        return (value for value in self.values() if value is not None and not is_blank(value))
+
+    def values(self) -> Generator[str | None]:
+        """All documents, null and blank ones, too. ``UserError`` for what cannot be read or is not text."""
         try:
             for value in self.read():
                 if value is not None and not isinstance(value, str):
@@ -49,35 +53,36 @@ class Source:
                         f"{self.record.name} holds {type(value).__name__} where text is expected; "
                         "name the field that holds the text with --text_column"
                     )
-                if value and not value.isspace():
-                    yield value
+                yield value
         except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
             raise UserError(f"{self.record.name} cannot be read: {first_line(error)}; check it") from error
 
 
-def file_source(path: Path, text_column: str, shard: Shard = WHOLE) -> Source:
-    """A Parquet, JSON (an object a line, or an array) or text file (a document a line), by its suffix.
+def file_source(path: Path, text_column: str, shard: Shard = WHOLE, separator: Separator = "line") -> Source:
+    """A Parquet, JSON (an object a line, or an array) or text file, recognised by content and name (recognition.py).
 
-    An array is read whole, anything else in parts. ``UserError`` for what is no file, or no text in UTF-8;
-    ``OSError`` for what cannot be read.
+    A document of a text is a line, or with ``separator`` what stands between blank lines. An array is read whole,
+    anything else in parts. ``UserError`` for what is no file, or no text in UTF-8; ``OSError`` for what cannot be
+    read.
     """
     if not path.is_file():
         raise UserError(f"there is no text file {path}; check --text (a folder goes with --dataset)")
-    if path.stat().st_size == 0:
-        raise UserError(f"the text file {path} is empty; leave it out or fill it")
     record = SourceRecord(path.name, path.stat().st_size)
-    if path.suffix == ".parquet":
+    file = InputFile.of(path)
+    if record.bytes == 0 or (file.unpack is not None and _is_empty(file)):
+        raise UserError(f"the text file {path} is empty; leave it out or fill it")
+    form = file.format()
+    if form is Format.PARQUET:
         return Source(record, lambda: _read_parquet(path, text_column, shard))
-    is_json = path.suffix in (".json", ".jsonl")
-    if is_json and _begins_as_array(path):
-        _check_text(path, range(path.stat().st_size), math.inf)
-        return Source(record, lambda: _read_json_array(path, text_column, shard))
-    with path.open("rb") as file:
-        lines = _lines_of(file, shard)
-    _check_text(path, lines, LONGEST_LINE)
-    if is_json:
-        return Source(record, lambda: _read_json_lines(path, text_column, lines))
-    return Source(record, lambda: _read_lines(path, lines))
+    if form is Format.JSON_ARRAY:
+        check_text(file, range(sys.maxsize), math.inf)
+        return Source(record, lambda: _read_json_array(file, text_column, shard))
+    if form is Format.JSON_LINES:
+        lines = lines_of(file, shard, "line")
+        return Source(record, lambda: _read_json_lines(file, text_column, lines))
+    lines = lines_of(file, shard, separator)
+    read = read_lines if separator == "line" else read_paragraphs
+    return Source(record, lambda: read(file, lines), is_plain_text=True)
 
 
 def dataset_source(specification: str, text_column: str, shard: Shard = WHOLE) -> Source:
@@ -106,88 +111,29 @@ def split_specification(specification: str) -> list[str]:
     return parts
 
 
-def _lines_of(file: BinaryIO, shard: Shard) -> range:
-    """The bytes of the lines that begin in a shard's part of a file."""
-    part = shard.of(file.seek(0, os.SEEK_END))
-    return range(_next_line(file, part.start), _next_line(file, part.stop))
+def _is_empty(file: InputFile) -> bool:
+    with file.open() as content:
+        return not content.read(1)
 
 
-def _next_line(file: BinaryIO, offset: int) -> int:
-    """Where the first line begins that begins at ``offset`` or later."""
-    if offset == 0:
-        return 0
-    file.seek(offset - 1)
-    while (part := file.readline(READ_BYTES)) and not part.endswith(b"\n"):
-        pass
-    return file.tell()
-
-
-def _check_text(path: Path, lines: range, longest_line: float) -> None:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = line_start = lines.start
-    with path.open("rb") as file:
-        file.seek(offset)
-        while True:
-            block = file.read(min(READ_BYTES, lines.stop - offset))
-            carried = len(decoder.getstate()[0])
-            try:
-                decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path} is not UTF-8 at byte {offset - carried + error.start}; "
-                    "convert it to UTF-8, or unpack it if it is compressed"
-                ) from error
-            if not block:
-                return
-            if (place := block.find(b"\0")) >= 0:
-                raise UserError(
-                    f"{path} is binary or UTF-16: byte {offset + place} is 0; convert it to UTF-8"
-                )
-            if (end := block.rfind(b"\n")) >= 0:
-                line_start = offset + end + 1
-            offset += len(block)
-            if offset - line_start > longest_line:
-                raise UserError(
-                    f"{path} has a line of more than {LONGEST_LINE >> 20} MiB at byte {line_start}; "
-                    "give it a line for each document"
-                )
-
-
-def _read_lines(path: Path, lines: range) -> Iterator[str]:
-    """The lines in a range of bytes, without their ends: \\n, \\r\\n or \\r."""
-    with path.open("rb") as file:
-        file.seek(lines.start)
-        left = len(lines)
-        while left > 0:
-            line = file.readline()
-            if not line:
-                raise OSError("it has become shorter")
-            if left == len(lines) and lines.start == 0:
-                left -= len(BYTE_ORDER_MARK) if line.startswith(BYTE_ORDER_MARK) else 0
-                line = line.removeprefix(BYTE_ORDER_MARK)
-            left -= len(line)
-            # A file of an old Macintosh is one line to readline().
-            for part in line.splitlines():
-                yield part.decode("utf-8")
-
-
-def _begins_as_array(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(READ_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
-
-
-def _read_json_array(path: Path, text_column: str, shard: Shard) -> Iterator[Any]:
-    records = _parse_json(path.read_text(encoding="utf-8-sig"), str(path))
+def _read_json_array(file: InputFile, text_column: str, shard: Shard) -> Iterator[Any]:
+    where = _json_file(file)
+    with file.open() as content:
+        records = _parse_json(content.read().decode("utf-8-sig"), where)
     for number in shard.of(len(records)):
-        yield _column_of(records[number], text_column, f"{path}, record {number + 1}")
+        yield _column_of(records[number], text_column, f"{where}, record {number + 1}")
 
 
-def _read_json_lines(path: Path, text_column: str, lines: range) -> Iterator[Any]:
+def _read_json_lines(file: InputFile, text_column: str, lines: range) -> Iterator[Any]:
     after = f" after byte {lines.start}" if lines.start else ""
-    for number, line in enumerate(_read_lines(path, lines), start=1):
-        if line and not line.isspace():
-            where = f"{path}, line {number}{after}"
+    for number, line in enumerate(read_lines(file, lines), start=1):
+        if not is_blank(line):
+            where = f"{_json_file(file)}, line {number}{after}"
             yield _column_of(_parse_json(line, where), text_column, where)
+
+
+def _json_file(file: InputFile) -> str:
+    return str(file.path) if file.is_named_json() else f"{file.path}, which begins like JSON"
 
 
 def _parse_json(text: str, where: str) -> Any:
@@ -247,10 +193,25 @@ def _read_dataset(
     except UserError:
         raise
     except Exception as error:  # the hub, file systems and every format's reader have errors of their own
+        if (cache := _unwritable_cache(error)) is not None:
+            raise UserError(
+                f"the cache of datasets cannot be written: {cache}; "
+                "set HF_HOME or HF_DATASETS_CACHE to a writable folder"
+            ) from error
         raise UserError(
             f"the dataset {specification} cannot be read: {first_line(error)}; "
             "check its name, configuration and split, and the connection to the hub"
         ) from error
+
+
+def _unwritable_cache(error: Exception) -> str | None:
+    """What is wrong with the cache of `datasets`, in which it makes a file for every dataset, where that is it."""
+    if not isinstance(error, OSError) or not isinstance(error.filename, str):
+        return None
+    failed, cache = Path(error.filename).absolute(), Path(datasets.config.HF_DATASETS_CACHE).absolute()
+    if failed in (cache, *cache.parents) or cache in failed.parents:
+        return f"{failed}: {error.strerror}"
+    return None
 
 
 def _load_saved_dataset(folder: str, split: str | None) -> datasets.Dataset:

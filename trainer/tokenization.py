@@ -3,7 +3,8 @@
 BERT's pipeline cuts text at white space and around every punctuation mark, so the tokens of a document are those
 of its words one after the other. The library is asked for the words not seen lately, the rest is looking up;
 it stays the only one that knows the vocabulary, lower case, accents, Chinese characters and unknown words.
-Tokenizers that carry white space into their tokens (GPT-2, RoBERTa) get whole documents.
+Tokenizers that carry white space into their tokens (GPT-2, RoBERTa) get whole documents, and so does every tokenizer
+where a document holds an added token ("<url>").
 
 Workers import this module, so it stays light: no torch, no transformers, no datasets.
 """
@@ -12,7 +13,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, compress
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -40,38 +41,54 @@ class TokenizedDocuments:
 
 
 class DocumentTokenizer:
-    """Gives each document the ids that ``tokenizers`` gives it, without special tokens.
+    """Gives each document the ids that ``tokenizers`` gives it.
 
-    ``tokenizer_json``: a `tokenizers` tokenizer, serialised. A document that spells "[MASK]" or "[PAD]" talks
-    about it: text never becomes a special token.
+    ``tokenizer_json``: a `tokenizers` tokenizer, serialised. Text never becomes one of its special tokens: a
+    document that spells "[MASK]" or "[PAD]" talks about it. Text does become its other added tokens.
     """
 
     def __init__(self, tokenizer_json: str) -> None:
-        self._tokenizer = Tokenizer.from_str(tokenizer_json)
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = _tokenizer_of(tokenizer_json)
         self._tokenizer.encode_special_tokens = True
-        self._words = _RememberedWords(self._tokenizer) if words_are_independent(tokenizer_json) else None
+        pipeline = json.loads(tokenizer_json)
+        self._added_tokens = [token["content"] for token in pipeline["added_tokens"] if not token["special"]]
+        self._words: _RememberedWords | None = None
+        if words_are_independent(tokenizer_json):
+            # No added tokens: words that are encoded joined must not make one ("New York").
+            self._word_tokenizer = _tokenizer_of(json.dumps(pipeline | {"added_tokens": []}))
+            self._words = _RememberedWords(self._word_tokenizer)
 
     def tokenize(self, documents: Sequence[str]) -> TokenizedDocuments:
         if self._words is None:
             return _join(_encode(self._tokenizer, documents))
         if self._words.are_too_many():
-            self._words = _RememberedWords(self._tokenizer)
-        return self._words.tokenize(documents)
+            self._words = _RememberedWords(self._word_tokenizer)
+        is_whole = np.array([self._may_hold_added_token(document) for document in documents], dtype=bool)
+        if not is_whole.any():
+            return self._words.tokenize(documents)
+        of_words = self._words.tokenize(list(compress(documents, ~is_whole)))
+        whole = _join(_encode(self._tokenizer, list(compress(documents, is_whole))))
+        return _interleave(of_words, whole, is_whole)
+
+    def _may_hold_added_token(self, document: str) -> bool:
+        return any(token in document for token in self._added_tokens)
+
+
+def is_blank(text: str) -> bool:
+    return not text or text.isspace()
 
 
 def words_are_independent(tokenizer_json: str) -> bool:
-    """Whether a serialised tokenizer's tokens of a text are the tokens of its words: BERT's WordPiece.
+    """Whether a serialised tokenizer's tokens of a text without added tokens are those of its words: BERT's WordPiece.
 
-    Added tokens that are not special may span words ("New York"), so a tokenizer with one is not.
+    An added token that is looked for in the normalised text may be in any document, so a tokenizer that has one is not.
     """
     pipeline = json.loads(tokenizer_json)
     parts = [(pipeline[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer", "model")]
     return (
         parts[0] in ("BertNormalizer", None)
         and parts[1:] == ["BertPreTokenizer", "WordPiece"]
-        and all(token["special"] for token in pipeline["added_tokens"])
+        and all(token["special"] or not token["normalized"] for token in pipeline["added_tokens"])
     )
 
 
@@ -109,7 +126,7 @@ class _RememberedWords:
             text = " ".join(words[place] for place in places)
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
             for token, word in zip(encoding.ids, encoding.word_ids, strict=True):
-                assert word is not None  # only special tokens belong to no word
+                assert word is not None  # only added tokens belong to no word
                 token_ids[places[word]].append(token)
         apart = sorted(set(range(len(words))).difference(joined))
         for place, ids in zip(apart, _encode(self._tokenizer, [words[p] for p in apart]), strict=True):
@@ -139,6 +156,13 @@ class _WordNumbers(dict[str, int]):
         return new
 
 
+def _tokenizer_of(tokenizer_json: str) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
@@ -148,3 +172,15 @@ def _join(token_ids: Sequence[list[int]]) -> TokenizedDocuments:
         np.fromiter(chain.from_iterable(token_ids), dtype=np.int32),
         np.fromiter(map(len, token_ids), dtype=np.int64, count=len(token_ids)),
     )
+
+
+def _interleave(
+    some: TokenizedDocuments, others: TokenizedDocuments, is_other: np.ndarray
+) -> TokenizedDocuments:
+    """Documents in order; ``is_other`` ([documents] bool): the next one is of ``others``."""
+    lengths = np.empty(len(is_other), dtype=np.int64)
+    lengths[~is_other], lengths[is_other] = some.lengths, others.lengths
+    is_others_token = np.repeat(is_other, lengths)
+    tokens = np.empty(len(is_others_token), dtype=np.int32)
+    tokens[~is_others_token], tokens[is_others_token] = some.tokens, others.tokens
+    return TokenizedDocuments(tokens, lengths)

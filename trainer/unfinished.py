@@ -29,6 +29,7 @@ class Recipe:
     """All that a corpus's bytes depend on; a build goes on only with the same."""
 
     sources: tuple[SourceRecord, ...]
+    document_separator: str
     text_column: str
     tokenizer_hash: str
     seq_length: int
@@ -39,7 +40,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Progress:
-    """What has been written, and from what; the next document is number ``written.counts.documents``."""
+    """What has been written, and from what; the next document is number ``written.counts.documents_read``."""
 
     recipe: Recipe
     written: WriterState

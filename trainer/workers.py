@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from distilspeed.trainer.packing import (
     pack_best_fit_decreasing,
 )
 from distilspeed.trainer.processes import children_deaf_to
-from distilspeed.trainer.tokenization import DocumentTokenizer
+from distilspeed.trainer.tokenization import DocumentTokenizer, is_blank
 
 # The documents packed together, by what their text takes in memory.
 BATCH_CHARACTERS = 2_000_000
@@ -30,19 +30,22 @@ LEFT_TO_PARENT = (signal.SIGINT, signal.SIGHUP)
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """The rows that a batch of documents fills, and what of it was left out (in pieces)."""
+    """The rows that a batch of documents fills, and what of it was left out; see ``CorpusCounts``."""
 
     rows: PackedRows
     documents: int
+    dropped_null: int
+    dropped_blank: int
     dropped_short: int
     dropped_unknown: int
 
 
 def pack_documents(
-    documents: Iterable[str], tokenizer_json: str, rules: RowRules, num_proc: int
+    documents: Iterable[str | None], tokenizer_json: str, rules: RowRules, num_proc: int
 ) -> Generator[PackedBatch]:
     """Tokenise and pack in ``num_proc`` processes; the batches and their order do not depend on how many.
 
+    ``documents``: None for one without a text; it and blank ones are counted and left out.
     ``tokenizer_json``: a `tokenizers` tokenizer, serialised. At most ``BATCHES_PER_WORKER`` batches a process
     are on their way at a time, so memory does not grow with the corpus. Close the iterator to stop the
     processes. ``BrokenProcessPool`` when a process dies.
@@ -68,24 +71,28 @@ def pack_documents(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def pack_batch(documents: list[str], tokenizer: DocumentTokenizer, rules: RowRules) -> PackedBatch:
+def pack_batch(documents: Sequence[str | None], tokenizer: DocumentTokenizer, rules: RowRules) -> PackedBatch:
     """What a worker does with one batch."""
-    pieces = cut_into_pieces(tokenizer.tokenize(documents), rules)
+    texts = [document for document in documents if document is not None and not is_blank(document)]
+    dropped_null = documents.count(None)
+    pieces = cut_into_pieces(tokenizer.tokenize(texts), rules)
     rows = pack_best_fit_decreasing(pieces.lengths.tolist(), rules.seq_length)
     return PackedBatch(
         rows=lay_out_rows(pieces, rows, rules),
-        documents=len(documents),
+        documents=len(texts),
+        dropped_null=dropped_null,
+        dropped_blank=len(documents) - dropped_null - len(texts),
         dropped_short=pieces.dropped_short,
         dropped_unknown=pieces.dropped_unknown,
     )
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _batches(documents: Iterable[str | None]) -> Iterator[list[str | None]]:
+    batch: list[str | None] = []
     characters = 0
     for document in documents:
         batch.append(document)
-        characters += len(document) + STRING_OVERHEAD
+        characters += len(document or "") + STRING_OVERHEAD
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -112,5 +119,5 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _pack_in_worker(documents: list[str]) -> PackedBatch:
+def _pack_in_worker(documents: list[str | None]) -> PackedBatch:
     return pack_batch(documents, *_worker_state)

@@ -1,10 +1,15 @@
 """A folder of malformed files for test_bad_input_commands.py, and the good ones they were made from."""
 
+import bz2
 import gzip
+import io
 import json
+import lzma
 import os
 import shutil
+import string
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +29,9 @@ from transformers import (
 )
 
 from distilspeed.trainer.corpus import Shard
+from distilspeed.trainer.lines import LONGEST_LINE
 from distilspeed.trainer.preparation import CorpusArguments, prepare_corpus
-from distilspeed.trainer.sources import LONGEST_LINE, READ_BYTES
+from distilspeed.trainer.recognition import READ_BYTES
 from distilspeed.trainer.student import load_teacher, make_student
 
 LONG_NAME = "n" * 300
@@ -74,7 +80,22 @@ def _write_texts(folder: Path) -> None:
         "far.txt": text * 40_000 + b"\xff\n" + text,
         "nul.txt": text + b"\0\n",
         "program.bin": Path(sys.executable).read_bytes()[:5000],
-        "packed.txt.gz": gzip.compress(text * 100),
+        "cut.txt.gz": gzip.compress(text * 100)[:-9],
+        "empty.txt.gz": gzip.compress(b""),
+        "blank.txt.gz": gzip.compress(b" \n"),
+        "latin1.txt.xz": lzma.compress(b"Stra\xdfe\n"),
+        "endless.txt.gz": gzip.compress(b"a" * (LONGEST_LINE + 2 * READ_BYTES), 1),
+        "twice.txt.gz": gzip.compress(gzip.compress(text * 100)),
+        "tar.tar.gz": gzip.compress(_archive(text)),
+        "dump.xml.bz2": bz2.compress(b'<mediawiki xml:lang="en">\n' + text * 100),
+        "wiki_00": b'<doc id="12" url="" title="Anarchism">\n' + text * 100 + b"</doc>\n",
+        "page.HTM": b"\n<!DOCTYPE html>\n" + text * 100,
+        "table.csv": b"text,label\n" + text * 100,
+        "TABLE.TSV.gz": gzip.compress(b"text\tlabel\n" + text * 100),
+        "records.txt": b'{"text": "a"}\n' + text * 100,
+        "records": b'\xef\xbb\xbf\n{"body": "a"}\n',
+        "sentences.txt": text * 900_000 + b"\n",
+        "records.json.gz": gzip.compress(b'{"body": "a"}\n'),
         "packed.jsonl.zst": b"\x28\xb5\x2f\xfd" + bytes(range(256)),
         "endless.txt": b"a" * (LONGEST_LINE + 2 * READ_BYTES),
         "endless.jsonl": b'{"text": "' + b"a" * (LONGEST_LINE + 2 * READ_BYTES) + b'"}\n',
@@ -90,6 +111,7 @@ def _write_texts(folder: Path) -> None:
         "other.jsonl": b'{"text": "a"}\n{"body": "a"}\n',
         "number.jsonl": b'{"text": 3}\n',
         "string.jsonl": b'"text"\n',
+        "STRING.NDJSON.GZ": gzip.compress(b'"text"\n'),
         "deep.jsonl": b"[" * 100_000 + b"\n",
         "deep.json": b"[" * 100_000,
         "digits.jsonl": b'{"text": "a", "n": ' + b"1" * 5000 + b"}\n",
@@ -104,11 +126,22 @@ def _write_texts(folder: Path) -> None:
     }
     for name, content in contents.items():
         (folder / name).write_bytes(content)
+    (folder / "good.jsonl").write_text(json.dumps({"text": SENTENCE}) + "\n")
     records = pa.table({"text": [SENTENCE] * 100, "number": range(100)})
     pyarrow.parquet.write_table(records, folder / "good.parquet")
     whole = (folder / "good.parquet").read_bytes()
+    (folder / "good.parquet.gz").write_bytes(gzip.compress(whole))
     (folder / "cut.parquet").write_bytes(whole[: len(whole) // 2])
     (folder / "damaged.parquet").write_bytes(whole.replace(b"sentence", b"\xff" * 8))
+
+
+def _archive(text: bytes) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        member = tarfile.TarInfo("book.txt")
+        member.size = len(text)
+        archive.addfile(member, io.BytesIO(text))
+    return file.getvalue()
 
 
 def _write_datasets(folder: Path) -> None:
@@ -139,6 +172,12 @@ def _write_tokenizers(folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(good)
         setattr(tokenizer, token, None)
         tokenizer.save_pretrained(folder / name)
+    (folder / "cased_vocabulary").mkdir()
+    capitals = " ".join([*string.ascii_uppercase, *string.ascii_lowercase, "York", "##York"])
+    (folder / "cased_vocabulary" / "vocab.txt").write_text(
+        "\n".join(f"[PAD] [UNK] [CLS] [SEP] [MASK] {capitals}".split()) + "\n"
+    )
+    (folder / "cased_vocabulary" / "config.json").write_text('{"model_type": "bert"}')
     for name, content in (
         ("tokenizer_not_json", b"tokenizer"),
         ("tokenizer_empty", b"{}"),
@@ -156,10 +195,16 @@ def _write_corpora(folder: Path) -> None:
         arguments |= {"seq_length": 64, "held_out_fraction": 0.1, **changes}
         prepare_corpus(CorpusArguments(output_dir=folder / name, num_proc=1, shard=shard, **arguments))
 
+    text = (folder / "good.txt").read_text(encoding="utf-8")
+    (folder / "paragraphs.txt").write_text(text.replace("\n", "\n\n"), encoding="utf-8")
     prepare("shard0", Shard(0, 2))
+    prepare("shard0_lines", Shard(0, 2), text=(folder / "paragraphs.txt",))
     prepare("shard1", Shard(1, 2))
     prepare("shard1_of_3", Shard(1, 3))
     prepare("shard1_shorter", Shard(1, 2), seq_length=32)
+    prepare(
+        "shard1_paragraphs", Shard(1, 2), document_separator="blank_line", text=(folder / "paragraphs.txt",)
+    )
     prepare("shard1_more", Shard(1, 2), text=(folder / "good.txt",) * 2)
     prepare("shard1_tokenizer", Shard(1, 2), tokenizer=str(folder / "other_tokenizer"))
     shutil.copytree(folder / "shard0", folder / "shard0_again")

@@ -22,7 +22,7 @@ from refusals import refusal, snapshot
 
 from distilspeed.trainer.corpus_writer import RowWriter
 from distilspeed.trainer.preparation import CorpusArguments, prepare_corpus
-from distilspeed.trainer.sources import READ_BYTES
+from distilspeed.trainer.recognition import READ_BYTES
 
 TEXT = "--tokenizer tokenizer --seq_length 64 --num_proc 1 --output_dir out/corpus --text"
 DATASET = "--tokenizer tokenizer --seq_length 64 --num_proc 1 --output_dir out/corpus --dataset"
@@ -35,8 +35,35 @@ PREPARE_TEXT = [
     ("straddling.txt", f"straddling.txt is not UTF-8 at byte {READ_BYTES + 1};"),
     ("nul.txt", f"nul.txt is binary or UTF-16: byte {len(SENTENCE) + 1} is 0;"),
     ("program.bin", "program.bin is "),
-    ("packed.txt.gz", "packed.txt.gz is not UTF-8 at byte 1;"),
-    ("packed.jsonl.zst", "packed.jsonl.zst is not UTF-8 at byte 1;"),
+    ("packed.jsonl.zst", "packed.jsonl.zst cannot be unpacked: "),
+    ("cut.txt.gz", "cut.txt.gz cannot be unpacked: Compressed file ended before the end-of-stream marker"),
+    ("cut.txt.gz --shard 0/2", "cut.txt.gz cannot be unpacked: "),
+    ("empty.txt.gz", "empty.txt.gz is empty"),
+    ("blank.txt.gz", "blank.txt.gz holds no text"),
+    ("latin1.txt.xz", "latin1.txt.xz is not UTF-8 at byte 4;"),
+    ("endless.txt.gz", "endless.txt.gz has a line of more than 64 MiB at byte 0;"),
+    (
+        "twice.txt.gz",
+        "twice.txt.gz is not UTF-8 at byte 1; convert it to UTF-8, or unpack it if it is an archive",
+    ),
+    ("tar.tar.gz", "or unpack it if it is an archive"),
+    ("dump.xml.bz2", "dump.xml.bz2 is XML, HTML, RTF or PDF, not plain text; extract its text first"),
+    ("wiki_00", "wiki_00 is XML, HTML, RTF or PDF"),
+    ("page.HTM", "page.HTM is XML, HTML, RTF or PDF"),
+    ("table.csv", "table.csv is a table; put it into a folder of its own and give that as --dataset"),
+    ("TABLE.TSV.gz", "TABLE.TSV.gz is a table;"),
+    ("good.parquet.gz", "good.parquet.gz is a compressed Parquet file; unpack it"),
+    ("records.txt", "records.txt, which begins like JSON, line 2 is not JSON"),
+    ("records", "records, which begins like JSON, line 2 has no field 'text' but body;"),
+    ("records.json.gz", "records.json.gz, line 1 has no field 'text' but body;"),
+    (
+        "sentences.txt --document_separator blank_line",
+        "sentences.txt has a document of more than 64 Mi characters",
+    ),
+    (
+        "good.jsonl good.parquet --document_separator blank_line",
+        "blank_line needs a plain text file among --text",
+    ),
     ("endless.txt", "endless.txt has a line of more than 64 MiB"),
     ("endless.jsonl", "endless.jsonl has a line of more than 64 MiB"),
     ("''", "there is no text file .;"),
@@ -60,6 +87,7 @@ PREPARE_TEXT = [
     ("other.jsonl", "line 2 has no field 'text' but body;"),
     ("number.jsonl", "number.jsonl holds int where text is expected"),
     ("string.jsonl", "string.jsonl, line 1 is not an object"),
+    ("STRING.NDJSON.GZ", "STRING.NDJSON.GZ, line 1 is not an object"),
     ("deep.jsonl", "deep.jsonl is not JSON"),
     ("deep.json", "deep.json is not JSON"),
     ("digits.jsonl", "digits.jsonl, line 1 is not JSON"),
@@ -94,6 +122,7 @@ PREPARE_DATASET = [
     ("pickled", "pickled cannot be read"),
     ("data::test", "data::test cannot be read"),
     ("data_broken", "data_broken cannot be read"),
+    ("data --document_separator blank_line", "blank_line needs a plain text file among --text"),
 ]
 PREPARE = "--text good.txt --tokenizer tokenizer --seq_length 64 --num_proc 1 --output_dir out/corpus"
 PREPARE_OPTIONS = [
@@ -108,6 +137,10 @@ PREPARE_OPTIONS = [
     ("--tokenizer tokenizer_empty", "the tokenizer tokenizer_empty cannot be loaded"),
     ("--tokenizer tokenizer_latin1", "the tokenizer tokenizer_latin1 cannot be loaded"),
     ("--tokenizer tokenizer_cut", "the tokenizer tokenizer_cut cannot be loaded"),
+    (
+        "--tokenizer cased_vocabulary",
+        "lower-cases text, but 28 of its vocabulary's 54 pieces of letters have capitals",
+    ),
     ("--seq_length 0", "--seq_length 0 is not between 16 and the tokenizer's limit of 512"),
     ("--seq_length -64", "--seq_length -64 is not between 16"),
     ("--seq_length 15", "--seq_length 15 is not between 16"),
@@ -141,6 +174,7 @@ PREPARE_OPTIONS = [
     ("--dataset data --output_dir data", "data exists already"),
     ("--dataset data --output_dir data/corpus", "data/corpus is inside the dataset data"),
     ("--dataset .::train --output_dir out/corpus", "out/corpus is inside the dataset .::train"),
+    ("--document_separator paragraph", "argument --document_separator: invalid choice: 'paragraph'"),
     ("--texts good.txt", "unrecognized arguments: --texts"),
     ("--merge shard0 shard1", "--merge takes --output_dir and nothing else"),
 ]
@@ -150,6 +184,7 @@ PREPARE_MERGE = [
     ("shard0 shard0_again", "are both shard 0/2"),
     ("shard0 shard1_of_3", "one of 2 shards and shard1_of_3 one of 3"),
     ("shard0 shard1_shorter", "differ in seq_length: 64 and 32"),
+    ("shard0_lines shard1_paragraphs", "differ in document_separator: line and blank_line"),
     ("shard0 shard1_more", "differ in sources: good.txt and good.txt, good.txt"),
     ("shard0 shard1_tokenizer", "differ in tokenizer_hash"),
     ("shard0_old shard1_old", "shard0_old was prepared with other versions"),
@@ -439,13 +474,22 @@ def interrupted(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
         ("", "--resume --text few.txt", "was begun with sources"),
         (
             "",
+            "--resume --document_separator blank_line",
+            "begun with document_separator line, not blank_line",
+        ),
+        (
+            "",
             "--resume --tokenizer limitless_tokenizer --held_out_fraction 0.2",
             "was begun with held_out_fraction",
         ),
         ("progress.json: {", "--resume", "half/corpus.incomplete cannot be gone on with"),
         ("progress.json: []", "--resume", "half/corpus.incomplete cannot be gone on with"),
         ("progress.json: \xff", "--resume", "half/corpus.incomplete cannot be gone on with"),
-        ('progress.json: {"recipe": {}}', "--resume", "half/corpus.incomplete cannot be gone on with"),
+        (
+            'progress.json: {"recipe": {}, "written": {}}',
+            "--resume",
+            "half/corpus.incomplete cannot be gone on with",
+        ),
         ("train/data.arrow: ", "--resume", "half/corpus.incomplete is damaged: its rows are cut short"),
         ("locked", "--resume", "another process is preparing half/corpus"),
     ],

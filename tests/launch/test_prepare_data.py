@@ -1,5 +1,6 @@
 """The command launch/prepare_data.py, as a person runs it."""
 
+import gzip
 import os
 import signal
 import subprocess
@@ -91,14 +92,23 @@ def start_and_wait_for_rows(text: Path, tokenizer: Path, output_dir: Path) -> su
 def test_text_becomes_a_corpus_and_a_summary(
     reference_text: Path, small_tokenizer_dir: Path, tmp_path: Path
 ) -> None:
+    records = tmp_path / "records.NDJSON.gz"
+    records.write_bytes(gzip.compress(b'{"text": null}\n{"text": " "}\n{"text": "a"}\n{"text": null}\n'))
     status, output, errors = run(
-        "--text", reference_text, "--tokenizer", small_tokenizer_dir, "--output_dir", tmp_path / "corpus"
+        "--text",
+        reference_text,
+        records,
+        "--tokenizer",
+        small_tokenizer_dir,
+        "--output_dir",
+        tmp_path / "corpus",
     )
     assert (status, errors) == (0, "")
     manifest = open_corpus(tmp_path / "corpus", verify_checksums=True).manifest
     assert manifest.seq_length == 512
     for number in (manifest.counts.documents, manifest.counts.train_rows, manifest.counts.held_out_tokens):
         assert f"{number:,}" in output
+    assert "dropped 2 null and 1 blank documents," in output
     assert f"{manifest.padding_fraction:.2%}" in output
 
 
@@ -179,3 +189,21 @@ def test_killing_it_leaves_no_corpus_and_no_process(
     for folder in (output_dir, left):
         with pytest.raises(UserError, match="is not a prepared corpus"):
             open_corpus(folder)
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    small_tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"text": "a document"}\n')
+    (tmp_path / "occupied").write_text("no folder")
+    options = ["--dataset", tmp_path / "data", "--tokenizer", small_tokenizer_dir]
+    output_dir, cache = tmp_path / "out" / "corpus", tmp_path / "occupied" / "cache"
+    monkeypatch.setenv("HF_HOME", str(cache))
+    monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
+    status, output, errors = run(*options, "--output_dir", output_dir)
+    assert (status, output) == (2, "")
+    [line] = errors.splitlines()
+    assert line.startswith(f"error: the cache of datasets cannot be written: {cache}")
+    assert line.endswith(": Not a directory; set HF_HOME or HF_DATASETS_CACHE to a writable folder")
+    assert not output_dir.parent.exists()

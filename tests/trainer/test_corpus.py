@@ -1,6 +1,9 @@
 """Opening a corpus, reading its rows, and the tokenizer it vouches for."""
 
+import json
 import shutil
+import string
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 
 from distilspeed.trainer.corpus import Corpus, load_tokenizer, open_corpus, read_rows, tokenizer_hash
 from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.files import FileRecord
 
 SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 TEACHER = SHARED_DATA / "teacher-minilm"
@@ -58,6 +62,48 @@ def test_a_teachers_tokenizer_hash_survives_saving_and_use(tmp_path: Path) -> No
 def test_a_corpus_carries_its_tokenizer(corpus: Corpus, small_tokenizer_dir: Path) -> None:
     teacher_hash = tokenizer_hash(load_tokenizer(str(small_tokenizer_dir)))
     assert tokenizer_hash(corpus.load_tokenizer()) == corpus.manifest.tokenizer_hash == teacher_hash
+
+
+def bert_folder(folder: Path, pieces: list[str], **config: bool) -> str:
+    """A folder with ``vocab.txt`` and ``config.json``, as BioBERT's, and a tokenizer_config.json where told."""
+    folder.mkdir()
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[BOS]", "[unused1]", *pieces]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    if config:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_a_cased_vocabulary_is_not_read_in_lower_case(tmp_path: Path) -> None:
+    letters = [*string.ascii_lowercase, *(f"##{letter}" for letter in string.ascii_lowercase)]
+    cased = [*letters, "York", "A", "##A"]
+    with pytest.raises(UserError, match=r'3 of its .* 55 pieces .* capitals.*set "do_lower_case": false in'):
+        load_tokenizer(bert_folder(tmp_path / "biobert", cased))
+    mended = load_tokenizer(bert_folder(tmp_path / "mended", cased, do_lower_case=False))
+    assert mended.tokenize("York") == ["York"]
+    # A lower-cased vocabulary with an oddity or two, and letters without case.
+    uncased = load_tokenizer(bert_folder(tmp_path / "uncased", [*letters, "Ⅳ", "##Ω", "中", "1"]))
+    assert uncased.tokenize("Abc") == ["a", "##b", "##c"]
+
+
+def test_a_corpus_of_a_cased_vocabulary_read_in_lower_case_is_refused_before_training(
+    copied_corpus_dir: Path,
+) -> None:
+    tokenizer = copied_corpus_dir / "tokenizer" / "tokenizer.json"
+    pipeline = json.loads(tokenizer.read_text())
+    vocabulary = pipeline["model"]["vocab"]
+    pipeline["model"]["vocab"] = {
+        piece.title() if piece.startswith("s") else piece: number for piece, number in vocabulary.items()
+    }
+    tokenizer.write_text(json.dumps(pipeline))
+    manifest = json.loads((copied_corpus_dir / "manifest.json").read_text())
+    for record in manifest["files"]:
+        record |= asdict(FileRecord.of(copied_corpus_dir, copied_corpus_dir / record["path"]))
+    (copied_corpus_dir / "manifest.json").write_text(json.dumps(manifest))
+    open_corpus(copied_corpus_dir)
+    with pytest.raises(UserError, match="lower-cases text"):
+        open_corpus(copied_corpus_dir, verify_checksums=True)
 
 
 # --- opening --------------------------------------------------------------------------------------------

@@ -116,6 +116,12 @@ def test_pieces_at_least_half_unknown_are_dropped() -> None:
     assert as_lists(pieces) == [less]
 
 
+def test_a_special_token_that_text_spells_is_unknown() -> None:
+    pieces = cut_into_pieces(tokenized([[7] * 8 + [CLS, UNK, PAD, SEP]]), rules(64))
+    assert as_lists(pieces) == [[7] * 8 + [UNK] * 4]
+    assert pieces.tokens.dtype == np.int32
+
+
 def test_rows_hold_their_pieces_then_padding() -> None:
     pieces = Pieces(np.array([7, 8, UNK], dtype=np.int32), np.array([0, 1]), np.array([3, 4]), 0, 0)
     packed = lay_out_rows(pieces, [[1, 0], [0]], rules(8))

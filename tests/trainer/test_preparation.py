@@ -1,6 +1,8 @@
 """Preparing a corpus: what is in it, what is refused, and that nothing half made is left."""
 
 import errno
+import gzip
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,9 +14,11 @@ import pytest
 from transformers import AutoTokenizer, BertTokenizer
 
 from distilspeed.trainer import corpus_writer
-from distilspeed.trainer.corpus import Corpus
+from distilspeed.trainer.batches import corpus_masking_rule
+from distilspeed.trainer.corpus import Corpus, Shard
 from distilspeed.trainer.corpus_writer import is_held_out
 from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.merging import merge_shards
 from distilspeed.trainer.preparation import CorpusArguments, prepare_corpus
 
 PiecesOf = Callable[[datasets.Dataset], list[tuple[int, ...]]]
@@ -118,6 +122,40 @@ def test_speeches_with_a_real_teachers_tokenizer_have_under_two_percent_padding(
     assert corpus.load_tokenizer().decode(corpus.train[0]["input_ids"]).startswith("[CLS] ")
 
 
+def test_added_tokens_are_in_the_corpus_as_in_the_tokenizer_and_can_be_masked(
+    arguments: CorpusArguments, tmp_path: Path, pieces_of: PiecesOf
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<url>"]})
+    tokenizer.add_tokens(["[NUM]"])
+    tokenizer.save_pretrained(tmp_path / "added")
+    documents = [
+        f"{number} statements are found in the list: see <url> and [NUM] items" for number in range(100)
+    ]
+    (tmp_path / "tweets.txt").write_text("\n".join(documents))
+    corpus = prepare_corpus(
+        replace(arguments, text=(tmp_path / "tweets.txt",), tokenizer=str(tmp_path / "added"))
+    )
+    expected = Counter(
+        token
+        for document in documents
+        for token in tokenizer(document, add_special_tokens=False)["input_ids"]
+    )
+    found = Counter(
+        token
+        for split in (corpus.train, corpus.held_out)
+        for piece in pieces_of(split)
+        for token in piece[1:-1]
+    )
+    for token in tokenizer.convert_tokens_to_ids(["<url>", "[NUM]"]):
+        assert found[token] == expected[token] == len(documents)
+        assert token not in corpus.manifest.special_ids
+        assert corpus_masking_rule(corpus).sampling_weights[token] > 0
+    assert set(corpus.manifest.special_ids) == {
+        getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "unk", "cls", "sep", "mask")
+    }
+
+
 def test_a_large_vocabulary_gets_wider_ids(arguments: CorpusArguments, tmp_path: Path) -> None:
     vocabulary = (Path(arguments.tokenizer) / "vocab.txt").read_text(encoding="utf-8")
     unheard = "".join(f"unheard{number}\n" for number in range(66_000))
@@ -137,6 +175,46 @@ def test_sources_are_mixed_in_the_order_given(arguments: CorpusArguments, tmp_pa
     corpus = prepare_corpus(replace(arguments, text=(text, text), dataset=(str(folder),)))
     assert [source.name for source in corpus.manifest.sources] == ["some.txt", "some.txt", "more"]
     assert corpus.manifest.counts.documents == 201
+
+
+def test_documents_without_text_are_counted_by_reason(arguments: CorpusArguments, tmp_path: Path) -> None:
+    [text] = arguments.text
+    texts = [*text.read_text(encoding="utf-8").splitlines(), None, "", " \t", None, "\u3000", None]
+    lines = tmp_path / "more.jsonl.gz"
+    lines.write_bytes(gzip.compress("\n".join(json.dumps({"text": value}) for value in texts).encode()))
+    blank = tmp_path / "blank.txt"
+    blank.write_bytes(text.read_bytes() + b"\n\n \n")
+    saved = tmp_path / "saved"
+    datasets.Dataset.from_dict({"text": texts}).save_to_disk(str(saved))
+    several = replace(arguments, text=(lines, blank), dataset=(str(saved),))
+    whole = prepare_corpus(several).manifest.counts
+    assert (whole.documents, whole.dropped_null, whole.dropped_blank) == (300, 6, 8)
+    assert whole.documents_read == 314
+    shards = [
+        prepare_corpus(replace(several, shard=Shard(index, 2), output_dir=tmp_path / str(index)))
+        for index in range(2)
+    ]
+    merged = merge_shards([shard.path for shard in shards], tmp_path / "merged").manifest.counts
+    assert (merged.documents, merged.dropped_null, merged.dropped_blank) == (300, 6, 8)
+
+
+def test_sentences_between_blank_lines_are_one_document(
+    arguments: CorpusArguments, tmp_path: Path, pieces_of: PiecesOf
+) -> None:
+    lines = arguments.text[0].read_text(encoding="utf-8").splitlines()
+    documents = [lines[start : start + 3] for start in range(0, 99, 3)]
+    sentences = tmp_path / "sentences.txt"
+    sentences.write_text("\n\n".join("\n".join(document) for document in documents), encoding="utf-8")
+    joined = tmp_path / "joined.txt"
+    joined.write_text("\n".join(" ".join(document) for document in documents), encoding="utf-8")
+    corpus = prepare_corpus(replace(arguments, text=(sentences,), document_separator="blank_line"))
+    expected = prepare_corpus(replace(arguments, text=(joined,), output_dir=tmp_path / "expected"))
+    assert corpus.manifest.counts == expected.manifest.counts
+    assert pieces_of(corpus.train) == pieces_of(expected.train)
+    assert (corpus.manifest.document_separator, expected.manifest.document_separator) == (
+        "blank_line",
+        "line",
+    )
 
 
 # --- the output folder -----------------------------------------------------------------------------------

@@ -1,8 +1,13 @@
 """Documents from every kind of source, whole and in shards."""
 
+import bz2
+import contextlib
+import gzip
+import io
 import json
+import lzma
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
@@ -14,30 +19,129 @@ from hypothesis import strategies as st
 
 from distilspeed.trainer.corpus import WHOLE, Shard
 from distilspeed.trainer.errors import UserError
-from distilspeed.trainer.sources import LONGEST_LINE, READ_BYTES, dataset_source, file_source
+from distilspeed.trainer.lines import LONGEST_LINE
+from distilspeed.trainer.recognition import READ_BYTES
+from distilspeed.trainer.sources import dataset_source, file_source
 
 
-def write_json_array(records: datasets.Dataset, path: Path) -> None:
-    path.write_text(json.dumps(list(records)), encoding="utf-8")
+def json_array(records: datasets.Dataset) -> bytes:
+    return json.dumps(list(records)).encode()
 
 
+def indented_array(records: datasets.Dataset) -> bytes:
+    return b"\xef\xbb\xbf" + json.dumps(list(records), indent=2).replace("\n", "\r\n").encode()
+
+
+def json_lines(records: datasets.Dataset) -> bytes:
+    return b"\n".join(json.dumps(record).encode() for record in records)
+
+
+def spaced_lines(records: datasets.Dataset) -> bytes:
+    return b"\xef\xbb\xbf\r\n" + b"\r\n".join(json.dumps(record).encode() for record in records)
+
+
+def parquet(records: datasets.Dataset) -> bytes:
+    file = io.BytesIO()
+    records.to_parquet(file)
+    return file.getvalue()
+
+
+def zstd(content: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.output_stream(sink, compression="zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstd,
+}
+
+
+@pytest.mark.parametrize("packed", COMPRESS)
 @pytest.mark.parametrize(
     ("name", "write"),
     [
-        ("some.jsonl", lambda records, path: records.to_json(path)),
-        ("some.json", lambda records, path: records.to_json(path)),
-        ("array.json", write_json_array),
-        ("some.parquet", lambda records, path: records.to_parquet(path)),
+        ("some.jsonl", json_lines),
+        ("some.json", json_lines),
+        ("SOME.JSONL", json_lines),
+        ("some.ndjson", json_lines),
+        ("wiki_00", json_lines),  # WikiExtractor's
+        ("some.txt", spaced_lines),
+        ("array.json", json_array),
+        ("ARRAY.JSON", indented_array),
+        ("array.txt", indented_array),
+        ("some.parquet", parquet),
+        ("SOME.PARQUET", parquet),
+        ("part-00000", parquet),
     ],
 )
 def test_every_kind_of_file_gives_the_same_documents(
-    some_text: Path, name: str, write: Callable[[datasets.Dataset, Path], None]
+    some_text: Path, name: str, write: Callable[[datasets.Dataset], bytes], packed: str
 ) -> None:
     lines = some_text.read_text(encoding="utf-8").splitlines()
-    path = some_text.with_name(name)
-    write(datasets.Dataset.from_dict({"id": range(len(lines) + 2), "body": [*lines, None, " \t"]}), path)
-    assert list(file_source(path, "body").documents()) == lines
-    assert list(file_source(some_text, "ignored").documents()) == lines
+    path = some_text.with_name(name + packed)
+    records = datasets.Dataset.from_dict({"id": range(len(lines) + 2), "body": [*lines, None, " \t"]})
+    path.write_bytes(COMPRESS[packed](write(records)))
+    if write is parquet and packed:
+        with pytest.raises(UserError, match=f"{path.name} is "):
+            file_source(path, "body")
+        return
+    source = file_source(path, "body")
+    assert list(source.documents()) == lines
+    assert list(source.values()) == [*lines, None, " \t"]
+    assert (source.record.name, source.record.bytes) == (path.name, path.stat().st_size)
+
+
+@pytest.mark.parametrize("packed", COMPRESS)
+@pytest.mark.parametrize("name", ["some.txt", "PG1342", "some.gz"])
+def test_a_text_is_text_whatever_its_name(some_text: Path, name: str, packed: str) -> None:
+    path = some_text.with_name(name + packed)
+    path.write_bytes(COMPRESS[packed](some_text.read_bytes()))
+    assert list(file_source(path, "ignored").documents()) == some_text.read_text("utf-8").splitlines()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{sic} is what editors write",
+        '{"quoted" in braces, it begins}',
+        "{} and [] are empty",
+        "[Illustration: a title]",
+        '["Alice" it is called]',
+        "[{braces} in brackets]",
+        "PAR1 is a receptor",
+        "BZh9 is no word",
+        "<quote>",
+    ],
+)
+def test_prose_that_begins_oddly_stays_prose(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "prose.txt"
+    path.write_text(f"{line}\nthe second line\n")
+    assert list(file_source(path, "text").documents()) == [line, "the second line"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"text": "a"}\nprose\n',
+        '{"text": "a}\n',
+        '{"text": "a\tb"}\n',
+        '{\n  "text": "a"\n}\n',
+        '{}\n{"text": "a"}\n',
+        '{"body": "a"}\n',
+        '[{"text": "a"},\n',
+    ],
+)
+def test_what_begins_as_json_never_becomes_text(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "records.txt"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"records\.txt, which begins like JSON"):
+        list(file_source(path, "text").documents())
 
 
 @pytest.mark.parametrize("folder_name", ["plain", "with:colon", "a:b/c:d"])
@@ -95,16 +199,105 @@ def test_a_file_that_changes_before_it_is_read_ends_in_one_error(
         list(source.documents())
 
 
+@contextlib.contextmanager
+def allocating_less_than(limit: int) -> Iterator[None]:
+    """Of bytes at a time, by Python and by Arrow."""
+    before = pa.total_allocated_bytes()
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit
+        assert pa.total_allocated_bytes() - before < limit
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_line_that_is_too_long_is_refused_before_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "endless.txt"
     with path.open("wb") as file:
         file.write(b"a line\n" + b"a" * (LONGEST_LINE + 2 * READ_BYTES))
-    tracemalloc.start()
     for shard in (WHOLE, Shard(0, 2)):
-        with pytest.raises(UserError, match="a line of more than 64 MiB at byte 7;"):
+        with (
+            allocating_less_than(10 * READ_BYTES),
+            pytest.raises(UserError, match="a line of more than 64 MiB at byte 7;"),
+        ):
             file_source(path, "text", shard)
-    assert tracemalloc.get_traced_memory()[1] < 10 * READ_BYTES
-    tracemalloc.stop()
+
+
+def test_a_document_that_is_too_long_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "sentences.txt"
+    with path.open("wb") as file:
+        file.write(
+            b"a short one\n\nthe long one\n"
+            + b"a sentence of sixty-four characters, all of them before its end.\n" * (1 << 20)
+        )
+    with pytest.raises(
+        UserError, match="a document of more than 64 Mi characters, which begins 'the long one'"
+    ):
+        file_source(path, "text", separator="blank_line")
+    file_source(path, "text")
+
+
+@pytest.mark.parametrize("place", ["no folder/cache", "no folder/deep/cache", "no folder"])
+def test_a_cache_that_cannot_be_written_is_not_the_datasets_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    (tmp_path / "no folder").write_text("but a file")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"text": "a document"}\n')
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / place))
+    with pytest.raises(
+        UserError, match=rf"the cache of datasets cannot be written: {tmp_path}/no folder.*: .*HF_HOME"
+    ):
+        list(dataset_source(str(tmp_path / "data"), "text").documents())
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    assert list(dataset_source(str(tmp_path / "data"), "text").documents()) == ["a document"]
+    with pytest.raises(UserError, match=r"the dataset .*missing cannot be read"):
+        list(dataset_source(str(tmp_path / "missing"), "text").documents())
+
+
+# --- compressed files -----------------------------------------------------------------------------------
+
+CONTENT = b"".join(b"line %d of a file\n" % number for number in range(20_000))
+
+
+@pytest.mark.parametrize("packed", [*COMPRESS][1:])
+def test_parts_that_were_compressed_apart_are_one_file(tmp_path: Path, packed: str) -> None:
+    path = tmp_path / f"parts.txt{packed}"
+    path.write_bytes(COMPRESS[packed](CONTENT) + COMPRESS[packed](b"one more"))
+    assert list(file_source(path, "text").documents()) == [*CONTENT.decode().splitlines(), "one more"]
+
+
+@pytest.mark.parametrize("packed", [*COMPRESS][1:])
+@pytest.mark.parametrize("shard", [WHOLE, Shard(0, 3)])
+def test_a_compressed_file_that_is_cut_or_damaged_is_refused_at_once(
+    tmp_path: Path, packed: str, shard: Shard
+) -> None:
+    path = tmp_path / f"cut{packed}"
+    whole = COMPRESS[packed](CONTENT)
+    for damaged in (whole[:20], whole[: len(whole) // 2], whole[:-1]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=rf"cut\{packed} cannot be unpacked: .*; copy or make it again"):
+            file_source(path, "text", shard)
+
+
+@pytest.mark.parametrize("packed", [*COMPRESS][1:])
+def test_a_compressed_file_that_holds_nothing_is_empty(tmp_path: Path, packed: str) -> None:
+    path = tmp_path / f"empty.txt{packed}"
+    path.write_bytes(COMPRESS[packed](b""))
+    with pytest.raises(UserError, match=r"the text file .* is empty"):
+        file_source(path, "text")
+
+
+@pytest.mark.parametrize("packed", [*COMPRESS][1:])
+def test_a_compressed_file_is_never_whole_in_memory(tmp_path: Path, packed: str) -> None:
+    path = tmp_path / f"large{packed}"
+    path.write_bytes(COMPRESS[packed](b"a line of zeros and ones: 0101\n" * (1 << 21)))
+    # The file's 62 MiB are read once and begun again; xz needs a dictionary of 8 MiB.
+    with allocating_less_than(20 * READ_BYTES):
+        documents = file_source(path, "text").documents()
+        for _ in range(1000):
+            next(documents)
 
 
 # --- shards ---------------------------------------------------------------------------------------------
@@ -135,6 +328,21 @@ def test_each_line_of_a_text_is_in_one_shard_in_order(
     # What Python's text files call lines: \n, \r\n and \r end them.
     expected = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     assert [line for shard in in_shards(path, count) for line in shard] == expected
+
+
+@pytest.mark.parametrize("packed", [*COMPRESS][1:])
+@pytest.mark.parametrize("name", ["lines.txt", "lines.jsonl"])
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_a_shard_of_a_compressed_file_is_that_of_the_file(
+    tmp_path: Path, name: str, packed: str, count: int
+) -> None:
+    path = tmp_path / name
+    texts = [f"document {'é' * (number % 50)} {number}" for number in range(500)]
+    lines = texts if name == "lines.txt" else [json.dumps({"text": text}) for text in texts]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    compressed = tmp_path / f"{name}{packed}"
+    compressed.write_bytes(COMPRESS[packed](path.read_bytes()))
+    assert in_shards(compressed, count) == in_shards(path, count)
 
 
 @given(rows=st.integers(1, 40), group=st.integers(1, 12), count=st.integers(1, 9), batch=st.integers(1, 7))

@@ -7,9 +7,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.implementations import BertWordPieceTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from distilspeed.trainer import tokenization
 from distilspeed.trainer.tokenization import DocumentTokenizer, TokenizedDocuments, words_are_independent
+from distilspeed.trainer.vocabulary import document_pipeline, structure_ids
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PIECES = [
@@ -115,6 +117,73 @@ def test_a_tokenizer_whose_tokens_span_words_is_given_whole_documents(change: ob
     assert as_lists(DocumentTokenizer(tokenizer.to_str()).tokenize(documents)) == by_document(
         tokenizer, documents
     )
+
+
+# --- added tokens ---------------------------------------------------------------------------------------
+
+
+def with_added_tokens(tokens: list[AddedToken], **options: bool) -> PreTrainedTokenizerFast:
+    """A BERT tokenizer with added tokens, as a teacher's folder gives it."""
+    names = {f"{token.strip('[]').lower()}_token": token for token in SPECIAL}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bert_tokenizer(True, None, True), **names, **options)
+    for token in tokens:
+        tokenizer.add_tokens([token], special_tokens=token.special)
+    return tokenizer
+
+
+added_tokens = st.lists(
+    st.builds(
+        AddedToken,
+        # Punctuation, letters only, white space inside and a piece of the vocabulary.
+        st.sampled_from(["<url>", "[NUM]", "NUM", "ab", "ab cab", "dé", "mask"]),
+        single_word=st.booleans(),
+        lstrip=st.booleans(),
+        rstrip=st.booleans(),
+        normalized=st.booleans(),
+        special=st.booleans(),
+    ),
+    max_size=4,
+    unique_by=lambda token: token.content,
+)
+with_their_content = st.lists(
+    st.sampled_from(["<url>", "<URL>", "[NUM]", "[num]", "NUM", "num", "ab", "cab", "dé", "de", "mask"])
+    | st.sampled_from([" ", "  ", "\n", "a", "1", ".", "[", "中", "É"]),
+    max_size=12,
+).map("".join)
+
+
+@settings(max_examples=300)
+@given(added_tokens, st.booleans(), st.lists(with_their_content, max_size=5))
+@example([AddedToken("<url>", special=True, normalized=False)], False, ["a <url>b", "cab", "<url>", ""])
+# Two words that must not be joined to one added token, and one that is a word of letters.
+@example([AddedToken("ab cab", special=True, normalized=False)], False, ["ab", "cab", "ab cab"])
+@example([AddedToken("NUM", special=True, normalized=False)], False, ["a NUM b", "aNUM", "num a"])
+def test_added_tokens_become_what_the_tokenizer_makes_of_them(
+    tokens: list[AddedToken], splits: bool, documents: list[str]
+) -> None:
+    tokenizer = with_added_tokens(tokens, split_special_tokens=splits)
+    expected = [tokenizer(document, add_special_tokens=False)["input_ids"] for document in documents]
+    assert as_lists(DocumentTokenizer(document_pipeline(tokenizer)).tokenize(documents)) == expected
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_text_becomes_an_added_token_but_no_structure_token(normalized: bool) -> None:
+    url = AddedToken("<url>", special=True, normalized=normalized)
+    tokenizer = with_added_tokens([url, AddedToken("[NUM]", normalized=normalized)])
+    reading = DocumentTokenizer(document_pipeline(tokenizer))
+    [ids] = as_lists(reading.tokenize(["a [MASK] <url> [CLS][NUM] [PAD][SEP] cab"]))
+    numbers = [ids.count(token) for token in tokenizer.convert_tokens_to_ids(["<url>", "[NUM]", "cab"])]
+    assert numbers == [1, 1, 1]
+    assert set(ids).isdisjoint(set(structure_ids(tokenizer)) - {tokenizer.unk_token_id})
+    assert ids.count(tokenizer.convert_tokens_to_ids("[")) == 4
+
+
+def test_only_documents_that_may_hold_an_added_token_are_given_whole() -> None:
+    tokenizer = with_added_tokens([AddedToken("<url>", special=True, normalized=False)])
+    reading = DocumentTokenizer(document_pipeline(tokenizer))
+    reading.tokenize(["cab abc", "see <url> bead"])
+    assert reading._words is not None
+    assert set(reading._words._numbers) == {"cab", "abc"}
 
 
 def test_truncation_padding_and_special_tokens_of_a_saved_tokenizer_do_nothing() -> None:
