@@ -9,6 +9,7 @@ from pathlib import Path
 from distilspeed.trainer.environment import prepare_environment
 from distilspeed.trainer.errors import CommandParser, quiet_libraries, run_command
 from distilspeed.trainer.launcher import end_with_launcher
+from distilspeed.trainer.scheduler import take_place_from_scheduler
 
 
 def layer_list(text: str) -> tuple[int, ...]:
@@ -113,6 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    take_place_from_scheduler()  # before anything is said, which rank 0 alone says
     options = vars(build_parser().parse_args())
     end_with_launcher(was_launched=options["local_rank"] is not None)
     for not_an_argument in ("debug", "local_rank"):

@@ -20,6 +20,7 @@ from torch import nn
 from distilspeed.trainer.errors import OverflowAtLowestScale, UserError, first_line, status_of
 from distilspeed.trainer.optimizers import forget_dummy_step, own_optimizer
 from distilspeed.trainer.processes import end_at_once
+from distilspeed.trainer.scheduler import take_place_from_scheduler
 
 # Older versions divide gradients by the accumulation steps once per output tensor of the module.
 OLDEST_DEEPSPEED = Version("0.19.8")
@@ -39,11 +40,23 @@ class Process:
 
 
 def this_process() -> Process:
-    """Read the launcher's environment; without one, this process is the whole job."""
-    rank, local_rank, world_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
+    """Read the launcher's environment; without one, this process is the whole job.
+
+    Raises:
+        UserError: what the environment says makes no sense.
+    """
+    take_place_from_scheduler()
+    numbers = []
+    for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        value = os.environ.get(name, default)
+        if not value.isdecimal():
+            raise UserError(f"{name} is {value!r}, which is no number; unset it, or set it as torchrun does")
+        numbers.append(int(value))
+    rank, local_rank, world_size = numbers
+    if not rank < world_size:
+        raise UserError(
+            f"RANK is {rank} and WORLD_SIZE {world_size}; unset them, or set them as torchrun does"
+        )
     return Process(rank, local_rank, world_size, torch.device(get_accelerator().device_name(local_rank)))
 
 
@@ -52,6 +65,11 @@ def check_precision(precision: str, device: torch.device) -> None:
     if Version(deepspeed.__version__) < OLDEST_DEEPSPEED:
         raise UserError(
             f"DeepSpeed {deepspeed.__version__} scales gradients wrongly; install deepspeed>={OLDEST_DEEPSPEED}"
+        )
+    if device.type == "cuda" and (device.index or 0) >= max(1, torch.cuda.device_count()):
+        raise UserError(
+            f"rank {device.index} of this host has no GPU: it sees {torch.cuda.device_count()}; start no more ranks "
+            "than GPUs, and let each see all of the host's (under Slurm --gpus-per-node, not --gpus-per-task)"
         )
     if precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise UserError(
@@ -120,12 +138,11 @@ def _join(process: Process, timeout: float = 1800.0) -> None:
 
 
 def _check_meeting_place() -> None:
-    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             raise UserError(
-                f"{os.environ['WORLD_SIZE']} ranks need {name}, which is not set; set LOCAL_RANK to the number of "
-                "this rank on its host, MASTER_ADDR to the host of rank 0 and MASTER_PORT to a free port there, or "
-                "start with deepspeed, torchrun or srun"
+                f"{os.environ['WORLD_SIZE']} ranks need {name}, which is not set; set MASTER_ADDR to the host of "
+                "rank 0 and MASTER_PORT to a free port there, for all ranks, or start them with deepspeed or torchrun"
             )
 
 

@@ -29,6 +29,7 @@ from distilspeed.trainer.engines import DTYPES, Process, check_precision, this_p
 from distilspeed.trainer.errors import UserError, first_line
 from distilspeed.trainer.files import write_text, writing
 from distilspeed.trainer.flops import ModelShape, flops_per_token, model_shape
+from distilspeed.trainer.kernel_check import check_kernels
 from distilspeed.trainer.optimizers import choose_optimizer, leave_choice_open, settle_optimizer
 from distilspeed.trainer.student import (
     check_fits_corpus,
@@ -93,6 +94,8 @@ def prepare_run(arguments: TrainArguments) -> Run:
     precision = resolve_precision(config)
     if not arguments.plan:  # a plan is made anywhere, for machines that are elsewhere
         check_precision(precision, process.device)
+        if arguments.student_config is None:  # else there is no teacher, and no kernel of ours
+            check_kernels(process.device)
     use_apex = arguments.apex_layer_norm and not arguments.plan
     layer_norm = fused_layer_norm(process.device) if use_apex else None
     _check_output_dir(arguments)

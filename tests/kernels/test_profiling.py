@@ -72,14 +72,21 @@ def one_thread() -> Iterator[None]:
 def test_copy_bandwidth_is_that_of_a_plain_copy() -> None:
     source = np.ones(64 * MIB, dtype=np.float32)
     target = np.ones_like(source)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        np.copyto(target, source)
-        seconds.append(time.perf_counter() - start)
-    plain = 2 * source.nbytes / min(seconds) / 1e9
-    # NumPy's copy may bypass the cache when it writes, which saves a third of the traffic; PyTorch's does not.
-    assert plain / 3 < measure_copy_bandwidth(CPU, buffer_bytes=source.nbytes) < plain * 2
+
+    def plain_copy_bandwidth() -> float:
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            np.copyto(target, source)
+            seconds.append(time.perf_counter() - start)
+        return 2 * source.nbytes / min(seconds) / 1e9
+
+    # NumPy's copy may bypass the cache when it writes, which saves a third of the traffic; PyTorch's does not. Other
+    # work on the machine slows down one or the other, but not in every one of the tries.
+    assert any(
+        1 / 3 < measure_copy_bandwidth(CPU, buffer_bytes=source.nbytes) / plain_copy_bandwidth() < 2
+        for _ in range(10)
+    )
 
 
 def test_peak_memory_is_exact() -> None:

@@ -5,19 +5,30 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from _pytest.mark import ParameterSet
-from jobs import assert_same_end, finish, wait_for_checkpoint
+from jobs import assert_same_end, finish, kill, wait_for_checkpoint, wait_until
 from launcher import write_config
-from training import BATCH, FAULTY, MICRO_BATCH, STEPS, Training, needs_fp16, processes_of
+from training import BATCH, FAULTY, FORKSERVER, MICRO_BATCH, STEPS, TRAIN, Training, needs_fp16, processes_of
 
 from distilspeed.trainer.batches import MicroBatches
 from distilspeed.trainer.config import BatchEquation
 from distilspeed.trainer.corpus import open_corpus
 from distilspeed.trainer.metrics import read_metrics
+
+# Runs a command in a terminal of its own, which is closed when this program ends.
+TERMINAL = """
+import os, pty, sys
+process, terminal = pty.fork()
+if process == 0:
+    os.execv(sys.argv[1], sys.argv[1:])
+while True:
+    os.read(terminal, 4096)
+"""
 
 
 def in_full(*values: object) -> ParameterSet:
@@ -62,6 +73,25 @@ def test_a_signal_saves_the_step_and_ends_the_run(
         assert_same_end(training.run, uninterrupted)
 
 
+def test_a_closed_terminal_saves_the_step_and_ends_the_run(training: Training) -> None:
+    """As where an ssh session breaks off: the job hears it, and can write to its terminal no more."""
+    endless = ("--max_steps", 100_000, "--save_steps", 100_000, "--dataloader_num_workers", 1)
+    terminal = training.start(*endless, prefix=[sys.executable, "-c", TERMINAL])
+    wait_until((training.run / "metrics.jsonl").is_file, terminal)
+    kill(terminal)
+    training.assert_nothing_is_left()
+    assert training.newest().progress.step > 0
+
+
+def test_under_nohup_a_run_outlives_its_terminal(training: Training, uninterrupted: Path) -> None:
+    job = training.start(prefix=["nohup"])
+    wait_for_checkpoint(training.run, job)
+    os.killpg(job.pid, signal.SIGHUP)
+    status, _, errors = finish(job)
+    assert status == 0, errors[-3000:]
+    assert_same_end(training.run, uninterrupted)
+
+
 @pytest.mark.parametrize("rank", [in_full(0), 1])
 def test_a_rank_that_stops_answering_is_named_and_ends_the_job(training: Training, rank: int) -> None:
     timeout = 12
@@ -77,8 +107,10 @@ def test_a_rank_that_stops_answering_is_named_and_ends_the_job(training: Trainin
     training.assert_nothing_is_left()
 
 
-def test_a_rank_that_dies_is_named_and_ends_the_job(training: Training) -> None:
-    job = training.start("--dataloader_num_workers", 1)  # which hold copies of its connections
+@pytest.mark.parametrize("script", [TRAIN, in_full(FORKSERVER)], ids=["fork", "forkserver"])
+def test_a_rank_that_dies_is_named_and_ends_the_job(training: Training, script: Path) -> None:
+    # Forked workers hold copies of its connections.
+    job = training.start("--dataloader_num_workers", 1, script=script)
     wait_for_checkpoint(training.run, job)
     processes_of(training.run)["rank 1"].kill()
     status, _, errors = finish(job)

@@ -1,4 +1,7 @@
-"""launch/slurm.sbatch under stand-ins for Slurm's commands: two nodes of one task each, which are this machine."""
+"""Under stand-ins for Slurm's and Open MPI's commands: launch/slurm.sbatch, and launch/train.py as it is.
+
+Slurm's two nodes of one task each are this machine.
+"""
 
 import os
 import shutil
@@ -34,6 +37,26 @@ echo "${tasks[@]}" >"$SUBMITTED_FROM/tasks"
 for _ in "${tasks[@]}"; do
   wait -n || { status=$?; kill "${tasks[@]}" 2>/dev/null; wait; exit $status; }
 done
+"""
+# srun -n 2 COMMAND and mpirun -n 2 COMMAND, in a person's shell.
+START_TASKS = """#!/usr/bin/env bash
+[ "$1 $2" = "-n 2" ] || exit 64
+shift 2
+job=$$
+for task in 0 1; do
+  case $(basename "$0") in
+    srun)
+      export SLURM_JOB_ID=$job SLURM_STEP_ID=0 SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 SLURM_PROCID=$task
+      export SLURM_LOCALID=$task SLURM_STEP_NUM_NODES=1 SLURM_STEP_NODELIST=node1 SLURM_JOB_NODELIST=node1
+      ;;
+    mpirun)
+      export OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_LOCAL_SIZE=2 OMPI_COMM_WORLD_RANK=$task
+      export OMPI_COMM_WORLD_LOCAL_RANK=$task OMPI_MCA_ess_base_jobid=$job
+      ;;
+  esac
+  "$@" &
+done
+wait -n && wait -n
 """
 # Signals the tasks, not the batch shell.
 SCANCEL = """#!/usr/bin/env bash
@@ -78,6 +101,22 @@ def test_a_refusal_of_the_trainer_is_one_line_and_the_jobs_status(
     assert [line for line in errors.splitlines() if line.startswith("error: ")] == [
         "error: train_batch_size 129 cannot be divided into micro-batch 16 x 2 ranks; the nearest that can: 128 and 160"
     ]
+
+
+@pytest.mark.parametrize("command", ["srun", "mpirun"])
+def test_tasks_are_the_ranks_of_one_job(
+    command: str, uninterrupted_run: Path, tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
+) -> None:
+    start_tasks = tmp_path / command
+    start_tasks.write_text(START_TASKS)
+    start_tasks.chmod(stat.S_IRWXU)
+    train = [sys.executable, ROOT / "launch" / "train.py"]
+    arguments = training(tiny_teacher_dir, small_corpus_dir, tmp_path / "run")
+    unset = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in cpu_environment().items() if name not in unset}
+    status, _, errors = finish(start([start_tasks, "-n", 2, *train, *arguments], environment, tmp_path))
+    assert status == 0, errors[-3000:]
+    assert_same_end(tmp_path / "run", uninterrupted_run)
 
 
 @pytest.mark.parametrize(

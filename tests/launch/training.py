@@ -1,5 +1,6 @@
 """A training that tests interrupt, and its processes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -14,6 +15,7 @@ STEPS, SAVE_STEPS, BATCH, MICRO_BATCH = 24, 2, 64, 16
 SECONDS_TO_END = 300  # in which nothing may be left of a job; a machine with other work is ten times slower
 TRAIN = ROOT / "launch" / "train.py"
 FAULTY = Path(__file__).with_name("fault_job.py")
+FORKSERVER = Path(__file__).with_name("forkserver_job.py")
 CPU_HAS_FP16 = CPU_Accelerator().is_fp16_supported()
 needs_fp16 = pytest.mark.skipif(not CPU_HAS_FP16, reason="this CPU has no fp16")
 
@@ -28,8 +30,13 @@ class Training:
         self.corpus = corpus
         self.config = write_config(run.parent / "config.json", {})
 
-    def start(self, *more: object, script: Path = TRAIN, **environment: object) -> Job:
-        """Start it, or go on with it; ``more``: further arguments; ``environment``: further variables."""
+    def start(
+        self, *more: object, script: Path = TRAIN, prefix: Sequence[object] = (), **environment: object
+    ) -> Job:
+        """Start it, or go on with it; ``more``: further arguments; ``environment``: further variables.
+
+        ``prefix``: a command that starts another one, as nohup does.
+        """
         options = {
             "--deepspeed_config": self.config,
             "--teacher": self.teacher,
@@ -44,7 +51,9 @@ class Training:
         launcher = [DEEPSPEED, "--num_gpus", self.ranks, "--master_port", free_port(), script]
         arguments = [part for pair in options.items() for part in pair]
         return start(
-            [*launcher, *arguments, "--resume", *more], cpu_environment(**environment), self.run.parent
+            [*prefix, *launcher, *arguments, "--resume", *more],
+            cpu_environment(**environment),
+            self.run.parent,
         )
 
     def finish(self) -> None:
