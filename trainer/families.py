@@ -82,7 +82,7 @@ def is_tied(model: PreTrainedModel) -> bool:
     return projection.weight is embeddings.weight
 
 
-def student_config(teacher: BertConfig, num_layers: int, tie_word_embeddings: bool) -> DistilBertConfig:
+def student_config(teacher: BertConfig, num_layers: int) -> DistilBertConfig:
     """The DistilBERT config with the teacher's sizes and ``num_layers`` layers."""
     return DistilBertConfig(
         vocab_size=teacher.vocab_size,
@@ -96,7 +96,7 @@ def student_config(teacher: BertConfig, num_layers: int, tie_word_embeddings: bo
         activation=teacher.hidden_act,
         initializer_range=teacher.initializer_range,
         pad_token_id=teacher.pad_token_id,
-        tie_word_embeddings=tie_word_embeddings,
+        tie_word_embeddings=teacher.tie_word_embeddings,
     )
 
 

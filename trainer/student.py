@@ -149,7 +149,8 @@ def make_student(teacher: BertForMaskedLM, layers: Sequence[int]) -> DistilBertF
     What the teacher's config says of tying does not count: transformers keeps a decoder that was saved beside
     other embeddings.
     """
-    config = student_config(teacher.config, len(layers), is_tied(teacher))
+    config = student_config(teacher.config, len(layers))
+    config.tie_word_embeddings = is_tied(teacher)
     student = DistilBertForMaskedLM._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     student.load_state_dict(student_state_dict(teacher, layers))
     return student

@@ -250,6 +250,7 @@ def _write_models(folder: Path) -> None:
         "config_not_json",
         "head_dropout",
         "decoder",
+        "said_untied",
         "other_tokenizer",
     ):
         shutil.copytree(folder / "teacher", folder / name)
@@ -261,7 +262,12 @@ def _write_models(folder: Path) -> None:
     tensors = load_file(weights)
     tensors["bert.encoder.layer.1.output.dense.bias"][3] = float("nan")
     save_file(tensors, weights, {"format": "pt"})
-    for name, setting in (("head_dropout", {"classifier_dropout": 5.0}), ("decoder", {"is_decoder": True})):
+    settings: dict[str, dict[str, Any]] = {
+        "head_dropout": {"classifier_dropout": 5.0},
+        "decoder": {"is_decoder": True},
+        "said_untied": {"tie_word_embeddings": False},
+    }
+    for name, setting in settings.items():
         config = json.loads((folder / name / "config.json").read_text())
         (folder / name / "config.json").write_text(json.dumps(config | setting))
     (folder / "no_config" / "config.json").unlink()

@@ -219,6 +219,7 @@ EVALUATE_OPTIONS = [
         (f"--{role} other_vocabulary", f"another tokenizer than that of the {role} other_vocabulary")
         for role in ("teacher", "student", "baseline")
     ),
+    ("--teacher said_untied", "the teacher said_untied lacks cls.predictions.decoder.bias, "),
     ("--teacher decoder", "the teacher decoder has is_decoder"),
     (
         "--baseline head_dropout --task tasks/good",
