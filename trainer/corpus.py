@@ -195,6 +195,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         raise UserError(
             f"the tokenizer {name} has no {', '.join(missing)} token; add it or choose another tokenizer"
         )
+    # transformers makes a tokenizer of special tokens alone where the file with the vocabulary is missing.
+    if tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).keys() <= set(
+        tokenizer.all_special_tokens
+    ):
+        raise UserError(f"the tokenizer {name} has no vocabulary; add its tokenizer.json or vocab.txt")
     if max(tokenizer.get_vocab().values()) >= len(tokenizer):
         raise UserError(f"the ids of the tokenizer {name} have gaps; choose another tokenizer")
     check_case(name, tokenizer)

@@ -269,7 +269,7 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(
     name: str,
 ) -> None:
     folder = copy_of(every_file(True), tmp_path / "model", name, "config.json")
-    with pytest.raises(UserError, match=r"tokenizer of the student .* has no vocabulary"):
+    with pytest.raises(UserError, match="has no vocabulary"):
         check_fits_corpus("student", str(folder), teacher, open_corpus(small_corpus_dir))
 
 
