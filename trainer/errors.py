@@ -14,7 +14,7 @@ from distilspeed.trainer.environment import prepare_environment
 
 # A rank other than 0 gives rank 0 this long to report the same problem (the launcher ends the
 # others when rank 0 exits) before it concludes that the problem is its own and speaks.
-SECONDS_FOR_RANK_0_TO_SPEAK = 10.0
+SECONDS_FOR_RANK_0_TO_SPEAK = 60.0
 
 
 class CommandError(Exception):
