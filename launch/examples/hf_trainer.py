@@ -51,9 +51,8 @@ if __name__ == "__main__":
     lines = [line for line in Path(args.text).read_text(encoding="utf-8").splitlines() if line.strip()]
     ids = tokenizer(lines, truncation=True, max_length=student.config.max_position_embeddings)["input_ids"]
     rows = [{"input_ids": row} for row in ids]
-    collator = transformers.DataCollatorForLanguageModeling(tokenizer)
-    trainer = DistillationTrainer(
-        student, settings, collator, rows, processing_class=tokenizer, teacher=teacher
-    )
+    data = {"data_collator": transformers.DataCollatorForLanguageModeling(tokenizer), "train_dataset": rows}
+    trainer = DistillationTrainer(student, settings, **data, processing_class=tokenizer, teacher=teacher)
     trainer.train()
     trainer.save_model()
+    trainer.accelerator.end_training()  # destroys the process group, where torchrun has started several ranks
