@@ -157,7 +157,8 @@ def test_a_report_that_cannot_be_written_ends_everything(runner: Runner, tmp_pat
         runner.run_together(
             [python("", "quick")], [python("import time; time.sleep(50); print('slept')", "slow")]
         )
-    assert not (tmp_path / "logs" / "slow.out").read_text()
+    # It may not even have begun.
+    assert not any("slept" in log.read_text() for log in (tmp_path / "logs").glob("slow.out"))
 
 
 def test_interrupted_among_several_it_ends_them(tmp_path: Path) -> None:
