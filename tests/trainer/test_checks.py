@@ -163,9 +163,10 @@ def test_a_report_that_cannot_be_written_ends_everything(runner: Runner, tmp_pat
 
 def test_interrupted_among_several_it_ends_them(tmp_path: Path) -> None:
     code = f"""
-import sys
+import signal, sys
 from pathlib import Path
 import torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where the tests run in the background
 from distilspeed.kernels.profiling.machine import Machine
 from distilspeed.trainer.checks import Part, Runner
 runner = Runner(Path({str(tmp_path)!r}), Machine.here(torch.device("cpu")), seconds=60)
