@@ -17,7 +17,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from packaging.version import Version
 from torch import nn
 
-from distilspeed.trainer.errors import OverflowAtLowestScale, UserError, first_line, status_of
+from distilspeed.trainer.errors import LostRankError, OverflowAtLowestScale, UserError, first_line, status_of
 from distilspeed.trainer.optimizers import forget_dummy_step, own_optimizer
 from distilspeed.trainer.processes import end_at_once
 from distilspeed.trainer.scheduler import take_place_from_scheduler
@@ -102,12 +102,21 @@ def joined_job(process: Process, timeout: float = 1800.0) -> Iterator[None]:
     atexit.register(lambda: errors and end_at_once(status_of(errors[0])))
     try:
         yield
+        _wait_for_all(process)
     except BaseException as error:
         errors.append(error)
         raise
-    # One that leaves first would break what the others are still at.
-    torch.distributed.barrier(device_ids=[process.local_rank] if process.device.type == "cuda" else None)
     deepspeed.comm.destroy_process_group()
+
+
+def _wait_for_all(process: Process) -> None:
+    """One that leaves first would break what the others are still at."""
+    try:
+        torch.distributed.barrier(device_ids=[process.local_rank] if process.device.type == "cuda" else None)
+    except RuntimeError as error:
+        raise LostRankError(
+            f"a rank has died as the job ended ({first_line(error)}); where student/ is there the run is complete"
+        ) from error
 
 
 def _join(process: Process, timeout: float = 1800.0) -> None:

@@ -30,12 +30,12 @@ from distilspeed.trainer import launcher
 from distilspeed.trainer.engines import Process
 from distilspeed.trainer.errors import CommandError, LostRankError, show_error, status_of
 from distilspeed.trainer.processes import STOP_SIGNALS, end_at_once, stop_signals
+from distilspeed.trainer.scheduler import LOOPBACK
 
 SECONDS_BETWEEN_BEATS = 1.0
 SECONDS_TO_HANG_UP = 5.0
 SECONDS_TO_SPEAK = 3.0  # for the rank that says what has happened: where one ends, launchers end all
 STANDARD_STREAMS = (1, 2)
-LOOPBACK = "127.0.0.1"
 
 Message = dict[str, Any]
 

@@ -56,3 +56,4 @@ if __name__ == "__main__":
     trainer = DistillationTrainer(student, settings, masks, rows, processing_class=tokenizer, teacher=teacher)
     trainer.train()
     trainer.save_model()
+    trainer.accelerator.end_training()  # destroys the process group, where torchrun has started several ranks

@@ -157,14 +157,16 @@ def test_a_report_that_cannot_be_written_ends_everything(runner: Runner, tmp_pat
         runner.run_together(
             [python("", "quick")], [python("import time; time.sleep(50); print('slept')", "slow")]
         )
-    assert not (tmp_path / "logs" / "slow.out").read_text()
+    # It may not even have begun.
+    assert not any("slept" in log.read_text() for log in (tmp_path / "logs").glob("slow.out"))
 
 
 def test_interrupted_among_several_it_ends_them(tmp_path: Path) -> None:
     code = f"""
-import sys
+import signal, sys
 from pathlib import Path
 import torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where the tests run in the background
 from distilspeed.kernels.profiling.machine import Machine
 from distilspeed.trainer.checks import Part, Runner
 runner = Runner(Path({str(tmp_path)!r}), Machine.here(torch.device("cpu")), seconds=60)
