@@ -23,7 +23,7 @@ from distilspeed.trainer.config import (
     resolve_deepspeed_config,
     resolve_precision,
 )
-from distilspeed.trainer.config_check import check_deepspeed_config
+from distilspeed.trainer.config_check import check_deepspeed_config, check_monitors
 from distilspeed.trainer.corpus import Corpus, open_corpus
 from distilspeed.trainer.engines import DTYPES, Process, check_precision, this_process
 from distilspeed.trainer.errors import UserError, first_line
@@ -100,7 +100,9 @@ def prepare_run(arguments: TrainArguments) -> Run:
         arguments.num_train_epochs,
     )
     deepspeed_config = resolve_deepspeed_config(config, batch, steps, arguments.learning_rate)
-    check_deepspeed_config(deepspeed_config)
+    check_deepspeed_config(deepspeed_config, steps)
+    if process.rank == 0 and not arguments.plan:
+        check_monitors(deepspeed_config)
 
     teacher: BertForMaskedLM | None = None
     layers: tuple[int, ...] = ()
