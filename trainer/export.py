@@ -43,6 +43,7 @@ class TrainingRecord:
     world_size: int
     last_step: StepMetrics
     held_out: MaskedTokenQuality
+    changes: Sequence[str] = ()  # made when the run was resumed
 
 
 def whole_student(student: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
@@ -58,8 +59,11 @@ def whole_student(student: PreTrainedModel, weights: dict[str, torch.Tensor]) ->
 
 
 def export_student(student: PreTrainedModel, record: TrainingRecord, folder: Path) -> None:
-    """Write config, safetensors, tokenizer and model card to ``folder``, which appears whole or not at all."""
-    with folder_written_whole(folder) as beside:
+    """Write config, safetensors, tokenizer and model card to ``folder``, in place of a student of fewer steps.
+
+    It appears whole or not at all.
+    """
+    with folder_written_whole(folder, replaces=True) as beside:
         student.save_pretrained(beside)
         record.corpus.load_tokenizer().save_pretrained(beside)
         (beside / "README.md").write_text(model_card(record), encoding="utf-8")
@@ -98,6 +102,7 @@ def model_card(record: TrainingRecord) -> str:
             f"{config.get('scheduler', {}).get('type', 'constant')} {config.get('scheduler', {}).get('params', '')}",
         ),
         ("Gradient clipping", config.get("gradient_clipping", "none")),
+        *(("Changed", change) for change in record.changes),
         ("Seed", arguments.seed),
         (
             "Final training loss",
