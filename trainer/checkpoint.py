@@ -7,10 +7,12 @@ and of those only what the manifest lists, unchanged.
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -183,12 +185,16 @@ class Checkpoints:
     def load(self, engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint) -> Progress:
         """Load a checkpoint into an engine that was made with ``config_to_load``; called by every rank.
 
+        The engine keeps its own settings of optimiser, schedule and clipping: those of its config.
+
         Raises:
             UserError: DeepSpeed cannot load it.
         """
         path = _universal(checkpoint) if engine.load_universal_checkpoint() else checkpoint.path
         try:
-            loaded, _ = engine.load_checkpoint(str(self.folder), tag=path.name)
+            # DeepSpeed's optimiser for bf16 prints where it is.
+            with _own_settings(engine, checkpoint.progress.step), contextlib.redirect_stdout(io.StringIO()):
+                loaded, _ = engine.load_checkpoint(str(self.folder), tag=path.name)
         except Exception as error:  # DeepSpeed raises whatever it came upon
             raise UserError(f"the checkpoint {path} cannot be loaded: {first_line(error)}") from error
         if loaded is None:
@@ -222,6 +228,10 @@ class Checkpoints:
         torch.distributed.barrier()
         return config | {"checkpoint": config.get("checkpoint", {}) | {"load_universal": True}}
 
+    def newest_step(self) -> int:
+        """The step of the newest checkpoint, good or not; 0: there is none."""
+        return max(map(_step, self._complete()), default=0)
+
     def _complete(self) -> list[Path]:
         """The folders that were completed, from oldest to newest."""
         return sorted(self.folder.glob(_name(0).replace("0", "[0-9]")))
@@ -233,6 +243,33 @@ class Checkpoints:
                 shutil.rmtree(path)
             else:
                 path.unlink()  # of a file that was being replaced (write_text)
+
+
+@contextmanager
+def _own_settings(engine: deepspeed.DeepSpeedEngine, steps: int) -> Iterator[None]:
+    """Give an engine its own settings back after a checkpoint, which brings those it was saved with.
+
+    The schedule is taken ``steps`` further from its start: to the rate, bit for bit, that it has reached.
+    """
+    of_states = ("params", "step")  # apex and DeepSpeed count steps in the group
+    optimizer, schedule = engine.basic_optimizer, engine.lr_scheduler
+    groups = [
+        {key: value for key, value in group.items() if key not in of_states}
+        for group in optimizer.param_groups
+    ]
+    start = copy.deepcopy(schedule.state_dict()) if schedule else {}
+    yield
+    for group, own in zip(optimizer.param_groups, groups, strict=True):
+        group.update(own)
+    if schedule:
+        schedule.load_state_dict(start)
+        with warnings.catch_warnings():
+            # torch's, that a schedule advances before its optimiser has.
+            warnings.simplefilter("ignore", UserWarning)
+            for _ in range(steps):
+                schedule.step()
+    if hasattr(engine.optimizer, "clip_grad"):
+        engine.optimizer.clip_grad = engine.gradient_clipping()
 
 
 def _name(step: int) -> str:
@@ -264,8 +301,14 @@ def _make_universal(checkpoint: Checkpoint) -> None:
         strict=True,
         inject_missing_state=True,
     )
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        ds_to_universal.main(arguments)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            ds_to_universal.main(arguments)
+    except KeyError as error:
+        raise UserError(
+            f"DeepSpeed lays out Adam's states alone for another number of ranks, and {checkpoint.path} has no "
+            f"{error}; resume it on {checkpoint.world_size} ranks"
+        ) from error
     (checkpoint.path.parent / "latest_universal").unlink()
 
 

@@ -20,6 +20,14 @@ WARMUP_FRACTION = 0.05
 GRADIENT_CLIPPING = 5.0
 MICRO_BATCH_SIZE = 8
 
+# The schedules of DeepSpeed's that warm up, and whose length is filled in here.
+WARMUP_SCHEDULES = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
+# DeepSpeed raises shorter warm-ups to this.
+SHORTEST_WARMUP = 2
+# Left alone, DeepSpeed takes the first two steps at the warm-up's lowest rate, 0: the first before its schedule has
+# begun, the second at iteration 0. Begun at iteration 1, step n has the rate of iteration n.
+FIRST_ITERATION = 1
+
 WEIGHTS = ("alpha_ce", "alpha_mlm", "alpha_cos")
 PRECISIONS = ("fp32", "fp16", "bf16")
 
@@ -309,8 +317,25 @@ def _section(config: Mapping[str, Any], name: str, within: str = "") -> dict[str
     return section
 
 
+@dataclass(frozen=True)
+class Started:
+    """What a run that is resumed has been trained with so far.
+
+    Attributes:
+        deepspeed_config: resolved.
+        total_steps: that it was to take.
+    """
+
+    deepspeed_config: Mapping[str, Any]
+    total_steps: int
+
+
 def resolve_deepspeed_config(
-    config: Mapping[str, Any], batch: BatchEquation, total_steps: int, learning_rate: float | None
+    config: Mapping[str, Any],
+    batch: BatchEquation,
+    total_steps: int,
+    learning_rate: float | None,
+    started: Started | None = None,
 ) -> dict[str, Any]:
     """Fill every "auto" of a DeepSpeed config, as the Hugging Face integration does.
 
@@ -319,36 +344,106 @@ def resolve_deepspeed_config(
         batch: the solved batch equation.
         total_steps: optimiser steps of the whole run, for the schedule.
         learning_rate: the peak, where the config says "auto"; None means 5e-4.
+        started: of a resumed run, whose "auto" values stay what they were.
 
     Raises:
         UserError: an "auto" that has no meaning here, or a learning rate that contradicts the config.
     """
-    stated_lr = _section(_section(config, "optimizer"), "params").get("lr", AUTO)
-    if learning_rate is not None and stated_lr not in (AUTO, learning_rate):
-        raise UserError(
-            f'--learning_rate {learning_rate} contradicts "lr": {stated_lr} in the DeepSpeed config; '
-            'set that to "auto"'
-        )
-    peak = learning_rate if learning_rate is not None else LEARNING_RATE if stated_lr == AUTO else stated_lr
+    before = settings_of(started.deepspeed_config) if started else {}
+    before = {name: value for name, value in before.items() if value is not None}
+    stated = settings_of(config)
+    for name in ("optimizer.params.lr", "scheduler.params.warmup_max_lr"):
+        if learning_rate is not None and stated.get(name, AUTO) not in (AUTO, learning_rate):
+            raise UserError(
+                f'--learning_rate {learning_rate} contradicts "{name}": {stated[name]} in the DeepSpeed config; '
+                'set that to "auto"'
+            )
+    peak = learning_rate
+    if peak is None:
+        peak = stated.get("optimizer.params.lr", AUTO)
+    if peak == AUTO:
+        peak = before.get("optimizer.params.lr", LEARNING_RATE)
     fill = {
         "gradient_clipping": GRADIENT_CLIPPING,
-        "optimizer.params.lr": peak,
         "optimizer.params.betas": list(ADAM_BETAS),
         "optimizer.params.eps": ADAM_EPS,
         "optimizer.params.weight_decay": WEIGHT_DECAY,
         "scheduler.params.warmup_min_lr": 0.0,
-        "scheduler.params.warmup_max_lr": peak,
-        "scheduler.params.warmup_num_steps": max(1, round(WARMUP_FRACTION * total_steps)),
+        "scheduler.params.warmup_min_ratio": 0.0,
+        "scheduler.params.warmup_num_steps": max(SHORTEST_WARMUP, round(WARMUP_FRACTION * total_steps)),
         "scheduler.params.warmup_type": "linear",
-        "scheduler.params.total_num_steps": total_steps,
+        # Where the rate reaches 0: after the last step.
+        "scheduler.params.total_num_steps": total_steps + FIRST_ITERATION,
     }
+    fill |= {name: before[name] for name in fill if name in before}
+    if started and started.total_steps != total_steps:
+        fill["scheduler.params.total_num_steps"] = total_steps + FIRST_ITERATION
+    fill |= {"optimizer.params.lr": peak, "scheduler.params.warmup_max_lr": peak}
     resolved = _filled(config, fill, "")
+    _begin_schedule(config, resolved, before)
+    _accumulate_in_fp32(resolved, started)
     # DeepSpeed's waits for the GPU twice a micro-batch; the metrics have the throughput.
     resolved.setdefault("timers", {"throughput": {"enabled": False}})
     resolved["train_batch_size"] = batch.train_batch_size
     resolved["train_micro_batch_size_per_gpu"] = batch.micro_batch_size
     resolved["gradient_accumulation_steps"] = batch.gradient_accumulation_steps
     return resolved
+
+
+def settings_of(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a DeepSpeed config by their paths, such as "optimizer.params.lr"."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= (
+            settings_of(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        )
+    return found
+
+
+def _begin_schedule(config: Mapping[str, Any], resolved: dict[str, Any], before: Mapping[str, Any]) -> None:
+    """Let a warm-up that is filled in here begin above 0, at :data:`FIRST_ITERATION`."""
+    params = _section(_section(config, "scheduler"), "params")
+    if _section(config, "scheduler").get("type") not in WARMUP_SCHEDULES or AUTO not in params.values():
+        return
+    first = before.get("scheduler.params.last_batch_iteration") if before else FIRST_ITERATION
+    if first is not None:
+        resolved["scheduler"]["params"].setdefault("last_batch_iteration", first)
+
+
+def _accumulate_in_fp32(resolved: dict[str, Any], started: Started | None) -> None:
+    """Let half precision sum its micro-batches' gradients in fp32, where the config leaves that open.
+
+    128 micro-batches summed in bf16 are 1.1 to 6.4 % off, in fp16 0.1 to 0.8 % (on a CPU, November 2026).
+    """
+    types = resolved.get("data_types", {})
+    if not isinstance(types, dict) or "grad_accum_dtype" in types or cannot_accumulate_in_fp32(resolved):
+        return
+    if resolve_precision(resolved) == "fp32":
+        return
+    if started and "data_types.grad_accum_dtype" not in settings_of(started.deepspeed_config):
+        return  # by a version that left it so
+    resolved["data_types"] = {**types, "grad_accum_dtype": "fp32"}
+
+
+def accumulates_in_fp32(config: Mapping[str, Any]) -> bool:
+    """Whether a resolved config sums the gradients of micro-batches in fp32."""
+    dtype = _section(config, "data_types").get("grad_accum_dtype") or resolve_precision(config)
+    return dtype in ("fp32", "float32", "float", "torch.float32")
+
+
+def cannot_accumulate_in_fp32(config: Mapping[str, Any]) -> str | None:
+    """Why DeepSpeed 0.19.8 cannot sum gradients of half precision in fp32; None: it can."""
+    zero = _section(config, "zero_optimization")
+    stage = zero.get("stage", 0)
+    if stage == 0:
+        return "DeepSpeed has no such sum at ZeRO stage 0"
+    offload = zero.get("offload_optimizer") or {}
+    if resolve_precision(config) == "fp16" and stage < 3 and offload.get("device", "none") != "none":
+        # An infinite gradient stays in its sum on the CPU, and every later batch counts as one that overflows.
+        return (
+            f"with offload_optimizer at ZeRO stage {stage} DeepSpeed never recovers from an overflow of fp16"
+        )
+    return None
 
 
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")

@@ -1,8 +1,11 @@
 """Whether DeepSpeed understands all of a config: it ignores a misspelt key, and meets many a wrong value only later."""
 
+import contextlib
 import difflib
 import inspect
+import io
 import logging
+import os
 import warnings
 from collections.abc import Iterable, Iterator, KeysView, Mapping
 from contextlib import contextmanager
@@ -10,20 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.monitor.utils import (
+    check_comet_availability,
+    check_tb_availability,
+    check_wandb_availability,
+)
 from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
 from deepspeed.runtime import lr_schedules
-from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig
+from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig, DtypeEnum
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from pydantic import ValidationError
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from distilspeed.trainer.config import PRECISIONS, cannot_accumulate_in_fp32, resolve_precision
 from distilspeed.trainer.errors import UserError, first_line
 from distilspeed.trainer.lamb import Lamb
-from distilspeed.trainer.optimizers import ADAM_TYPES, LAMB_TYPE, optimizer_type
+from distilspeed.trainer.optimizers import ADAM_TYPES, LAMB_TYPE, apply_first_rate, optimizer_type
 
 # Read by deepspeed.initialize before it makes a DeepSpeedConfig.
 READ_BY_INITIALIZE = ("sequence_parallel_size", "data_parallel_size")
@@ -31,13 +40,25 @@ READ_BY_INITIALIZE = ("sequence_parallel_size", "data_parallel_size")
 ADAM_SWITCHES = ("torch_adam", "adam_w_mode", "fp32_optimizer_states")
 # The parameters whose values torch's AdamW checks for the optimisers that only an engine can make.
 ADAM_PARAMS = ("lr", "betas", "eps", "weight_decay")
+# How much of a schedule is looked through for a rate above 0.
+STEPS_TO_LOOK_AT = 10_000
+# How DeepSpeed's monitors import what they need, and what brings it.
+MONITOR_PACKAGES = {
+    "tensorboard": (check_tb_availability, "distilspeed[monitors]"),
+    "wandb": (check_wandb_availability, "distilspeed[monitors]"),
+    "comet": (check_comet_availability, "comet_ml>=3.41.0"),
+}
+WRITING_MONITORS = ("tensorboard", "csv_monitor")
 SMALLEST = {"gradient_clipping": 0, "steps_per_print": 1, "gradient_predivide_factor": 1e-6}
 
 
-def check_deepspeed_config(config: Mapping[str, Any]) -> None:
+def check_deepspeed_config(config: Mapping[str, Any], total_steps: int) -> None:
     """Raise a UserError unless DeepSpeed reads every key of a resolved config and can use every value.
 
     The known keys are those that DeepSpeed asks for while it reads this very config.
+
+    Args:
+        total_steps: optimiser steps of the run, for its schedule.
     """
     # DeepSpeed works out the global batch, whose world size it may not know yet.
     watched = _Watched({name: value for name, value in config.items() if name != "train_batch_size"})
@@ -60,10 +81,11 @@ def check_deepspeed_config(config: Mapping[str, Any]) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float) or value < smallest:
             raise UserError(f'"{name}" in the DeepSpeed config is {value!r}; give a number from {smallest}')
     _check_offload(config)
+    _check_accumulation(config)
     if optimizer_type(config):
         _check_optimizer(config)
         if "scheduler" in config:
-            _check_scheduler(config)
+            _check_scheduler(config, total_steps)
 
 
 class _Watched(dict[str, Any]):
@@ -166,6 +188,49 @@ def _check_offload(config: Mapping[str, Any]) -> None:
             )
 
 
+def check_monitors(config: Mapping[str, Any]) -> None:
+    """Raise a UserError unless the monitors that a config enables can run here; for rank 0, which alone makes them."""
+    for name, (import_it, package) in MONITOR_PACKAGES.items():
+        try:
+            if config.get(name, {}).get("enabled", False):
+                with contextlib.redirect_stdout(io.StringIO()):  # where DeepSpeed gives advice of its own
+                    import_it()
+        except Exception as error:  # whatever a package that does not fit the others raises
+            raise UserError(
+                f'"{name}" is enabled in the DeepSpeed config, and its package cannot be imported '
+                f"({first_line(error)}); pip install '{package}', or disable it"
+            ) from error
+    for name in WRITING_MONITORS:
+        section = config.get(name, {})
+        folder = Path(section.get("output_path", ""), section.get("job_name", "")).absolute()
+        nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        can_write = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+        if section.get("enabled", False) and not can_write:
+            raise UserError(
+                f'"{name}.output_path" in the DeepSpeed config: {nearest} is not a directory that can be written; '
+                "choose another"
+            )
+
+
+def _check_accumulation(config: Mapping[str, Any]) -> None:
+    stated = config.get("data_types", {}).get("grad_accum_dtype")
+    if stated is None:
+        return
+    try:
+        dtype = DtypeEnum(stated).value
+    except ValueError as error:
+        raise UserError(
+            f'"data_types.grad_accum_dtype" in the DeepSpeed config is {stated!r}; '
+            f"choose one of {', '.join(PRECISIONS)}"
+        ) from error
+    reason = cannot_accumulate_in_fp32(config)
+    if dtype == torch.float32 and resolve_precision(config) != "fp32" and reason:
+        raise UserError(
+            f'"data_types.grad_accum_dtype" in the DeepSpeed config is "{stated}": {reason}; '
+            "remove it, or choose another ZeRO stage"
+        )
+
+
 def _check_optimizer(config: Mapping[str, Any]) -> None:
     params = config["optimizer"].get("params", {})
     made = _optimizer_class(config)
@@ -227,10 +292,9 @@ def _optimizer_class(config: Mapping[str, Any]) -> type[Optimizer] | None:
     return of_torch[name]
 
 
-def _check_scheduler(config: Mapping[str, Any]) -> None:
+def _check_scheduler(config: Mapping[str, Any], total_steps: int) -> None:
     name, params = config["scheduler"].get("type"), config["scheduler"].get("params", {})
-    schedules = {name: getattr(lr_schedules, name) for name in lr_schedules.VALID_LR_SCHEDULES}
-    schedules = _classes(torch.optim.lr_scheduler, LRScheduler) | schedules
+    schedules = _schedules()
     if name not in schedules:
         raise UserError(_no_type("scheduler", name, schedules))
     known = list(inspect.signature(schedules[name]).parameters)[1:]
@@ -243,16 +307,56 @@ def _check_scheduler(config: Mapping[str, Any]) -> None:
             f'"scheduler.params.warmup_type" in the DeepSpeed config is {params["warmup_type"]!r}; '
             f"choose {' or '.join(kinds)}"
         )
-    optimizer = _one_number_optimizer(config["optimizer"].get("params", {}))
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if name not in lr_schedules.VALID_LR_SCHEDULES and (stage or resolve_precision(config) != "fp32"):
+        raise UserError(
+            f"the scheduler {name} is torch's, which DeepSpeed takes in fp32 at ZeRO stage 0 alone; "
+            f"choose one of DeepSpeed's: {', '.join(lr_schedules.VALID_LR_SCHEDULES)}"
+        )
     try:
-        with _quiet():
-            scheduler = schedules[name](optimizer, **params)
-            scheduler.step()
-            float(optimizer.param_groups[0]["lr"])
+        trains = any(rate > 0 for rate in learning_rates(config, min(total_steps, STEPS_TO_LOOK_AT)))
     except Exception as error:  # whatever the value leads to
         raise UserError(
             f'"scheduler.params" in the DeepSpeed config cannot be used: {first_line(error)}; correct the value'
         ) from error
+    if not trains:
+        raise UserError(
+            f"the scheduler {name} has a learning rate of 0 in all of the {total_steps} steps; "
+            'train longer, or set its lengths to "auto"'
+        )
+    if name == "OneCycleLR" and (length := _one_cycle_steps(params)) < total_steps:
+        raise UserError(
+            f"the scheduler OneCycleLR ends after {length} steps, and the run takes {total_steps}; "
+            f'set "scheduler.params.total_steps" to {total_steps}'
+        )
+
+
+def learning_rates(config: Mapping[str, Any], steps: int) -> Iterator[float]:
+    """The learning rates of a resolved config's first steps, one after the other."""
+    optimizer = _one_number_optimizer(config["optimizer"].get("params", {}))
+    if "scheduler" not in config:
+        for _ in range(steps):
+            yield float(optimizer.param_groups[0]["lr"])
+        return
+    with _quiet():
+        scheduler = _schedules()[config["scheduler"]["type"]](
+            optimizer, **config["scheduler"].get("params", {})
+        )
+        apply_first_rate(scheduler)
+        for _ in range(steps):
+            rate = float(optimizer.param_groups[0]["lr"])
+            scheduler.step()
+            yield rate
+
+
+def _schedules() -> dict[str, Any]:
+    """Every schedule that an engine finds, by its name."""
+    of_deepspeed = {name: getattr(lr_schedules, name) for name in lr_schedules.VALID_LR_SCHEDULES}
+    return _classes(torch.optim.lr_scheduler, LRScheduler) | of_deepspeed
+
+
+def _one_cycle_steps(params: Mapping[str, Any]) -> int:
+    return int(params.get("total_steps") or params["epochs"] * params["steps_per_epoch"])
 
 
 def _classes(module: Any, kind: type) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """DeepSpeed: the processes, the student's engine; what the device can do, checked first."""
 
 import atexit
+import contextlib
+import io
 import os
 import socket
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from packaging.version import Version
 from torch import nn
 
 from distilspeed.trainer.errors import LostRankError, OverflowAtLowestScale, UserError, first_line, status_of
-from distilspeed.trainer.optimizers import forget_dummy_step, own_optimizer
+from distilspeed.trainer.optimizers import apply_first_rate, forget_dummy_step, own_optimizer
 from distilspeed.trainer.processes import end_at_once
 from distilspeed.trainer.scheduler import take_place_from_scheduler
 
@@ -190,12 +192,14 @@ def student_engine(module: nn.Module, deepspeed_config: dict[str, Any]) -> deeps
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     try:
-        engine, *_ = deepspeed.initialize(
-            model=module,
-            model_parameters=parameters,
-            config=deepspeed_config,
-            optimizer=own_optimizer(deepspeed_config, get_accelerator().device_name()),
-        )
+        # Its optimiser for bf16 prints the memory in use.
+        with contextlib.redirect_stdout(io.StringIO()):
+            engine, *_ = deepspeed.initialize(
+                model=module,
+                model_parameters=parameters,
+                config=deepspeed_config,
+                optimizer=own_optimizer(deepspeed_config, get_accelerator().device_name()),
+            )
     except (
         deepspeed.DeepSpeedConfigError,
         ValueError,
@@ -207,6 +211,7 @@ def student_engine(module: nn.Module, deepspeed_config: dict[str, Any]) -> deeps
     if engine.optimizer is None or not engine.optimizer_name():
         raise UserError('the DeepSpeed config names no "optimizer"; give it one, for example "AdamW"')
     forget_dummy_step(engine)
+    apply_first_rate(engine.lr_scheduler)
     return engine
 
 

@@ -46,6 +46,7 @@ class TrainingRecord:
     world_size: int
     last_step: StepMetrics
     held_out: MaskedTokenQuality
+    changes: Sequence[str] = ()  # made when the run was resumed
 
 
 def whole_student(student: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
@@ -61,8 +62,11 @@ def whole_student(student: PreTrainedModel, weights: dict[str, torch.Tensor]) ->
 
 
 def export_student(student: PreTrainedModel, record: TrainingRecord, folder: Path) -> None:
-    """Write config, safetensors, tokenizer and model card to ``folder``, which appears whole or not at all."""
-    with folder_written_whole(folder) as beside:
+    """Write config, safetensors, tokenizer and model card to ``folder``, in place of a student of fewer steps.
+
+    It appears whole or not at all.
+    """
+    with folder_written_whole(folder, replaces=True) as beside:
         student.save_pretrained(beside)
         tokenizer_for(student, record.corpus).save_pretrained(beside)
         (beside / "README.md").write_text(model_card(record), encoding="utf-8")
@@ -114,6 +118,7 @@ def model_card(record: TrainingRecord) -> str:
             f"{config.get('scheduler', {}).get('type', 'constant')} {config.get('scheduler', {}).get('params', '')}",
         ),
         ("Gradient clipping", config.get("gradient_clipping", "none")),
+        *(("Changed", change) for change in record.changes),
         ("Seed", arguments.seed),
         (
             "Final training loss",

@@ -137,8 +137,14 @@ def parents_made(output_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def folder_written_whole(path: Path) -> Iterator[Path]:
-    """Give a new folder beside ``path``; on success it becomes ``path``, on failure it goes."""
+def folder_written_whole(path: Path, *, replaces: bool = False) -> Iterator[Path]:
+    """Give a new folder beside ``path``; on success it becomes ``path``, on failure it goes.
+
+    Args:
+        replaces: the folder that ``path`` is now, which stays whole until then. A process that is killed between the
+            two renames leaves it beside; :func:`bring_back_replaced` puts it right.
+    """
+    previous = _previous(path)
     beside = Path(tempfile.mkdtemp(prefix=f"{path.name}.incomplete-", dir=path.parent))
     try:
         yield beside
@@ -148,11 +154,28 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
         os.umask(umask)
         for made in [beside, *beside.rglob("*")]:
             made.chmod((0o777 if made.is_dir() else 0o666) & ~umask)
+        if replaces and path.exists():
+            path.rename(previous)
         beside.rename(path)
         sync(path.parent)
+        shutil.rmtree(previous, ignore_errors=True)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
+        if replaces:
+            bring_back_replaced(path)
         raise
+
+
+def bring_back_replaced(path: Path) -> None:
+    """Undo or complete a replacement of ``path`` that was cut off."""
+    previous = _previous(path)
+    if not path.exists() and previous.exists():
+        previous.rename(path)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _previous(path: Path) -> Path:
+    return path.with_name(f"{path.name}.previous")
 
 
 def sync_tree(folder: Path) -> None:

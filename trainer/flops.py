@@ -68,6 +68,9 @@ def flops_per_token(
     return flops + (teacher.forward_flops_per_token(seq_length, head_share) if teacher else 0.0)
 
 
+SECONDS_TO_MEASURE = 2.0
+
+
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product on this device now: the denominator of MFU.
 
@@ -76,8 +79,11 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
-    seconds = min(_seconds_of_product(a, b) for _ in range(5))
-    return FLOPS_PER_MULTIPLY_ADD * size**3 / seconds
+    seconds = [_seconds_of_product(a, b)]
+    # A CPU without bf16 arithmetic takes 6 seconds for one such product.
+    while len(seconds) < 5 and sum(seconds) < SECONDS_TO_MEASURE:
+        seconds.append(_seconds_of_product(a, b))
+    return FLOPS_PER_MULTIPLY_ADD * size**3 / min(seconds)
 
 
 def _seconds_of_product(a: torch.Tensor, b: torch.Tensor) -> float:

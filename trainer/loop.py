@@ -3,6 +3,7 @@
 import shutil
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import deepspeed
 import torch
@@ -11,15 +12,24 @@ from tqdm import tqdm
 
 from distilspeed.trainer.batches import MicroBatches, on_device, resolve_num_workers
 from distilspeed.trainer.checkpoint import Checkpoints, Progress
+from distilspeed.trainer.config import TrainArguments
 from distilspeed.trainer.engines import DTYPES, joined_job
-from distilspeed.trainer.errors import StoppedError
+from distilspeed.trainer.errors import StoppedError, UserError
 from distilspeed.trainer.evaluation import masked_token_quality
 from distilspeed.trainer.export import TrainingRecord, export_student, gather_weights, whole_student
-from distilspeed.trainer.files import locked, writing
+from distilspeed.trainer.files import bring_back_replaced, locked, writing
 from distilspeed.trainer.flops import measure_matmul_flops
 from distilspeed.trainer.metrics import Metrics, plot_losses, read_metrics
 from distilspeed.trainer.optimizers import describe_fused_parts
-from distilspeed.trainer.run import Run, check_same_run, identity_of, record_run, settle_attention
+from distilspeed.trainer.record import (
+    TOTAL_STEPS,
+    Changes,
+    append_changes,
+    find_changes,
+    read_record,
+    record_student,
+)
+from distilspeed.trainer.run import Run, check_output_dir, identity_of, record_run, settle_attention
 from distilspeed.trainer.step import TrainingStep
 from distilspeed.trainer.watch import JobWatch
 
@@ -37,13 +47,9 @@ def train(run: Run) -> None:
         StoppedError: a signal has ended the run; a checkpoint is saved.
     """
     arguments, process = run.arguments, run.process
-    if (arguments.output_dir / "student").exists():
-        if process.rank == 0:
-            print(f"{arguments.output_dir}/student exists: this run is complete")
-        return
     identity = identity_of(run) if process.rank == 0 else {}
     if process.rank == 0:
-        check_same_run(run, identity)
+        _compare_with_folder(run, identity)
     torch.use_deterministic_algorithms(arguments.full_determinism)
     with (
         # A rank that does not answer is named by the watch; collectives, which name none, wait longer.
@@ -51,11 +57,68 @@ def train(run: Run) -> None:
         JobWatch(process, arguments.ddp_timeout) as watch,
         _alone_in_folder(run),
     ):
+        found: list[tuple[Changes, bool]] = [({}, False)]
+        if process.rank == 0:
+            # Again, because another job may have been at work in the folder since.
+            if arguments.resume:
+                with writing(arguments.output_dir):
+                    bring_back_replaced(arguments.output_dir / "student")
+            found = [_compare_with_folder(run, identity)]
+        torch.distributed.broadcast_object_list(found, device=process.device)
+        changes, is_complete = found[0]
+        if is_complete:
+            if process.rank == 0:
+                print(f"{arguments.output_dir}/student exists: this run is complete")
+            return
         batches = MicroBatches(run.corpus, run.batch, process.rank, arguments.seed)
         attention = settle_attention(run, batches)
-        if process.rank == 0:
-            record_run(run, identity, attention)
-        _train(run, batches, watch)
+        _train(run, batches, watch, identity, attention, changes)
+
+
+def _checkpoints(arguments: TrainArguments) -> Checkpoints:
+    return Checkpoints(
+        arguments.output_dir / "checkpoints", arguments.save_total_limit, arguments.save_retain_steps
+    )
+
+
+def _compare_with_folder(run: Run, identity: dict[str, Any]) -> tuple[Changes, bool]:
+    """Compare a run with what its folder holds; rank 0 only.
+
+    Returns:
+        what the run changes when it is resumed, and whether it is complete.
+
+    Raises:
+        UserError: the folder cannot be the run's, or the run not be resumed.
+    """
+    arguments, folder = run.arguments, run.arguments.output_dir
+    check_output_dir(arguments)
+    record, taken = read_record(folder), _checkpoints(arguments).newest_step()
+    if record is None:
+        if taken:
+            raise UserError(
+                f"{folder} has checkpoints and no train_config.json; bring it back, or choose another --output_dir"
+            )
+        return {}, False
+    changes = find_changes(record, identity, run.deepspeed_config, run.total_steps)
+    has_student = (folder / "student").exists()
+    steps = max(taken, record.student_step) if has_student else taken
+    if run.total_steps < steps:
+        raise UserError(
+            f"this run has taken {steps} steps, more than {run.total_steps}; give at least as many, "
+            "or choose another --output_dir"
+        )
+    is_complete = has_student and record.student_step == run.total_steps
+    if is_complete and (settings := changes.keys() - {TOTAL_STEPS}):
+        raise UserError(
+            f"this run is complete: {min(settings)} cannot be changed any more; give more steps, "
+            "or choose another --output_dir"
+        )
+    if has_student and not is_complete and not taken:
+        raise UserError(
+            f"the student in {folder} is of step {record.student_step}, and its checkpoints are gone; "
+            "bring one back from a copy, or choose another --output_dir"
+        )
+    return changes, is_complete
 
 
 def _alone_in_folder(run: Run) -> AbstractContextManager[None]:
@@ -68,13 +131,18 @@ def _alone_in_folder(run: Run) -> AbstractContextManager[None]:
     return locked(folder, SECONDS_TO_END, f"another job is at work in {folder}; wait for it, or end it")
 
 
-def _train(run: Run, batches: MicroBatches, watch: JobWatch) -> None:
+def _train(
+    run: Run,
+    batches: MicroBatches,
+    watch: JobWatch,
+    identity: dict[str, Any],
+    attention: dict[str, str],
+    changes: Changes,
+) -> None:
     run = run.with_optimizer_settled()
     arguments, process = run.arguments, run.process
-    checkpoints = Checkpoints(
-        arguments.output_dir / "checkpoints", arguments.save_total_limit, arguments.save_retain_steps
-    )
-    newest = checkpoints.newest_good()
+    checkpoints = _checkpoints(arguments)
+    newest = checkpoints.newest_good() if arguments.resume else None
     if newest:
         run = replace(run, deepspeed_config=checkpoints.config_to_load(newest, run.deepspeed_config))
     step = TrainingStep(run)
@@ -82,6 +150,9 @@ def _train(run: Run, batches: MicroBatches, watch: JobWatch) -> None:
     if process.rank == 0:
         print(describe_fused_parts(engine))
     progress = checkpoints.load(engine, newest) if newest else Progress()
+    if process.rank == 0:
+        # Not before: a folder that is left by what DeepSpeed refuses is empty.
+        _record(run, identity, attention, changes, progress)
 
     loader = on_device(
         batches.loader(
@@ -111,6 +182,19 @@ def _train(run: Run, batches: MicroBatches, watch: JobWatch) -> None:
                     f"by {told_by} after step {progress.step}, of which there is a checkpoint; go on with --resume"
                 )
     _finish(run, engine)
+
+
+def _record(
+    run: Run, identity: dict[str, Any], attention: dict[str, str], changes: Changes, progress: Progress
+) -> None:
+    """Write what the run starts with, or what it changes."""
+    folder = run.arguments.output_dir
+    record = read_record(folder)
+    if record is None:
+        record_run(run, identity, attention)
+    elif changes:
+        student_step = record.student_step if (folder / "student").exists() else 0
+        print(f"changed {append_changes(folder, progress.step, changes, student_step)}")
 
 
 def _epoch(run: Run, progress: Progress) -> float:
@@ -157,6 +241,7 @@ def _finish(run: Run, engine: deepspeed.DeepSpeedEngine) -> None:
         metrics = read_metrics(run.arguments.output_dir / "metrics.jsonl")
         plot_losses(metrics, run.arguments.output_dir / "loss.png", _loss_weights(run))
         student = whole_student(run.student, weights)
+        changed = read_record(run.arguments.output_dir)
         record = TrainingRecord(
             arguments=run.arguments,
             deepspeed_config=run.deepspeed_config,
@@ -167,8 +252,10 @@ def _finish(run: Run, engine: deepspeed.DeepSpeedEngine) -> None:
             held_out=masked_token_quality(
                 nn.Module.to(student, run.process.device), run.corpus, HELD_OUT_ROWS_FOR_CARD
             ),
+            changes=changed.changes if changed else (),
         )
         for left in run.arguments.output_dir.glob("student.incomplete-*"):  # by an export that was killed
             shutil.rmtree(left)
         export_student(student, record, run.arguments.output_dir / "student")
+        record_student(run.arguments.output_dir, run.total_steps)
         print(f"student written to {run.arguments.output_dir}/student")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distilspeed.trainer.config import BatchEquation
+from distilspeed.trainer.config import BatchEquation, accumulates_in_fp32
 from distilspeed.trainer.flops import ModelShape
 from distilspeed.trainer.masking import MASKED_FRACTION
 
@@ -73,15 +73,26 @@ def estimate_memory(
     stage = zero.get("stage", 0)
     width = BYTES[precision]
 
+    def is_offloaded(what: str) -> bool:
+        return (zero.get(what) or {}).get("device", "none") != "none"
+
     def share(size: int, from_stage: int, offload: str = "") -> int:
-        if (zero.get(offload) or {}).get("device", "none") != "none":
+        if is_offloaded(offload):
             return 0
         return size // (batch.world_size if stage >= from_stage else 1)
 
     has_master = width < BYTES["fp32"] or stage > 0
+    gradient_width = BYTES["fp32"] if accumulates_in_fp32(deepspeed_config) else width
+    # DeepSpeed's optimiser for that case holds every gradient in fp32 from the start, and has no buckets.
+    is_bf16_zero1 = (
+        stage == 1
+        and precision == "bf16"
+        and gradient_width > width
+        and not is_offloaded("offload_optimizer")
+    )
     states = ADAM_BYTES_PER_PARAMETER + MASTER_BYTES_PER_PARAMETER * has_master
     # With one micro-step the gradients come when activations go.
-    keeps_gradients = batch.gradient_accumulation_steps > 1
+    keeps_gradients = batch.gradient_accumulation_steps > 1 or is_bf16_zero1
     bucket = zero.get("reduce_bucket_size", REDUCE_BUCKET_SIZE) * width * (1 + bool(zero.get("overlap_comm")))
     tokens = batch.micro_batch_size * seq_length
     per_layer = (
@@ -96,9 +107,9 @@ def estimate_memory(
         logits = DISTILLATION_LOGITS * (MASKED_FRACTION if restrict_ce_to_mask else 1.0)
     return MemoryPlan(
         weights=share(student.parameters * width, 3, "offload_param"),
-        gradients=share(student.parameters * width, 2) if keeps_gradients else 0,
+        gradients=share(student.parameters * gradient_width, 2) if keeps_gradients else 0,
         optimizer_states=share(student.parameters * states, 1, "offload_optimizer"),
-        buckets=bucket if stage > 0 else 0,
+        buckets=bucket if stage > 0 and not is_bf16_zero1 else 0,
         teacher=teacher.parameters * width // (batch.world_size if teacher_zero3 else 1) if teacher else 0,
         activations=tokens * activations,
         logits=round(tokens * student.vocab_size * width * logits),

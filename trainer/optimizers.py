@@ -205,6 +205,15 @@ def forget_dummy_step(engine: deepspeed.DeepSpeedEngine) -> None:
             engine.optimizer.refresh_fp32_params()
 
 
+def apply_first_rate(scheduler: Any) -> None:
+    """Give the first step the rate of a schedule of DeepSpeed's that begins later than before its first iteration.
+
+    DeepSpeed sets rates when such a schedule advances, and so leaves the first step the optimiser's own.
+    """
+    if getattr(scheduler, "last_batch_iteration", -1) >= 0:
+        scheduler.step(scheduler.last_batch_iteration)
+
+
 def describe_fused_parts(engine: deepspeed.DeepSpeedEngine) -> str:
     """One line on the optimiser and the layer norms that in fact run, read from the engine."""
     optimizer = engine.basic_optimizer

@@ -1,7 +1,6 @@
 """A training run before it starts: its arguments checked against each other, its models, its record."""
 
 import hashlib
-import json
 import os
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -23,14 +22,14 @@ from distilspeed.trainer.config import (
     resolve_deepspeed_config,
     resolve_precision,
 )
-from distilspeed.trainer.config_check import check_deepspeed_config
+from distilspeed.trainer.config_check import check_deepspeed_config, check_monitors
 from distilspeed.trainer.corpus import Corpus, open_corpus
 from distilspeed.trainer.engines import DTYPES, Process, check_precision, this_process
-from distilspeed.trainer.errors import UserError, first_line
-from distilspeed.trainer.files import write_text, writing
+from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.flops import ModelShape, flops_per_token, model_shape
 from distilspeed.trainer.kernel_check import check_kernels
 from distilspeed.trainer.optimizers import choose_optimizer, leave_choice_open, settle_optimizer
+from distilspeed.trainer.record import read_record, write_record
 from distilspeed.trainer.student import (
     check_fits_corpus,
     load_teacher,
@@ -98,7 +97,7 @@ def prepare_run(arguments: TrainArguments) -> Run:
             check_kernels(process.device)
     use_apex = arguments.apex_layer_norm and not arguments.plan
     layer_norm = fused_layer_norm(process.device) if use_apex else None
-    _check_output_dir(arguments)
+    check_output_dir(arguments)
     corpus = open_corpus(arguments.data_dir)
     if not corpus.manifest.counts.train_rows:
         raise UserError(f"the corpus {arguments.data_dir} has no training rows; prepare it from more text")
@@ -108,8 +107,13 @@ def prepare_run(arguments: TrainArguments) -> Run:
         arguments.max_steps,
         arguments.num_train_epochs,
     )
-    deepspeed_config = resolve_deepspeed_config(checked_config, batch, steps, arguments.learning_rate)
-    check_deepspeed_config(deepspeed_config)
+    record = read_record(arguments.output_dir) if arguments.resume and not arguments.plan else None
+    deepspeed_config = resolve_deepspeed_config(
+        checked_config, batch, steps, arguments.learning_rate, record.started if record else None
+    )
+    check_deepspeed_config(deepspeed_config, steps)
+    if process.rank == 0 and not arguments.plan:
+        check_monitors(deepspeed_config)
     deepspeed_config = leave_choice_open(deepspeed_config, config)
 
     teacher: BertForMaskedLM | None = None
@@ -135,7 +139,8 @@ def prepare_run(arguments: TrainArguments) -> Run:
     )
 
 
-def _check_output_dir(arguments: TrainArguments) -> None:
+def check_output_dir(arguments: TrainArguments) -> None:
+    """Raise a UserError unless the run's folder can be written, and is empty or to be resumed."""
     if arguments.plan:  # which writes nothing
         return
     folder = arguments.output_dir.absolute()
@@ -166,9 +171,9 @@ def settle_attention(run: Run, batches: MicroBatches) -> dict[str, str]:
     """
     chosen: list[dict[str, str]] = [{}]
     if run.process.rank == 0:
-        record = _read_record(run)
+        record = read_record(run.arguments.output_dir)
         if record:
-            chosen = [record["attention"]]
+            chosen = [record.attention]
         else:
             document_ids = batches[0].document_ids
             choices = {
@@ -191,53 +196,25 @@ def settle_attention(run: Run, batches: MicroBatches) -> dict[str, str]:
     return chosen[0]
 
 
-def _read_record(run: Run) -> dict[str, Any] | None:
-    """``train_config.json`` of a run that was started before."""
-    path = run.arguments.output_dir / "train_config.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return {"identity": dict(record["identity"]), "attention": dict(record["attention"])}
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} cannot be read: {first_line(error)}; bring it back, or choose another --output_dir"
-        ) from error
-
-
-def check_same_run(run: Run, identity: dict[str, Any]) -> None:
-    """Raise UserError where the run in the output folder was started with another identity."""
-    record = _read_record(run)
-    if record is None:
-        return
-    for name, value in identity.items():
-        before = record["identity"].get(name)
-        if before != value:
-            raise UserError(
-                f"this run was started with {name} {before}, not {value}; "
-                "resume it with the same, or choose another --output_dir"
-            )
-
-
 def record_run(run: Run, identity: dict[str, Any], attention: dict[str, str]) -> None:
-    """Write ``train_config.json`` where there is none yet.
+    """Write ``train_config.json`` of a run that starts.
 
     Raises:
         UserError: it cannot be written.
     """
-    path = run.arguments.output_dir / "train_config.json"
-    if path.exists():
-        return
-    everything = {
-        "identity": identity,
-        "arguments": {name: _plain(value) for name, value in asdict(run.arguments).items()},
-        "deepspeed_config": run.deepspeed_config,
-        "student_layers": run.layers,
-        "attention": attention,
-        "versions": {package: version(package) for package in RECORDED_PACKAGES},
-    }
-    with writing(path):
-        write_text(path, json.dumps(everything, indent=2) + "\n")
+    write_record(
+        run.arguments.output_dir,
+        {
+            "identity": identity,
+            "arguments": {name: _plain(value) for name, value in asdict(run.arguments).items()},
+            "deepspeed_config": run.deepspeed_config,
+            "student_layers": run.layers,
+            "attention": attention,
+            "versions": {package: version(package) for package in RECORDED_PACKAGES},
+            "changes": [],
+            "student_step": 0,
+        },
+    )
 
 
 def identity_of(run: Run) -> dict[str, Any]:

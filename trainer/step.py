@@ -92,6 +92,8 @@ class TrainingStep:
         return StepResult(torch.stack(parts), torch.stack(are_finite), grad_norm, is_update)
 
     def _count_skips(self, is_update: bool, scale: float) -> None:
+        if not self.engine.fp16_enabled():
+            return  # what is not finite in other precisions is no overflow: the metrics report it
         if is_update or scale != self.last_scale:
             self.skips_at_last_scale = 0
         self.last_scale = scale

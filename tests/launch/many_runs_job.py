@@ -20,6 +20,7 @@ def arguments_of(run: dict[str, Any]) -> TrainArguments:
     return TrainArguments(**{name: Path(value) if name in PATHS else value for name, value in run.items()})
 
 
-with joined_job(this_process()):
-    for run in json.loads(Path(sys.argv[-1]).read_text()):
-        train(prepare_run(arguments_of(run)))
+if __name__ == "__main__":
+    with joined_job(this_process()):
+        for run in json.loads(Path(sys.argv[-1]).read_text()):
+            train(prepare_run(arguments_of(run)))

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
@@ -233,7 +234,44 @@ CONFIG_VALUES: dict[str, tuple[dict[str, Any], str]] = {
     "a misspelt schedule": ({"scheduler": {"type": "WarmupDecayLr"}}, 'did you mean "WarmupDecayLR"'),
     "a schedule without a type": ({"scheduler": {"params": {}}}, '"type"'),
     "a schedule that lacks a parameter": ({"scheduler": {"type": "WarmupDecayLR"}}, "total_num_steps"),
-    "a schedule that needs a metric": ({"scheduler": {"type": "ReduceLROnPlateau"}}, "metrics"),
+    "a schedule that needs a metric": (
+        {"scheduler": {"type": "ReduceLROnPlateau"}, "zero_optimization": {"stage": 0}},
+        "metrics",
+    ),
+    "a schedule of torch's under ZeRO": (
+        {"scheduler": {"type": "ExponentialLR", "params": {"gamma": 0.9}}},
+        "ExponentialLR is torch's",
+    ),
+    "a schedule that ends too early": (
+        {
+            "scheduler": {"type": "OneCycleLR", "params": {"max_lr": 1e-3, "total_steps": 5}},
+            "zero_optimization": {"stage": 0},
+        },
+        "ends after 5 steps",
+    ),
+    "a schedule that is 0 throughout": (warmup(warmup_max_lr=0.0), "learning rate of 0"),
+    "a learning rate of 0 in the schedule's first steps": (
+        {
+            "scheduler": {
+                "type": "WarmupDecayLR",
+                "params": {
+                    "warmup_num_steps": 10,
+                    "total_num_steps": 2,
+                    "warmup_min_lr": 0,
+                    "warmup_max_lr": 0,
+                },
+            }
+        },
+        "learning rate of 0",
+    ),
+    "sums in fp32 without ZeRO": (
+        {**zero(stage=0), "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+        '"data_types.grad_accum_dtype"',
+    ),
+    "an unknown type for sums": (
+        {"data_types": {"grad_accum_dtype": "fp8"}},
+        '"data_types.grad_accum_dtype"',
+    ),
     # values
     "a section that is a list": ({"optimizer": []}, '"optimizer"'),
     "a section that is null": ({"fp16": None}, '"fp16"'),
@@ -292,6 +330,44 @@ def test_a_value_of_a_config(inputs: Inputs, refused: Refused, name: str) -> Non
     path = inputs.folder / "config.json"
     path.write_text(json.dumps({**json.loads(CPU_CONFIG.read_text()), **changes}))
     assert named in refused(inputs.command(deepspeed_config=path))
+
+
+def without_package(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let importing a package fail, as where it is not installed."""
+    monkeypatch.setitem(sys.modules, name, None)
+
+
+@pytest.mark.parametrize(
+    ("monitor", "package", "named"),
+    [
+        ("wandb", "wandb", "pip install 'distilspeed[monitors]'"),
+        ("tensorboard", "tensorboard", "pip install 'distilspeed[monitors]'"),
+        ("comet", "comet_ml", "pip install 'comet_ml>=3.41.0'"),
+    ],
+)
+def test_a_monitor_without_its_package(
+    inputs: Inputs, refused: Refused, monkeypatch: pytest.MonkeyPatch, monitor: str, package: str, named: str
+) -> None:
+    without_package(package, monkeypatch)
+    path = inputs.folder / "config.json"
+    path.write_text(json.dumps({**json.loads(CPU_CONFIG.read_text()), monitor: {"enabled": True}}))
+    line = refused(inputs.command(deepspeed_config=path))
+    assert f'"{monitor}"' in line
+    assert named in line
+    monkeypatch.setenv("RANK", "1")  # DeepSpeed makes monitors on rank 0 alone
+    with pytest.raises(pytest.fail.Exception, match="the training started"):
+        refused(inputs.command(deepspeed_config=path))
+
+
+@pytest.mark.parametrize("monitor", ["csv_monitor", "tensorboard"])
+@pytest.mark.parametrize("path", ["file", "file/logs", "loop"])
+def test_a_monitor_that_cannot_write(inputs: Inputs, refused: Refused, monitor: str, path: str) -> None:
+    (inputs.folder / "file").touch()
+    (inputs.folder / "loop").symlink_to("loop")
+    section = {"enabled": True, "output_path": str(inputs.folder / path)}
+    config = inputs.folder / "config.json"
+    config.write_text(json.dumps({**json.loads(CPU_CONFIG.read_text()), monitor: section}))
+    assert f'"{monitor}.output_path"' in refused(inputs.command(deepspeed_config=config))
 
 
 def test_fp16_on_a_device_without_it(

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -152,9 +153,23 @@ def test_a_resume_as_another_run_is_refused_and_changes_nothing(
         )
     )
     config = json.loads((finished / "config.json").read_text())
-    zero2 = write_config(tmp_path / "zero2.json", config | {"zero_optimization": {"stage": 2}})
-    bf16 = write_config(tmp_path / "bf16.json", config | {"bf16": {"enabled": True}})
+
+    def with_changes(name: str, changes: dict[str, Any]) -> Path:
+        return write_config(tmp_path / f"{name}.json", config | changes)
+
+    zero2 = with_changes("zero2", {"zero_optimization": {"stage": 2}})
+    bf16 = with_changes("bf16", {"bf16": {"enabled": True}})
     same = finished / "config.json"
+    schedule, adam = config["scheduler"]["params"], config["optimizer"]["params"]
+    other_schedule = with_changes(
+        "warmup", {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto"}}}
+    )
+    no_schedule = write_config(tmp_path / "constant.json", config, remove=("scheduler",))
+    longer_warmup = with_changes(
+        "longer", {"scheduler": {"type": "WarmupDecayLR", "params": schedule | {"warmup_num_steps": 5}}}
+    )
+    other_adam = with_changes("adam", {"optimizer": {"type": "AdamW", "params": adam | {"amsgrad": True}}})
+    layout = with_changes("layout", {"zero_optimization": {"stage": 1, "round_robin_gradients": True}})
     cases: list[tuple[list[object], str]] = [
         ([*command(teacher, corpus, run, same), "--seed", 1], "seed 0, not 1"),
         (command(moved, corpus, run, same), "with teacher "),
@@ -164,7 +179,22 @@ def test_a_resume_as_another_run_is_refused_and_changes_nothing(
             [*command(teacher, corpus, run, same), "--per_device_train_batch_size", 2],
             "micro_batch_size 4, not 2",
         ),
-        ([*command(teacher, corpus, run, same), "--max_steps", 13], "total_steps 12, not 13"),
+        (
+            [*command(teacher, corpus, run, same), "--max_steps", 13],
+            "over 12 steps (WarmupDecayLR), not over 13",
+        ),
+        (
+            [*command(teacher, corpus, run, same), "--max_steps", 6],
+            "over 12 steps (WarmupDecayLR), not over 6",
+        ),
+        (command(teacher, corpus, run, other_schedule), "with scheduler.type WarmupDecayLR, not WarmupLR"),
+        (command(teacher, corpus, run, no_schedule), "with scheduler.type WarmupDecayLR, not none"),
+        (command(teacher, corpus, run, longer_warmup), "with scheduler.params.warmup_num_steps 2, not 5"),
+        (command(teacher, corpus, run, other_adam), "with optimizer.params.amsgrad none, not True"),
+        (
+            command(teacher, corpus, run, layout),
+            "with zero_optimization.round_robin_gradients none, not True",
+        ),
         ([*command(teacher, corpus, run, same), "--temperature", 3], "temperature 2.0, not 3.0"),
         ([*command(teacher, corpus, run, same), "--alpha_cos", 0], "alphas "),
         (
@@ -180,7 +210,86 @@ def test_a_resume_as_another_run_is_refused_and_changes_nothing(
     ]
     for (_, *arguments), said in cases:
         line = refusal("train.py", [*arguments, "--resume"], tmp_path, monkeypatch, capfd)
-        assert f"this run was started with {said.removeprefix('with ')}" in line
+        start = "planned to fall to 0" if said.startswith("over ") else "this run was started with"
+        assert f"{start} {said.removeprefix('with ')}" in line
+
+
+def test_a_finished_run_is_compared_before_it_is_called_complete(
+    finished: Path,
+    small_corpus_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run, config = tmp_path / "run", finished / "config.json"
+    shutil.copytree(finished / "run", run)
+    (_, *same) = command(finished / "teacher", small_corpus_dir, run, config)
+    cases = [
+        (["--temperature", 3], "this run was started with temperature 2.0, not 3.0"),
+        (["--seed", 1], "this run was started with seed 0, not 1"),
+        (["--max_steps", 13], "planned to fall to 0 over 12 steps"),
+        (["--max_steps", 6], "planned to fall to 0 over 12 steps"),
+        (["--learning_rate", 1e-4], "this run is complete: optimizer.params.lr cannot be changed"),
+    ]
+    for more, said in cases:
+        assert said in refusal("train.py", [*same, *more, "--resume"], tmp_path, monkeypatch, capfd)
+
+
+def test_checkpoints_without_the_runs_record_are_refused(
+    finished: Path,
+    small_corpus_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished / "run", run)
+    (run / "train_config.json").unlink()
+    (_, *same) = command(finished / "teacher", small_corpus_dir, run, finished / "config.json")
+    line = refusal("train.py", [*same, "--resume"], tmp_path, monkeypatch, capfd)
+    assert "no train_config.json" in line
+
+
+def test_a_student_that_was_being_replaced_when_a_process_was_killed_is_there_again(
+    finished: Path, small_corpus_dir: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished / "run", run)
+    before = snapshot(run / "student")
+    (run / "student").rename(run / "student.previous")
+    arguments = command(finished / "teacher", small_corpus_dir, run, finished / "config.json")
+    result = python(*arguments, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert "complete" in result.stdout
+    assert snapshot(run / "student") == before
+    assert not (run / "student.previous").exists()
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        ({}, "holds files already; continue it with --resume"),
+        ({"resume": True, "seed": 1}, "this run was started with seed 0, not 1"),
+    ],
+)
+def test_of_two_jobs_started_at_once_in_a_new_folder_the_second_takes_nothing_of_the_first(
+    tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path, second: dict[str, Any], said: str
+) -> None:
+    same = {
+        "deepspeed_config": str(CPU_CONFIG),
+        "teacher": str(tiny_teacher_dir),
+        "data_dir": str(small_corpus_dir),
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 1,
+    }
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps([same, same | second]))
+    result = python(Path(__file__).with_name("race_job.py"), job)
+    assert "the first is done" in result.stdout, result.stderr
+    assert result.returncode == 2
+    (line,) = error_lines(result)
+    assert said in line
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 1
 
 
 def test_a_finished_run_is_left_alone(finished: Path, small_corpus_dir: Path) -> None:

@@ -4,11 +4,13 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed
+from deepspeed.runtime import lr_schedules
 
-from distilspeed.trainer.checkpoint import Checkpoint, Checkpoints, Progress
+from distilspeed.trainer.checkpoint import Checkpoint, Checkpoints, Progress, _own_settings
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.files import FileRecord, write_text
 
@@ -228,3 +230,94 @@ def test_a_manifest_says_what_it_is_given(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path, Progress(1, 2, 3), 4, (FileRecord.of(tmp_path, tmp_path / "data.pt"),))
     write_text(tmp_path / "manifest.json", checkpoint.to_json())
     assert Checkpoint.read(tmp_path) == checkpoint
+
+
+# --- the settings of an engine that loads a checkpoint --------------------------------------------------
+
+
+class Scheduled:
+    """The parts of DeepSpeed's engine that hold settings, with real optimisers and schedules."""
+
+    def __init__(self, kind: str, params: dict[str, Any], clipping: float, **of_adam: Any) -> None:
+        weight = torch.nn.Parameter(torch.ones(3))
+        self.basic_optimizer = self.optimizer = torch.optim.AdamW([weight], **of_adam)
+        of_deepspeed = getattr(lr_schedules, kind, None)
+        schedule = of_deepspeed or getattr(torch.optim.lr_scheduler, kind)
+        self.lr_scheduler = schedule(self.basic_optimizer, **params)
+        self.clipping = self.optimizer.clip_grad = clipping
+        self.rates: list[float] = []
+
+    def gradient_clipping(self) -> float:
+        return self.clipping
+
+    def train(self, steps: int) -> None:
+        group = self.basic_optimizer.param_groups[0]
+        for _ in range(steps):
+            self.rates.append(float(group["lr"]))
+            group["params"][0].grad = torch.ones(3)
+            self.basic_optimizer.step()
+            self.lr_scheduler.step()
+
+    def load(self, saved: "Scheduled", steps: int) -> None:
+        with _own_settings(self, steps):  # type: ignore[arg-type]
+            self.basic_optimizer.load_state_dict(saved.basic_optimizer.state_dict())
+            self.lr_scheduler.load_state_dict(saved.lr_scheduler.state_dict())
+            self.optimizer.clip_grad = saved.optimizer.clip_grad
+
+
+SCHEDULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "WarmupLR": ({"warmup_max_lr": 1e-3, "warmup_num_steps": 4}, {"warmup_max_lr": 1e-4}),
+    "WarmupDecayLR": (
+        {"warmup_max_lr": 1e-3, "warmup_num_steps": 3, "total_num_steps": 20, "last_batch_iteration": 1},
+        {"warmup_max_lr": 1e-4},
+    ),
+    "WarmupCosineLR": ({"warmup_num_steps": 3, "total_num_steps": 20}, {}),
+    "OneCycle": (
+        {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-3, "cycle_first_step_size": 6},
+        {"cycle_max_lr": 5e-4},
+    ),
+    "LRRangeTest": (
+        {"lr_range_test_min_lr": 1e-3, "lr_range_test_step_size": 2},
+        {"lr_range_test_min_lr": 1e-4},
+    ),
+    "ExponentialLR": ({"gamma": 0.9}, {}),
+    "StepLR": ({"step_size": 3}, {}),
+    "MultiStepLR": ({"milestones": [2, 7, 11]}, {}),
+    "CosineAnnealingLR": ({"T_max": 12, "eta_min": 1e-6}, {"eta_min": 1e-7}),
+    "PolynomialLR": ({"total_iters": 20}, {}),
+    "CyclicLR": (
+        {"base_lr": 1e-4, "max_lr": 1e-3, "step_size_up": 3, "cycle_momentum": False},
+        {"max_lr": 5e-4},
+    ),
+    "OneCycleLR": ({"max_lr": 1e-3, "total_steps": 20}, {"max_lr": 1e-4}),
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.filterwarnings("ignore:Detected call of")
+def test_other_settings_go_on_as_if_the_schedule_had_always_been_theirs(kind: str) -> None:
+    params, changed = SCHEDULES[kind]
+    first = Scheduled(kind, params, 1.0, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0, eps=1e-6)
+    first.train(8)
+    new = {"lr": 1e-4, "betas": (0.8, 0.9), "weight_decay": 0.1, "eps": 1e-3}
+    resumed, always = (Scheduled(kind, params | changed, 5.0, **new) for _ in range(2))
+    resumed.load(first, 8)
+    for engine, steps in ((resumed, 6), (always, 14)):
+        engine.train(steps)
+    assert resumed.rates == always.rates[8:]
+    theirs = always.basic_optimizer.param_groups[0]
+    for name, value in resumed.basic_optimizer.param_groups[0].items():
+        assert name == "params" or value == theirs[name], name
+    assert resumed.optimizer.clip_grad == 5.0
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.filterwarnings("ignore:Detected call of")
+def test_the_same_settings_go_on_to_the_bit(kind: str) -> None:
+    straight, first, resumed = (Scheduled(kind, SCHEDULES[kind][0], 1.0, lr=1e-3, eps=1e-6) for _ in range(3))
+    straight.train(14)
+    first.train(8)
+    resumed.load(first, 8)
+    resumed.train(6)
+    assert first.rates + resumed.rates == straight.rates
+    assert resumed.basic_optimizer.param_groups[0].keys() == straight.basic_optimizer.param_groups[0].keys()

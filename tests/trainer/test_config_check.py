@@ -75,7 +75,9 @@ DOCUMENTED: dict[str, Any] = {
 
 def check(changes: dict[str, Any]) -> None:
     config = choose_optimizer({**GOOD, **changes}, torch.device("cpu"))
-    check_deepspeed_config(resolve_deepspeed_config(config, resolve_batch_equation(config, 4), 100, None))
+    check_deepspeed_config(
+        resolve_deepspeed_config(config, resolve_batch_equation(config, 4), 100, None), 100
+    )
 
 
 def test_what_deepspeed_documents_is_accepted() -> None:
@@ -124,18 +126,20 @@ def test_the_optimizers_of_deepspeed_are_accepted(optimizer: dict[str, Any]) -> 
         {"type": "OneCycle", "params": {"cycle_min_lr": 1e-5, "cycle_max_lr": 1e-3}},
         {"type": "LRRangeTest", "params": {"lr_range_test_min_lr": 1e-5}},
         {"type": "CosineAnnealingLR", "params": {"T_max": 100}},
+        {"type": "OneCycleLR", "params": {"max_lr": 1e-3, "total_steps": 100}},
     ],
     ids=str,
 )
 def test_the_schedules_of_deepspeed_and_torch_are_accepted(scheduler: dict[str, Any]) -> None:
-    check({"scheduler": scheduler})
+    of_torch = scheduler["type"].endswith(("AnnealingLR", "CycleLR"))
+    check({"scheduler": scheduler} | ({"zero_optimization": {"stage": 0}} if of_torch else {}))
 
 
 def test_the_check_changes_nothing() -> None:
     config = choose_optimizer({**GOOD, **DOCUMENTED}, torch.device("cpu"))
     resolved = resolve_deepspeed_config(config, resolve_batch_equation(config, 4), 100, None)
     before = json.dumps(resolved)
-    check_deepspeed_config(resolved)
+    check_deepspeed_config(resolved, 100)
     assert json.dumps(resolved) == before
     assert type(resolved["tensorboard"]) is dict
 

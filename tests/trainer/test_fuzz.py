@@ -77,7 +77,7 @@ def read_and_resolve(path: Path) -> None:
     config = choose_optimizer(read_deepspeed_config(path), torch.device("cpu"))
     batch = resolve_batch_equation(config, 2)
     resolve_precision(config)
-    check_deepspeed_config(resolve_deepspeed_config(config, batch, 100, None))
+    check_deepspeed_config(resolve_deepspeed_config(config, batch, 100, None), 100)
 
 
 @BOUNDED

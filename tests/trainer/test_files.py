@@ -1,0 +1,80 @@
+"""A folder that replaces another: one of the two is there whole, whenever the process ends."""
+
+from pathlib import Path
+
+import pytest
+
+from distilspeed.trainer.files import bring_back_replaced, folder_written_whole
+
+
+@pytest.fixture
+def student(tmp_path: Path) -> Path:
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "step").write_text("10")
+    return tmp_path / "student"
+
+
+def replace(student: Path) -> None:
+    with folder_written_whole(student, replaces=True) as beside:
+        (beside / "step").write_text("20")
+
+
+def test_it_is_replaced_and_nothing_else_is_left(student: Path) -> None:
+    replace(student)
+    assert (student / "step").read_text() == "20"
+    assert [path.name for path in student.parent.iterdir()] == ["student"]
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_one_that_cannot_be_replaced_stays(
+    student: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    renamed, rename = [], Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        renamed.append(path.name)
+        if len(renamed) == failing:
+            raise OSError("no space left")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="no space left"):
+        replace(student)
+    assert (student / "step").read_text() == "10"
+    assert [path.name for path in student.parent.iterdir()] == ["student"]
+
+
+@pytest.mark.parametrize(("killed_after", "expected"), [(1, "10"), (2, "20")])
+def test_a_kill_between_the_renames_loses_neither(
+    student: Path, monkeypatch: pytest.MonkeyPatch, killed_after: int, expected: str
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    renamed, rename = [], Path.rename
+
+    def die(path: Path, target: Path) -> Path:
+        result = rename(path, target)
+        renamed.append(path.name)
+        if len(renamed) == killed_after:
+            # A killed process tidies nothing up.
+            monkeypatch.setattr("distilspeed.trainer.files.bring_back_replaced", lambda path: None)
+            monkeypatch.setattr("shutil.rmtree", lambda path, ignore_errors: None)
+            raise Killed
+        return result
+
+    with monkeypatch.context() as patched:
+        monkeypatch = patched
+        patched.setattr(Path, "rename", die)
+        with pytest.raises(Killed):
+            replace(student)
+    bring_back_replaced(student)
+    assert (student / "step").read_text() == expected
+    assert not (student.parent / "student.previous").exists()
+
+
+def test_bringing_back_does_nothing_where_nothing_was_replaced(student: Path) -> None:
+    bring_back_replaced(student)
+    assert (student / "step").read_text() == "10"
+    bring_back_replaced(student.with_name("absent"))
+    assert not student.with_name("absent").exists()
