@@ -14,11 +14,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilspeed.trainer.errors import CommandParser, UserError, quiet_libraries, run_command
+from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.job.command import CommandParser, quiet_libraries, run_command
 
 if TYPE_CHECKING:
-    from distilspeed.trainer.run import Run
     from distilspeed.trainer.throughput.report import BenchmarkReport
+    from distilspeed.trainer.training.run import Run
 
 # A schedule that no benchmark comes to the end of.
 STEPS_OF_SCHEDULE = 1_000_000
@@ -53,8 +54,8 @@ def _prepare(options: dict[str, Any]) -> "Run":
     for not_an_argument in ("debug", "local_rank"):
         options.pop(not_an_argument)
     # After the parsing, because importing torch takes seconds.
-    from distilspeed.trainer.config import TrainArguments
-    from distilspeed.trainer.run import prepare_run
+    from distilspeed.trainer.training.arguments import TrainArguments
+    from distilspeed.trainer.training.run import prepare_run
 
     quiet_libraries()
     if options["teacher"] == "none":
@@ -66,7 +67,7 @@ def _prepare(options: dict[str, Any]) -> "Run":
 def _check_before_measuring(
     run: "Run", rounds: int, ranks: tuple[int, ...], output: Path | None, check: Path | None
 ) -> None:
-    from distilspeed.trainer.config import read_deepspeed_config, resolve_batch_equation
+    from distilspeed.trainer.engine.config import read_deepspeed_config, resolve_batch_equation
     from distilspeed.trainer.files import check_new_file
     from distilspeed.trainer.throughput.report import read_stored
 

@@ -24,8 +24,9 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from distilspeed.trainer.errors import CommandParser, UserError, run_command
+from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.files import check_new_file, write_text
+from distilspeed.trainer.job.command import CommandParser, run_command
 
 SECONDS_BETWEEN_LOOKS = 0.1
 SMALL_TEXT_BYTES = 10_000_000  # the text whose memory is compared with that of all the text
@@ -107,7 +108,7 @@ def run_original(text: Path, tokenizer: str, folder: Path) -> Round:
 
 
 def run_ours(text: Path, tokenizer: str, folder: Path, seq_length: int, num_proc: int) -> Round:
-    from distilspeed.trainer.corpus import open_corpus
+    from distilspeed.trainer.corpus.format import open_corpus
 
     command = [
         str(Path(__file__).with_name("prepare_data.py")),
@@ -156,7 +157,7 @@ def _memory_of_tree(pid: int) -> int:
 
 def check_input(options: argparse.Namespace) -> None:
     """Raise UserError for what ours would refuse: the original does not check it."""
-    from distilspeed.trainer.preparation import CorpusArguments, open_input
+    from distilspeed.trainer.corpus.build import CorpusArguments, open_input
 
     with tempfile.TemporaryDirectory() as work:  # nothing is written there
         open_input(
@@ -226,7 +227,7 @@ def main() -> None:
     import torch
 
     from distilspeed.kernels.profiling.machine import Machine
-    from distilspeed.trainer.corpus_writer import installed_versions
+    from distilspeed.trainer.corpus.writer import installed_versions
 
     check_input(options)
     machine = Machine.here(torch.device("cpu"))

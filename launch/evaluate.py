@@ -10,13 +10,13 @@ import argparse
 import logging
 from pathlib import Path
 
-from distilspeed.trainer.errors import CommandParser, quiet_libraries, run_command
+from distilspeed.trainer.job.command import CommandParser, quiet_libraries, run_command
 
 
 def main() -> None:
     options = _parse_arguments()
     # After the parsing, because importing torch and transformers takes seconds.
-    from distilspeed.trainer.comparison import EvaluateArguments, evaluate
+    from distilspeed.trainer.evaluation.comparison import EvaluateArguments, evaluate
 
     arguments = EvaluateArguments(**options)
     quiet_libraries()

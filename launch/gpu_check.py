@@ -19,10 +19,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
-from distilspeed.trainer.checks import Part, Runner, file_name
-from distilspeed.trainer.errors import CommandParser, UserError, quiet_libraries, run_command
+from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.files import check_unoccupied, write_text, writing
-from distilspeed.trainer.processes import STOP_SIGNALS, stop_signals
+from distilspeed.trainer.job.command import CommandParser, quiet_libraries, run_command
+from distilspeed.trainer.job.processes import STOP_SIGNALS, stop_signals
+from distilspeed.trainer.throughput.check_runner import Part, Runner, file_name
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS, KERNELS, TRAINING, DISTILLATION = GROUPS = ("tests", "kernels", "training", "distillation")

@@ -21,8 +21,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from distilspeed.trainer.errors import CommandParser, UserError, quiet_libraries, run_command
-from distilspeed.trainer.processes import stop_signals
+from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.job.command import CommandParser, quiet_libraries, run_command
+from distilspeed.trainer.job.processes import stop_signals
 
 
 def main() -> None:
@@ -30,9 +31,9 @@ def main() -> None:
     for stop in stop_signals():
         signal.signal(stop, _exit_and_clean_up)
     # Imported here because every tokenising process imports this file again, and has no use for torch.
-    from distilspeed.trainer.corpus import Shard
-    from distilspeed.trainer.merging import merge_shards
-    from distilspeed.trainer.preparation import CorpusArguments, prepare_corpus
+    from distilspeed.trainer.corpus.build import CorpusArguments, prepare_corpus
+    from distilspeed.trainer.corpus.format import Shard
+    from distilspeed.trainer.corpus.merge import merge_shards
 
     quiet_libraries()
     if "merge" in arguments:

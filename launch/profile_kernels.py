@@ -16,8 +16,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilspeed.trainer.errors import CommandParser, UserError, run_command
+from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.files import check_unoccupied, folder_written_whole, parents_made, write_text
+from distilspeed.trainer.job.command import CommandParser, run_command
 
 if TYPE_CHECKING:
     from distilspeed.kernels.profiling.profile import ProfileSettings

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from distilspeed.trainer.errors import CommandParser, UserError, run_command
+from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.files import check_unoccupied, folder_written_whole, parents_made
+from distilspeed.trainer.job.command import CommandParser, run_command
 
 VOCABULARY = 2048
 SHORTEST_PARAGRAPH = 60  # characters

@@ -6,10 +6,10 @@ deepspeed launch/train.py --deepspeed_config ds_configs/cpu.json --teacher DIR -
 import argparse
 from pathlib import Path
 
-from distilspeed.trainer.environment import prepare_environment
-from distilspeed.trainer.errors import CommandParser, quiet_libraries, run_command
-from distilspeed.trainer.launcher import end_with_launcher
-from distilspeed.trainer.scheduler import take_place_from_scheduler
+from distilspeed.trainer.job.command import CommandParser, quiet_libraries, run_command
+from distilspeed.trainer.job.environment import prepare_environment
+from distilspeed.trainer.job.parents import end_with_launcher
+from distilspeed.trainer.job.scheduler import take_place_from_scheduler
 
 
 def layer_list(text: str) -> tuple[int, ...]:
@@ -122,10 +122,10 @@ def main() -> None:
 
     prepare_environment(options["full_determinism"])
     # After the parsing, because importing torch and DeepSpeed takes seconds.
-    from distilspeed.trainer.config import TrainArguments
-    from distilspeed.trainer.loop import train
-    from distilspeed.trainer.plan import print_plan
-    from distilspeed.trainer.run import prepare_run
+    from distilspeed.trainer.training.arguments import TrainArguments
+    from distilspeed.trainer.training.loop import train
+    from distilspeed.trainer.training.plan import print_plan
+    from distilspeed.trainer.training.run import prepare_run
 
     quiet_libraries()
     run = prepare_run(TrainArguments(**options))

@@ -10,7 +10,7 @@ import torch
 from tokenizers import BertWordPieceTokenizer
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertTokenizer
 
-from distilspeed.trainer.preparation import CorpusArguments, prepare_corpus
+from distilspeed.trainer.corpus.build import CorpusArguments, prepare_corpus
 
 SMALL_VOCABULARY = 1000
 SMALL_SEQ_LENGTH = 64

@@ -13,7 +13,7 @@ import statistics
 import time
 from pathlib import Path
 
-from distilspeed.trainer.environment import SETTINGS
+from distilspeed.trainer.job.environment import SETTINGS
 
 os.environ.update(SETTINGS | os.environ)
 
@@ -21,9 +21,11 @@ import torch
 from torch import nn
 from transformers import DistilBertConfig, DistilBertForMaskedLM
 
-from distilspeed.trainer.config import BatchEquation, read_deepspeed_config, resolve_deepspeed_config
-from distilspeed.trainer.engines import Process, joined_job, optimizer_step, student_engine, this_process
-from distilspeed.trainer.optimizers import settle_optimizer
+from distilspeed.trainer.data.batch_equation import BatchEquation
+from distilspeed.trainer.engine.config import read_deepspeed_config, resolve_deepspeed_config
+from distilspeed.trainer.engine.optimizers import settle_optimizer
+from distilspeed.trainer.engine.student import optimizer_step, student_engine
+from distilspeed.trainer.job.ranks import Process, joined_job, this_process
 
 CONFIG = Path(__file__).parents[2] / "ds_configs" / "cpu.json"
 ROWS, LENGTH, ACCUMULATION, STEPS = 1, 32, 4, 5

@@ -28,11 +28,11 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from distilspeed.trainer.corpus import Shard
-from distilspeed.trainer.lines import LONGEST_LINE
-from distilspeed.trainer.preparation import CorpusArguments, prepare_corpus
-from distilspeed.trainer.recognition import READ_BYTES
-from distilspeed.trainer.student import load_teacher, make_student
+from distilspeed.trainer.corpus.build import CorpusArguments, prepare_corpus
+from distilspeed.trainer.corpus.format import Shard
+from distilspeed.trainer.corpus.lines import LONGEST_LINE
+from distilspeed.trainer.corpus.recognition import READ_BYTES
+from distilspeed.trainer.models.loading import load_teacher, make_student
 
 LONG_NAME = "n" * 300
 SENTENCE = "this is a sentence of more than twelve tokens, so that it is a piece of its own"

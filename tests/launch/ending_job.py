@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 import torch.distributed
 
-from distilspeed.trainer import optimizers
-from distilspeed.trainer.engines import Process, joined_job, this_process
-from distilspeed.trainer.errors import NumericalError, run_command
-from distilspeed.trainer.watch import JobWatch
+from distilspeed.trainer.engine import optimizers
+from distilspeed.trainer.errors import NumericalError
+from distilspeed.trainer.job.command import run_command
+from distilspeed.trainer.job.ranks import Process, joined_job, this_process
+from distilspeed.trainer.job.watch import JobWatch
 
 INTERPRETERS_END = "the interpreter's end"
 

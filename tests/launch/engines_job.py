@@ -14,12 +14,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForMaskedLM
 
-from distilspeed.trainer.batches import MicroBatches
-from distilspeed.trainer.config import BatchEquation, read_deepspeed_config, resolve_deepspeed_config
-from distilspeed.trainer.corpus import Corpus, open_corpus
-from distilspeed.trainer.engines import DTYPES, joined_job, optimizer_step, student_engine, this_process
-from distilspeed.trainer.optimizers import settle_optimizer
-from distilspeed.trainer.teacher import ReplicatedTeacher, ShardedTeacher
+from distilspeed.trainer.corpus.format import Corpus, open_corpus
+from distilspeed.trainer.data.batch_equation import BatchEquation
+from distilspeed.trainer.data.batches import MicroBatches
+from distilspeed.trainer.engine.config import read_deepspeed_config, resolve_deepspeed_config
+from distilspeed.trainer.engine.optimizers import settle_optimizer
+from distilspeed.trainer.engine.student import DTYPES, optimizer_step, student_engine
+from distilspeed.trainer.engine.teacher import ReplicatedTeacher, ShardedTeacher
+from distilspeed.trainer.job.ranks import joined_job, this_process
 
 CONFIG = Path(__file__).parents[2] / "ds_configs" / "cpu.json"
 ACCUMULATION, STEPS, WIDTH = 3, 2, 64

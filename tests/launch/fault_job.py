@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from distilspeed.trainer import distillation, step
+from distilspeed.trainer.objective import objective as distillation
+from distilspeed.trainer.training import step
 
 KIND = os.environ["FAULT_KIND"]
 BATCHES = {int(number) for number in os.environ["FAULT_BATCHES"].split(",")}

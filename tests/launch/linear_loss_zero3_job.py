@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import DistilBertConfig, DistilBertForMaskedLM
 
 from distilspeed.kernels.linear_distillation_loss import linear_distillation_loss
-from distilspeed.trainer.engines import joined_job, student_engine, this_process
+from distilspeed.trainer.engine.student import student_engine
+from distilspeed.trainer.job.ranks import joined_job, this_process
 
 ROWS, LENGTH, STEPS, LEARNING_RATE = 8, 16, 2, 0.05
 VOCAB_SIZE, HIDDEN_SIZE, TEACHER_HIDDEN_SIZE = 101, 32, 48

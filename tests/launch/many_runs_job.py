@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from distilspeed.trainer.config import TrainArguments
-from distilspeed.trainer.engines import joined_job, this_process
-from distilspeed.trainer.loop import train
-from distilspeed.trainer.run import prepare_run
+from distilspeed.trainer.job.ranks import joined_job, this_process
+from distilspeed.trainer.training.arguments import TrainArguments
+from distilspeed.trainer.training.loop import train
+from distilspeed.trainer.training.run import prepare_run
 
 PATHS = ("deepspeed_config", "data_dir", "output_dir")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from many_runs_job import arguments_of
 
-from distilspeed.trainer.errors import run_command
-from distilspeed.trainer.loop import train
-from distilspeed.trainer.run import prepare_run
+from distilspeed.trainer.job.command import run_command
+from distilspeed.trainer.training.loop import train
+from distilspeed.trainer.training.run import prepare_run
 
 
 def main() -> None:

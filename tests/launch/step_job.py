@@ -18,11 +18,11 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distilspeed.trainer.batches import MicroBatches, on_device
-from distilspeed.trainer.config import TrainArguments
-from distilspeed.trainer.engines import joined_job, this_process
-from distilspeed.trainer.run import prepare_run, settle_attention
-from distilspeed.trainer.step import TrainingStep
+from distilspeed.trainer.data.batches import MicroBatches, on_device
+from distilspeed.trainer.job.ranks import joined_job, this_process
+from distilspeed.trainer.training.arguments import TrainArguments
+from distilspeed.trainer.training.run import prepare_run, settle_attention
+from distilspeed.trainer.training.step import TrainingStep
 
 # Operators whose result, or its shape, the host has to read before it can go on.
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")

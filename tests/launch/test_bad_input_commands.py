@@ -20,9 +20,9 @@ import pytest
 from bad_inputs import LONG_NAME, SENTENCE, write_inputs
 from refusals import refusal, snapshot
 
-from distilspeed.trainer.corpus_writer import RowWriter
-from distilspeed.trainer.preparation import CorpusArguments, prepare_corpus
-from distilspeed.trainer.recognition import READ_BYTES
+from distilspeed.trainer.corpus.build import CorpusArguments, prepare_corpus
+from distilspeed.trainer.corpus.recognition import READ_BYTES
+from distilspeed.trainer.corpus.writer import RowWriter
 
 TEXT = "--tokenizer tokenizer --seq_length 64 --num_proc 1 --output_dir out/corpus --text"
 DATASET = "--tokenizer tokenizer --seq_length 64 --num_proc 1 --output_dir out/corpus --dataset"
@@ -418,7 +418,7 @@ def _as_a_command(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     # Called, these fail: what is refused is refused before anything is measured.
-    monkeypatch.setattr("distilspeed.trainer.comparison._measure", None)
+    monkeypatch.setattr("distilspeed.trainer.evaluation.comparison._measure", None)
     monkeypatch.setattr("distilspeed.trainer.throughput.measurement.compare", None)
     monkeypatch.setattr("distilspeed.kernels.profiling.profile.profile_kernels", None)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -448,8 +448,8 @@ def test_a_command_refuses(
 def interrupted(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder of a build of half/corpus that Ctrl-C ended after its first rows; goes after the test."""
     with monkeypatch.context() as patch:
-        patch.setattr("distilspeed.trainer.workers.BATCH_CHARACTERS", 20_000)
-        patch.setattr("distilspeed.trainer.unfinished.SECONDS_BETWEEN_RECORDS", 0.0)
+        patch.setattr("distilspeed.trainer.corpus.pool.BATCH_CHARACTERS", 20_000)
+        patch.setattr("distilspeed.trainer.corpus.unfinished.SECONDS_BETWEEN_RECORDS", 0.0)
         add, batches = RowWriter.add, itertools.count()
 
         def interrupt(writer: RowWriter, batch: Any) -> None:

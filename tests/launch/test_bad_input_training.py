@@ -53,7 +53,9 @@ def refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Callable[[list[object]], str]:
     """Run the command and return its one line; it must come before any training."""
-    monkeypatch.setattr("distilspeed.trainer.loop.train", lambda run: pytest.fail("the training started"))
+    monkeypatch.setattr(
+        "distilspeed.trainer.training.loop.train", lambda run: pytest.fail("the training started")
+    )
     return lambda arguments: refusal("train.py", arguments, tmp_path, monkeypatch, capfd)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from launcher import CPU_CONFIG, ROOT, error_lines, python
 
-from distilspeed.trainer.phases import COMMUNICATION
+from distilspeed.trainer.engine.phases import COMMUNICATION
 
 BENCHMARK = ROOT / "launch" / "benchmark.py"
 

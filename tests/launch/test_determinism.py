@@ -9,8 +9,8 @@ from jobs import assert_same_end, finish
 from launcher import write_config
 from training import CPU_HAS_FP16, FAULTY, STEPS, Training
 
-from distilspeed.trainer.environment import prepare_environment
-from distilspeed.trainer.metrics import read_metrics
+from distilspeed.trainer.job.environment import prepare_environment
+from distilspeed.trainer.training.metrics import read_metrics
 
 # Of one run's 24 updates and 2 batches left out: the second is after the checkpoint of step 22, and 23 batches.
 OVERFLOWS = (7, 24)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from launcher import ROOT
 
-from distilspeed.trainer.environment import SETTINGS, prepare_environment, unprepared_environment
-from distilspeed.trainer.errors import CommandParser
+from distilspeed.trainer.job.command import CommandParser
+from distilspeed.trainer.job.environment import SETTINGS, prepare_environment, unprepared_environment
 
 # Runs a command until it imports torch, and prints the environment of that moment.
 PROBE = """

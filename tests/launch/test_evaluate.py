@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distilspeed.trainer.student import load_teacher, make_student
+from distilspeed.trainer.models.loading import load_teacher, make_student
 
 COMMAND = Path(__file__).parents[2] / "launch" / "evaluate.py"
 

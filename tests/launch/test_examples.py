@@ -20,7 +20,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, Trainer, TrainingA
 from transformers import PreTrainedModel as Model
 
 from distilspeed.kernels import reference
-from distilspeed.trainer.student import load_teacher, make_student
+from distilspeed.trainer.models.loading import load_teacher, make_student
 
 EXAMPLES = ROOT / "launch" / "examples"
 LINES, STEPS = 40, 30

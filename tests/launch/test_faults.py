@@ -15,10 +15,10 @@ from jobs import assert_same_end, finish, kill, wait_for_checkpoint, wait_until
 from launcher import write_config
 from training import BATCH, FAULTY, FORKSERVER, MICRO_BATCH, STEPS, TRAIN, Training, needs_fp16, processes_of
 
-from distilspeed.trainer.batches import MicroBatches
-from distilspeed.trainer.config import BatchEquation
-from distilspeed.trainer.corpus import open_corpus
-from distilspeed.trainer.metrics import read_metrics
+from distilspeed.trainer.corpus.format import open_corpus
+from distilspeed.trainer.data.batch_equation import BatchEquation
+from distilspeed.trainer.data.batches import MicroBatches
+from distilspeed.trainer.training.metrics import read_metrics
 
 # Runs a command in a terminal of its own, which is closed when this program ends.
 TERMINAL = """

@@ -10,9 +10,9 @@ import torch
 from launcher import ROOT, environment, error_lines, python, write_config
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
-from distilspeed.trainer.config import TrainArguments
-from distilspeed.trainer.plan import plan_memory
-from distilspeed.trainer.run import prepare_run
+from distilspeed.trainer.training.arguments import TrainArguments
+from distilspeed.trainer.training.plan import plan_memory
+from distilspeed.trainer.training.run import prepare_run
 
 MIB = 2**20
 

@@ -11,9 +11,9 @@ from deepspeed.accelerator import get_accelerator
 from launcher import ROOT, train_all, write_config
 from safetensors.torch import load_file
 
-from distilspeed.trainer.engines import DTYPES
-from distilspeed.trainer.metrics import read_metrics
-from distilspeed.trainer.student import load_teacher, make_student
+from distilspeed.trainer.engine.student import DTYPES
+from distilspeed.trainer.models.loading import load_teacher, make_student
+from distilspeed.trainer.training.metrics import read_metrics
 
 STEPS, SAVE_STEPS, BATCH, LAYERS, LEARNING_RATE = 4, 2, 8, (0, 3), 0.01
 LAMB = {"optimizer": {"type": "Lamb", "params": {"lr": LEARNING_RATE, "betas": [0.9, 0.98], "eps": 1e-6}}}

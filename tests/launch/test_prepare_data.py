@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from distilspeed.trainer.corpus import open_corpus
+from distilspeed.trainer.corpus.format import open_corpus
 from distilspeed.trainer.errors import UserError
-from distilspeed.trainer.processes import STOP_SIGNALS
+from distilspeed.trainer.job.processes import STOP_SIGNALS
 
 COMMAND = Path(__file__).resolve().parents[2] / "launch" / "prepare_data.py"
 PATIENCE = 600.0  # seconds until a test gives up waiting

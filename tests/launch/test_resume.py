@@ -10,10 +10,10 @@ from launcher import train_all, write_config
 from safetensors.torch import load_file
 from training import CPU_HAS_FP16
 
-from distilspeed.trainer.corpus import open_corpus
-from distilspeed.trainer.metrics import read_metrics
-from distilspeed.trainer.preparation import CorpusArguments, prepare_corpus
-from distilspeed.trainer.student import load_teacher, make_student, select_teacher_layers
+from distilspeed.trainer.corpus.build import CorpusArguments, prepare_corpus
+from distilspeed.trainer.corpus.format import open_corpus
+from distilspeed.trainer.models.loading import load_teacher, make_student, select_teacher_layers
+from distilspeed.trainer.training.metrics import read_metrics
 
 STEPS, SAVE_STEPS, BATCH, MICRO_BATCH = 6, 2, 24, 4
 SECONDS = 1200  # for all runs of a number of ranks

@@ -15,13 +15,13 @@ from launcher import deepspeed, write_config
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from distilspeed.trainer.batches import MicroBatches
-from distilspeed.trainer.config import BatchEquation
-from distilspeed.trainer.corpus import open_corpus
-from distilspeed.trainer.distillation import forward_packed
-from distilspeed.trainer.engines import DTYPES
-from distilspeed.trainer.metrics import read_metrics
-from distilspeed.trainer.student import load_teacher, make_student
+from distilspeed.trainer.corpus.format import open_corpus
+from distilspeed.trainer.data.batch_equation import BatchEquation
+from distilspeed.trainer.data.batches import MicroBatches
+from distilspeed.trainer.engine.student import DTYPES
+from distilspeed.trainer.models.loading import load_teacher, make_student
+from distilspeed.trainer.models.packed_forward import forward_packed
+from distilspeed.trainer.training.metrics import read_metrics
 
 BATCH, STEPS, LEARNING_RATE, LAYERS = 12, 2, 0.05, (0, 3)
 SGD = {

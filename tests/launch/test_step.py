@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from launcher import CPU_CONFIG, ROOT, deepspeed, python
 
-from distilspeed.trainer.metrics import StepMetrics, read_metrics
+from distilspeed.trainer.training.metrics import StepMetrics, read_metrics
 
 STEP_JOB = Path(__file__).with_name("step_job.py")
 STEPS = 3

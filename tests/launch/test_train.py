@@ -14,10 +14,10 @@ from refusals import refusal, snapshot
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM
 
-from distilspeed.trainer.corpus import open_corpus, tokenizer_hash
-from distilspeed.trainer.metrics import read_metrics
-from distilspeed.trainer.preparation import CorpusArguments, prepare_corpus
-from distilspeed.trainer.student import check_fits_corpus, load_masked_language_model
+from distilspeed.trainer.corpus.build import CorpusArguments, prepare_corpus
+from distilspeed.trainer.corpus.format import open_corpus, tokenizer_hash
+from distilspeed.trainer.models.loading import check_fits_corpus, load_masked_language_model
+from distilspeed.trainer.training.metrics import read_metrics
 
 TRAIN = ROOT / "launch" / "train.py"
 STEPS, SAVE_STEPS, BATCH = 12, 4, 16

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from launcher import CPU_CONFIG, ROOT, environment
 
-from distilspeed.trainer.corpus import load_tokenizer
+from distilspeed.trainer.corpus.format import load_tokenizer
+from distilspeed.trainer.corpus.sources import dataset_source
 from distilspeed.trainer.errors import UserError
-from distilspeed.trainer.sources import dataset_source
-from distilspeed.trainer.student import load_masked_language_model, model_from_config
+from distilspeed.trainer.models.loading import load_masked_language_model, model_from_config
 
 SECRETS = {
     "HF_TOKEN": "hf_b3V0c2lkZXIx",

@@ -19,7 +19,7 @@ from jobs import (
 )
 from launcher import ROOT, error_lines
 
-from distilspeed.trainer.config import read_deepspeed_config, resolve_batch_equation, resolve_precision
+from distilspeed.trainer.engine.config import read_deepspeed_config, resolve_batch_equation, resolve_precision
 
 SCRIPT = ROOT / "launch" / "v100x8.sh"
 CONFIG = ROOT / "ds_configs" / "v100x8_fp16.json"

@@ -9,7 +9,7 @@ from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from jobs import Job, cpu_environment, finish, start, wait_until
 from launcher import DEEPSPEED, ROOT, free_port, write_config
 
-from distilspeed.trainer.checkpoint import Checkpoint
+from distilspeed.trainer.engine.checkpoint import Checkpoint
 
 STEPS, SAVE_STEPS, BATCH, MICRO_BATCH = 24, 2, 64, 16
 SECONDS_TO_END = 300  # in which nothing may be left of a job; a machine with other work is ten times slower

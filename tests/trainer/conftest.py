@@ -7,8 +7,8 @@ import datasets
 import numpy as np
 import pytest
 
-from distilspeed.trainer.corpus import Corpus, open_corpus, read_rows
-from distilspeed.trainer.preparation import CorpusArguments
+from distilspeed.trainer.corpus.build import CorpusArguments
+from distilspeed.trainer.corpus.format import Corpus, open_corpus, read_rows
 
 
 @pytest.fixture(scope="session")

@@ -1,1 +1,1 @@
-"""Measuring a training's throughput against the eager recipe; behind ``launch/benchmark.py``."""
+"""What launch/benchmark.py and launch/gpu_check.py measure and run."""

@@ -20,13 +20,14 @@ import torch.distributed
 from torch import nn
 
 from distilspeed.kernels.profiling.measurement import peak_cpu_bytes
-from distilspeed.trainer.batches import MicroBatches, on_device, resolve_num_workers
-from distilspeed.trainer.engines import DTYPES, joined_job
-from distilspeed.trainer.flops import measure_matmul_flops
-from distilspeed.trainer.phases import PhaseProfile
-from distilspeed.trainer.run import Run, settle_attention
-from distilspeed.trainer.step import TrainingStep, objective_of
+from distilspeed.trainer.data.batches import MicroBatches, on_device, resolve_num_workers
+from distilspeed.trainer.engine.phases import PhaseProfile
+from distilspeed.trainer.engine.student import DTYPES
+from distilspeed.trainer.job.ranks import joined_job
+from distilspeed.trainer.models.flops import measure_matmul_flops
 from distilspeed.trainer.throughput.eager_recipe import BucketedPieces, EagerRecipe
+from distilspeed.trainer.training.run import Run, settle_attention
+from distilspeed.trainer.training.step import TrainingStep, objective_of
 
 OURS, EAGER = "ours", "eager"
 # So many rows of the corpus are cut into pieces for the eager recipe: enough for real variety of lengths.

@@ -18,17 +18,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distilspeed.trainer.batches import corpus_masking_rule
-from distilspeed.trainer.config import ADAM_BETAS, ADAM_EPS, GRADIENT_CLIPPING, LEARNING_RATE
-from distilspeed.trainer.corpus import Corpus, read_rows
-from distilspeed.trainer.distillation import Objective
-from distilspeed.trainer.masking import (
+from distilspeed.trainer.corpus.format import Corpus, read_rows
+from distilspeed.trainer.data.batches import corpus_masking_rule
+from distilspeed.trainer.data.masking import (
     IGNORE_INDEX,
     KEEP_SHARE,
     MASK_SHARE,
     MASKED_FRACTION,
     MaskingRule,
 )
+from distilspeed.trainer.engine.config import ADAM_BETAS, ADAM_EPS, GRADIENT_CLIPPING, LEARNING_RATE
+from distilspeed.trainer.objective.objective import Objective
 
 # Lengths within this many tokens of each other share batches.
 LENGTH_BUCKET = 4

@@ -10,9 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from distilspeed.trainer.engines import free_port
-from distilspeed.trainer.environment import unprepared_environment
 from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.job.environment import unprepared_environment
+from distilspeed.trainer.job.ranks import free_port
 from distilspeed.trainer.throughput.contestants import ANSWER, EAGER, OURS, Footprint, Lap
 
 # Each turn lasts about so long: many steps where they are short, at least one where they are long. A GPU takes more

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from distilspeed.kernels.profiling.machine import Machine
+from distilspeed.trainer.engine.phases import COMMUNICATION
 from distilspeed.trainer.errors import UserError
-from distilspeed.trainer.phases import COMMUNICATION
-from distilspeed.trainer.run import Run
 from distilspeed.trainer.throughput.contestants import EAGER, OURS
 from distilspeed.trainer.throughput.measurement import Comparison
 from distilspeed.trainer.throughput.v100 import is_limited_to_v100
+from distilspeed.trainer.training.run import Run
 
 MIB = 2**20
 # A stored ratio may be missed by so much before the check fails.

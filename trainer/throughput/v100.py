@@ -2,7 +2,8 @@
 
 import torch
 
-from distilspeed.trainer import attention, engines
+from distilspeed.trainer.engine import student as engines
+from distilspeed.trainer.models import attention
 
 # Of 16 GiB, what CUDA's context leaves.
 BYTES = 15 * 2**30

@@ -1,0 +1,273 @@
+"""The batch equation, "auto" values and the checks on arguments."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, DistilBertConfig
+
+from distilspeed.trainer.data.batch_equation import BatchEquation
+from distilspeed.trainer.engine.config import (
+    Started,
+    cannot_accumulate_in_fp32,
+    read_deepspeed_config,
+    resolve_batch_equation,
+    resolve_deepspeed_config,
+    resolve_precision,
+)
+from distilspeed.trainer.engine.config_check import learning_rates
+from distilspeed.trainer.engine.optimizers import choose_optimizer
+from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.models.flops import model_shape
+from distilspeed.trainer.training.arguments import TrainArguments
+from distilspeed.trainer.training.memory import GIB, estimate_memory
+from distilspeed.trainer.training.plan import RESERVE_BYTES
+
+CONFIGS = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("stated", "world_size", "expected"),
+    [
+        ({}, 2, (16, 8, 1, 2)),
+        ({"train_batch_size": 4096, "train_micro_batch_size_per_gpu": 16}, 8, (4096, 16, 32, 8)),
+        ({"train_batch_size": 64}, 2, (64, 32, 1, 2)),
+        ({"train_batch_size": 64, "gradient_accumulation_steps": 4}, 2, (64, 8, 4, 2)),
+        ({"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3}, 2, (24, 4, 3, 2)),
+        ({"train_batch_size": "auto", "train_micro_batch_size_per_gpu": 4}, 1, (4, 4, 1, 1)),
+    ],
+)
+def test_the_batch_equation_is_solved_as_deepspeed_solves_it(
+    stated: dict[str, Any], world_size: int, expected: tuple[int, ...]
+) -> None:
+    assert resolve_batch_equation(stated, world_size) == BatchEquation(*expected)
+
+
+def test_arguments_fill_the_batch_sizes_that_the_config_leaves_open() -> None:
+    assert resolve_batch_equation({}, 2, 64, 8) == BatchEquation(64, 8, 4, 2)
+    with pytest.raises(UserError, match="contradicts"):
+        resolve_batch_equation({"train_batch_size": 32}, 2, 64, 8)
+
+
+def test_an_indivisible_batch_is_refused_and_the_nearest_named() -> None:
+    with pytest.raises(UserError, match="nearest that can: 4080 and 4104"):
+        resolve_batch_equation({"train_batch_size": 4096, "train_micro_batch_size_per_gpu": 8}, 3)
+    with pytest.raises(UserError, match="nearest that can: 24"):
+        resolve_batch_equation({"train_batch_size": 5, "train_micro_batch_size_per_gpu": 8}, 3)
+    contradiction = {
+        "train_batch_size": 32,
+        "train_micro_batch_size_per_gpu": 8,
+        "gradient_accumulation_steps": 3,
+    }
+    with pytest.raises(UserError, match="= 24"):
+        resolve_batch_equation(contradiction, 1)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "many", True])
+def test_a_batch_size_that_is_no_number_is_refused(value: object) -> None:
+    with pytest.raises(UserError, match="whole number"):
+        resolve_batch_equation({"train_batch_size": value}, 1)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_resolves_to_the_recipe_of_the_original(path: Path) -> None:
+    config = choose_optimizer(read_deepspeed_config(path), torch.device("cpu"))
+    batch = resolve_batch_equation(config, 8)
+    resolved = resolve_deepspeed_config(config, batch, total_steps=1000, learning_rate=None)
+    assert "auto" not in json.dumps(resolved)
+    assert resolved["gradient_clipping"] == 5.0
+    parameters = resolved["optimizer"]["params"]
+    assert (parameters["lr"], parameters["betas"], parameters["eps"]) == (5e-4, [0.9, 0.98], 1e-6)
+    schedule = resolved["scheduler"]["params"]
+    # The rate would be 0 in the step after the last.
+    assert (schedule["warmup_num_steps"], schedule["total_num_steps"]) == (50, 1001)
+    assert schedule["warmup_max_lr"] == 5e-4
+
+
+AUTO_SCHEDULES: dict[str, dict[str, Any]] = {
+    "WarmupDecayLR": dict.fromkeys(
+        ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "warmup_type", "total_num_steps"), "auto"
+    ),
+    "WarmupLR": dict.fromkeys(("warmup_max_lr", "warmup_num_steps", "warmup_type"), "auto"),
+    "WarmupCosineLR": dict.fromkeys(
+        ("warmup_min_ratio", "warmup_num_steps", "warmup_type", "total_num_steps"), "auto"
+    ),
+}
+
+
+def filled(name: str, steps: int, **stated: object) -> dict[str, Any]:
+    """A resolved config whose schedule is left to the trainer but for what is stated."""
+    config = {
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "scheduler": {"type": name, "params": {**AUTO_SCHEDULES[name], **stated}},
+    }
+    return resolve_deepspeed_config(config, BatchEquation(8, 8, 1, 1), steps, None)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 39, 1000])
+@pytest.mark.parametrize("name", AUTO_SCHEDULES)
+def test_a_schedule_of_auto_values_rises_to_the_peak_and_is_0_in_no_step(name: str, steps: int) -> None:
+    config = filled(name, steps)
+    rates = list(learning_rates(config, steps))
+    assert min(rates) > 0
+    warmup = max(2, round(0.05 * steps))
+    rising = range(1, min(warmup, steps + 1))
+    assert rates[: len(rising)] == pytest.approx([1e-3 * step / warmup for step in rising])
+    rest = {
+        "WarmupDecayLR": [
+            1e-3 * (steps + 1 - step) / (steps + 1 - warmup) for step in range(warmup, steps + 1)
+        ],
+        "WarmupLR": [1e-3] * max(0, steps - warmup + 1),
+    }
+    if name in rest:
+        assert rates[len(rising) :] == pytest.approx(rest[name])
+    else:
+        assert rates[len(rising) :] == sorted(rates[len(rising) :], reverse=True)
+        assert all(rate > 0.99e-3 for rate in rates[warmup - 1 : warmup] if steps > 100)
+
+
+def test_deepspeed_itself_takes_two_steps_at_0() -> None:
+    """Why a schedule that is filled in begins at iteration 1; where this fails, FIRST_ITERATION can go."""
+    config = filled("WarmupDecayLR", 100)
+    del config["scheduler"]["params"]["last_batch_iteration"]
+    assert [rate > 0 for rate in learning_rates(config, 3)] == [False, False, True]
+
+
+def test_a_schedule_that_is_stated_whole_is_deepspeeds() -> None:
+    params = {"warmup_min_lr": 1e-5, "warmup_max_lr": 1e-3, "warmup_num_steps": 10, "warmup_type": "linear"}
+    assert filled("WarmupLR", 100, **params)["scheduler"]["params"] == params
+
+
+def test_a_resumed_run_fills_auto_with_what_it_was_started_with() -> None:
+    first = filled("WarmupLR", 100) | {"optimizer": {"type": "AdamW", "params": {"lr": 2e-3, "eps": 1e-9}}}
+    config = {
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "eps": "auto"}},
+        "scheduler": {"type": "WarmupLR", "params": AUTO_SCHEDULES["WarmupLR"]},
+    }
+    batch = BatchEquation(8, 8, 1, 1)
+    resumed = resolve_deepspeed_config(config, batch, 1000, None, Started(first, 100))
+    assert resumed["optimizer"]["params"] == {"lr": 2e-3, "eps": 1e-9}
+    assert resumed["scheduler"]["params"] == {
+        "warmup_max_lr": 2e-3,
+        "warmup_num_steps": 5,
+        "warmup_type": "linear",
+        "last_batch_iteration": 1,
+    }
+    lower = resolve_deepspeed_config(config, batch, 100, 1e-4, Started(first, 100))
+    assert lower["optimizer"]["params"]["lr"] == lower["scheduler"]["params"]["warmup_max_lr"] == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage", "offload", "expected"),
+    [
+        ("bf16", 0, "none", None),
+        ("bf16", 1, "none", "fp32"),
+        ("bf16", 2, "cpu", "fp32"),
+        ("bf16", 3, "none", "fp32"),
+        ("fp16", 1, "none", "fp32"),
+        ("fp16", 2, "cpu", None),
+        ("fp16", 3, "cpu", "fp32"),
+        ("fp32", 1, "none", None),
+    ],
+)
+def test_half_precision_sums_gradients_in_fp32_where_deepspeed_can(
+    precision: str, stage: int, offload: str, expected: str | None
+) -> None:
+    config: dict[str, Any] = {
+        precision: {"enabled": True},
+        "zero_optimization": {"stage": stage, "offload_optimizer": {"device": offload}},
+    }
+    if precision == "fp32":
+        del config[precision]
+    batch = BatchEquation(8, 8, 1, 1)
+    resolved = resolve_deepspeed_config(config, batch, 100, None)
+    assert resolved.get("data_types", {}).get("grad_accum_dtype") == expected
+    stated = {**config, "data_types": {"grad_accum_dtype": "bf16"}}
+    assert resolve_deepspeed_config(stated, batch, 100, None)["data_types"] == stated["data_types"]
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem != "cpu"], ids=lambda path: path.stem)
+def test_the_shipped_configs_in_half_precision_sum_gradients_in_fp32(path: Path) -> None:
+    config = read_deepspeed_config(path)
+    assert resolve_precision(config) != "fp32"
+    assert config["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert cannot_accumulate_in_fp32(config) is None
+
+
+def test_the_offloading_config_fits_a_card_of_16_gib_and_moves_the_weights_64_times_a_step() -> None:
+    config = choose_optimizer(
+        read_deepspeed_config(next(path for path in CONFIGS if path.stem == "zero3_offload")),
+        torch.device("cpu"),
+    )
+    # Left on, DeepSpeed replaces torch's linear layer for the whole process: the teacher's, too.
+    assert config["zero_optimization"]["memory_efficient_linear"] is False
+    batch = resolve_batch_equation(config, 1)
+    assert batch.gradient_accumulation_steps == 64
+    bert = BertConfig()
+    student = DistilBertConfig(vocab_size=bert.vocab_size)
+    plan = estimate_memory(
+        *map(model_shape, (student, bert)),
+        batch,
+        512,
+        "fp16",
+        resolve_deepspeed_config(config, batch, 1000, None),
+    )
+    assert plan.total + RESERVE_BYTES < 16 * GIB
+
+
+def test_the_8_v100_config_accumulates_to_4096_sequences_in_fp16() -> None:
+    config = read_deepspeed_config(next(path for path in CONFIGS if path.stem == "v100x8_fp16"))
+    assert resolve_batch_equation(config, 8) == BatchEquation(4096, 32, 16, 8)
+    assert resolve_precision(config) == "fp16"
+
+
+def test_a_stated_value_is_kept_and_a_meaningless_auto_refused() -> None:
+    config = {
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "scheduler": {"params": {"warmup_max_lr": "auto"}},
+    }
+    resolved = resolve_deepspeed_config(config, BatchEquation(8, 8, 1, 1), 100, None)
+    assert resolved["optimizer"]["params"]["lr"] == resolved["scheduler"]["params"]["warmup_max_lr"] == 1e-3
+    with pytest.raises(UserError, match="contradicts"):
+        resolve_deepspeed_config(config, BatchEquation(8, 8, 1, 1), 100, 2e-3)
+    with pytest.raises(UserError, match=r"zero_optimization\.stage"):
+        resolve_deepspeed_config(
+            {"zero_optimization": {"stage": "auto"}}, BatchEquation(8, 8, 1, 1), 100, None
+        )
+
+
+def test_precision_is_one_of_three() -> None:
+    assert resolve_precision({}) == "fp32"
+    assert resolve_precision({"bf16": {"enabled": True}, "fp16": {"enabled": False}}) == "bf16"
+    with pytest.raises(UserError, match="choose one"):
+        resolve_precision({"bf16": {"enabled": True}, "fp16": {"enabled": True}})
+    with pytest.raises(UserError, match="amp"):
+        resolve_precision({"amp": {"enabled": True}})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": 0.0},
+        {"alpha_ce": -1.0},
+        {"alpha_ce": 0.0, "alpha_mlm": 0.0, "alpha_cos": 0.0},
+        {"max_steps": 0},
+        {"num_train_epochs": 0.0},
+        {"seed": -1},
+        {"save_steps": 0},
+        {"learning_rate": -1e-4},
+        {"train_batch_size": 0},
+        {"teacher": "none"},
+        {"student_config": "config.json"},
+        {"teacher": "none", "student_config": "config.json", "student_layers": (0, 1)},
+        {"teacher": "none", "student_config": "config.json", "alpha_mlm": 0.0},
+        {"teacher": "none", "student_config": "config.json", "teacher_zero3": True},
+    ],
+    ids=str,
+)
+def test_senseless_arguments_are_refused(wrong: dict[str, Any]) -> None:
+    given = {"deepspeed_config": Path("c"), "teacher": "t", "data_dir": Path("d"), "output_dir": Path("o")}
+    with pytest.raises(UserError):
+        TrainArguments(**(given | wrong))

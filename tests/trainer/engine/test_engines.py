@@ -1,0 +1,54 @@
+"""What the device or DeepSpeed cannot do is refused before anything starts."""
+
+import deepspeed
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from distilspeed.trainer.engine.student import check_precision
+from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.job.ranks import Process, this_process
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 0)
+
+
+def test_fp16_is_refused_where_the_device_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
+    with pytest.raises(UserError, match="cannot train in fp16; enable"):
+        check_precision("fp16", CPU)
+    check_precision("fp32", CPU)
+
+
+@pytest.mark.parametrize(
+    ("capability", "refused"), [((7, 0), True), ((7, 5), True), ((8, 0), False), ((9, 0), False)]
+)
+def test_bf16_is_refused_on_gpus_that_emulate_it(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], refused: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    if refused:
+        with pytest.raises(UserError, match="no bf16; enable"):
+            check_precision("bf16", CUDA)
+    else:
+        check_precision("bf16", CUDA)
+
+
+@pytest.mark.parametrize("version", ["0.18.9", "0.19.7"])
+def test_a_deepspeed_that_scales_gradients_wrongly_is_refused(
+    monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr(deepspeed, "__version__", version)
+    with pytest.raises(UserError, match=version):
+        check_precision("fp32", CPU)
+
+
+def test_without_a_launcher_this_process_is_the_whole_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    found = this_process()
+    assert (found.rank, found.local_rank, found.world_size) == (0, 0, 1)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert this_process() == Process(3, 1, 4, this_process().device)

@@ -1,0 +1,156 @@
+"""Promises of the comparison: what cannot be compared is refused first, and the same inputs go to all."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForMaskedLM,
+)
+
+from distilspeed.trainer.corpus.format import open_corpus
+from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.evaluation import comparison
+from distilspeed.trainer.evaluation.comparison import EvaluateArguments, choose_device, evaluate, shown_names
+from distilspeed.trainer.evaluation.quality import masked_token_quality
+from distilspeed.trainer.models.loading import load_teacher, make_student
+
+TINY: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 32,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, small_corpus_dir: Path) -> Path:
+    """A folder with ``teacher`` and ``student``, random but for their knowledge of which tokens are frequent."""
+    folder = tmp_path_factory.mktemp("models")
+    shutil.copytree(tiny_teacher_dir, folder / "teacher")
+    teacher = load_teacher(str(tiny_teacher_dir))
+    counts = torch.from_numpy(open_corpus(small_corpus_dir).token_counts)
+    teacher.cls.predictions.bias.copy_(3 * (counts + 1).log())
+    teacher.save_pretrained(folder / "teacher")
+    make_student(teacher, (0, 3)).save_pretrained(folder / "student")
+    return folder
+
+
+@pytest.fixture
+def arguments(
+    models: Path,
+    small_corpus_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> EvaluateArguments:
+    monkeypatch.setattr("distilspeed.trainer.evaluation.latency.SECONDS_PER_MODEL", 0.05)
+    return EvaluateArguments(
+        teacher=str(models / "teacher"),
+        student=str(models / "student"),
+        data_dir=small_corpus_dir,
+        output_dir=tmp_path / "out" / "evaluation",
+        max_rows=12,
+        task_epochs=1,
+        task_seeds=2,
+        device="cpu",
+        seed=5,
+    )
+
+
+def tiny_task(folder: Path) -> Path:
+    folder.mkdir()
+    records = [{"text": f"the list {number}", "label": number % 2} for number in range(12)]
+    for name in ("train", "dev"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def test_student_and_baseline_are_measured_against_the_teacher(
+    arguments: EvaluateArguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[str, int]] = []
+
+    def recorded_fine_tune(
+        name: str, task: Any, tokenizer: Any, settings: Any, seed: int, device: Any
+    ) -> float:
+        given.append((Path(name).name, seed))
+        return {arguments.teacher: 0.8, arguments.student: 0.6}[name] + 0.1 * (seed - 5)
+
+    monkeypatch.setattr(comparison, "fine_tune", recorded_fine_tune)
+    whole = replace(arguments, baseline=arguments.student, task=(tiny_task(tmp_path / "words"),))
+    report = evaluate(whole)
+
+    teacher, student, baseline = report.models
+    assert [model.role for model in report.models] == ["teacher", "student", "baseline"]
+    model = AutoModelForMaskedLM.from_pretrained(arguments.student)
+    assert student.quality == masked_token_quality(model, open_corpus(arguments.data_dir), 12, seed=5)
+    assert student.parameters == model.num_parameters()
+    assert [model.name for model in report.models] == [
+        f"{Path(arguments.student).parent.name}/{name}" for name in ("teacher", "student", "student")
+    ]
+    assert teacher.quality.accuracy > 0
+    assert student.mlm_retention_percent == pytest.approx(
+        100 * student.quality.accuracy / teacher.quality.accuracy
+    )
+    assert student.tasks[0].retention_percent == pytest.approx(100 * 0.65 / 0.85)
+    assert teacher.teacher_agreement == 1.0 > student.teacher_agreement
+    assert (teacher.mlm_retention_percent, teacher.latencies[0].speed_up) == (100.0, 1.0)
+    assert (baseline.quality, baseline.teacher_agreement) == (student.quality, student.teacher_agreement)
+    assert [seed for _, seed in given] == [5, 6] * 3
+    assert sorted(path.name for path in arguments.output_dir.iterdir()) == [
+        "report.json",
+        "report.md",
+        "report.png",
+    ]
+    assert str(tmp_path) not in (arguments.output_dir / "report.json").read_text()
+    assert [path.name for path in arguments.output_dir.parent.iterdir()] == ["evaluation"]
+
+
+def test_models_are_called_by_what_tells_them_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def called(*names: str) -> list[str]:
+        return shown_names(names)
+
+    for folder in ("runs/first/student", "runs/second/student", "a/runs/first/student"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    one, other = str(tmp_path / "runs/first/student"), "runs/second/student/"
+    assert called("google-bert/bert-base-uncased", one) == [
+        "google-bert/bert-base-uncased",
+        "first/student",
+    ]
+    # A folder called "student" as the teacher, and the same as student and baseline.
+    assert called(one, other, other) == ["first/student", "second/student", "second/student"]
+    assert called(one, "a/runs/first/student") == [
+        f"{tmp_path.name}/runs/first/student",
+        "a/runs/first/student",
+    ]
+    monkeypatch.chdir(one)
+    assert called(".", "../../second/student") == ["first/student", "second/student"]
+    assert called("/") == ["/"]
+    long = tmp_path / ("n" * 100)
+    long.mkdir()
+    assert called(str(long)) == ["…" + "n" * 60]
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == torch.device("cpu")
+    with pytest.raises(UserError, match="sees no GPU"):
+        choose_device("cuda")
+
+
+def test_a_failure_half_way_leaves_nothing(
+    arguments: EvaluateArguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("distilspeed.trainer.evaluation.report.draw_report", full_disk)
+    with pytest.raises(UserError, match="No space left"):
+        evaluate(arguments)
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+    assert not arguments.output_dir.exists()

@@ -1,0 +1,110 @@
+"""Promises of the report: the arithmetic, and that every number is in all three forms."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from distilspeed.trainer.evaluation.report import (
+    Conditions,
+    Latency,
+    Machine,
+    MaskedTokenQuality,
+    ModelReport,
+    Report,
+    TaskConditions,
+    TaskScore,
+    percent_of,
+    write_report,
+)
+from distilspeed.trainer.evaluation.tasks import FineTuning
+
+
+def model_report(role: str, accuracy: float, milliseconds: float, task: list[float]) -> ModelReport:
+    return ModelReport(
+        role=role,
+        name=f"{role}-name",
+        parameters=2_000_000,
+        parameters_percent=60.0,
+        weights_bytes=8_000_000,
+        quality=MaskedTokenQuality(loss=2.5, accuracy=accuracy, masked_tokens=100),
+        mlm_retention_percent=percent_of(accuracy, 0.5),
+        teacher_agreement=0.75,
+        latencies=(Latency.of("CPU", np.full(5, milliseconds), np.full(5, 20.0)),),
+        tasks=(TaskScore.of("rte", task, [0.8, 0.8]),),
+    )
+
+
+@pytest.fixture
+def report() -> Report:
+    return Report(
+        models=(
+            model_report("teacher", 0.5, 20.0, [0.8, 0.8]),
+            model_report("student", 0.45, 8.0, [0.7, 0.9]),
+            model_report("baseline", 0.25, 8.0, [0.4, 0.4]),
+        ),
+        conditions=Conditions(
+            corpus="mine",
+            held_out_rows=10,
+            seq_length=64,
+            seed=0,
+            tasks=(TaskConditions("rte", 100, 20, 2, 0.55),),
+            task_seeds=2,
+            fine_tuning=FineTuning(epochs=3, learning_rate=5e-5, batch_size=32, max_length=64),
+        ),
+        machine=Machine.here(torch.device("cpu")),
+    )
+
+
+def test_speed_up_is_the_ratio_of_the_medians() -> None:
+    latency = Latency.of("CPU", np.array([1.0, 2.0, 3.0, 4.0, 90.0]), np.array([6.0, 6.0, 90.0]))
+    assert (latency.first_quartile_ms, latency.median_ms, latency.third_quartile_ms) == (2.0, 3.0, 4.0)
+    assert (latency.speed_up, latency.repetitions) == (2.0, 5)
+
+
+def test_a_task_score_is_mean_sample_deviation_and_share_of_the_teachers_mean() -> None:
+    score = TaskScore.of("rte", [0.7, 0.9], [0.9, 1.0, 1.1])
+    assert score.mean == pytest.approx(0.8)
+    assert score.standard_deviation == pytest.approx(0.02**0.5)
+    assert score.retention_percent == pytest.approx(80.0)
+    assert TaskScore.of("rte", [0.7], [0.7]).standard_deviation is None
+
+
+def test_no_retention_where_the_teacher_has_nothing() -> None:
+    assert percent_of(0.3, 0.0) is None
+
+
+def test_the_table_has_a_row_a_model(report: Report) -> None:
+    heading, _, teacher, student, baseline = report.table().splitlines()
+    assert heading.count("|") == teacher.count("|") == student.count("|") == baseline.count("|")
+    assert "| student (student-name) | 2.00 M | 8.0 MB | 2.500 | 45.0 % | 90.0 % | 75.0 % |" in student
+    assert "| 8.0 [8.0, 8.0] ms (2.50×) | 80.0 ± 14.1 (100.0 %) |" in student
+    assert "| 40.0 ± 0.0 (50.0 %) |" in baseline
+
+
+def test_a_name_does_not_break_the_table(report: Report) -> None:
+    teacher = replace(report.models[0], name="a|b")
+    assert "| teacher (a\\|b) |" in replace(report, models=(teacher, *report.models[1:])).table()
+
+
+def test_the_folder_holds_numbers_table_conditions_and_plot(report: Report, tmp_path: Path) -> None:
+    write_report(report, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md", "report.png"]
+    found = json.loads((tmp_path / "report.json").read_text())
+    student = found["models"][1]
+    assert (student["mlm_retention_percent"], student["latencies"][0]["speed_up"]) == (90.0, 2.5)
+    assert student["tasks"][0]["accuracies"] == [0.7, 0.9]
+    markdown = (tmp_path / "report.md").read_text()
+    assert report.table() in markdown
+    for condition in ("64 tokens", "2 seeds", "learning rate 5e-05", "55.0 %", torch.__version__):
+        assert condition in markdown
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plot_can_do_without_tasks_baseline_and_retention(report: Report, tmp_path: Path) -> None:
+    bare = [replace(model, tasks=(), mlm_retention_percent=None) for model in report.models[:2]]
+    write_report(replace(report, models=tuple(bare)), tmp_path)
+    assert (tmp_path / "report.png").stat().st_size > 1000

@@ -1,0 +1,33 @@
+"""Promises of the exported folder that need no training; those of a whole run are in tests/launch/test_train.py."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedModel
+
+from distilspeed.trainer.corpus.format import Corpus, tokenizer_hash
+from distilspeed.trainer.models.loading import load_teacher, make_student
+from distilspeed.trainer.training.export import tokenizer_for
+
+
+@pytest.mark.parametrize(
+    ("architecture", "inputs"),
+    [
+        ("bert", ["input_ids", "token_type_ids", "attention_mask"]),
+        ("distilbert", ["input_ids", "attention_mask"]),
+    ],
+)
+def test_the_tokenizer_is_the_corpus_tokenizer_and_gives_the_inputs_that_the_model_takes(
+    architecture: str, inputs: list[str], corpus: Corpus, tiny_teacher_dir: Path, tmp_path: Path
+) -> None:
+    """transformers before 5 passes all that a tokenizer gives to the model, and DistilBERT takes no token types."""
+    model: PreTrainedModel = load_teacher(str(tiny_teacher_dir))
+    if architecture == "distilbert":
+        model = make_student(load_teacher(str(tiny_teacher_dir)), (0, 3))
+    tokenizer_for(model, corpus).save_pretrained(tmp_path)
+
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["model_input_names"] == inputs
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert list(saved("the list")) == inputs
+    assert tokenizer_hash(saved) == corpus.manifest.tokenizer_hash

@@ -1,0 +1,120 @@
+"""Promises of loss.png: a panel for each loss that counts, in which its fall can be seen."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+
+from distilspeed.trainer.training.metrics import StepMetrics, loss_figure, plot_losses, smoothed
+
+ALL = {"loss_ce": 5.0, "loss_mlm": 2.0, "loss_cos": 1.0}
+TITLES = [
+    "weighted sum of the losses",
+    "soft targets",
+    "MLM",
+    "hidden states",
+    "learning rate",
+    "real tokens",
+]
+
+
+def a_run(steps: int, noise: float = 0.0, skipped: int = 0, **values: float) -> list[StepMetrics]:
+    """Losses that fall from about 10 to 1, most of it in the first twentieth."""
+    random = np.random.default_rng(0)
+    lines = []
+    for step in range(1, steps + 1):
+        loss = 1 + 9 * np.exp(-step / (steps / 20)) + random.normal(0, noise)
+        lines.append(
+            StepMetrics(
+                step=step,
+                epoch=step / steps,
+                tokens=1000 * step,
+                **dict.fromkeys(("loss", "loss_ce", "loss_mlm", "loss_cos"), float(loss))  # type: ignore[arg-type]
+                | values,
+                lr=5e-4 * (steps - step) / steps,
+                grad_norm=1.0,
+                loss_scale=1.0,
+                skipped=skipped if step > steps // 2 else 0,
+                tokens_per_s=12_000.0,
+                mfu=0.3,
+                time=0.0,
+            )
+        )
+    return lines
+
+
+def panels(*arguments: object) -> dict[str, Axes]:
+    axes = loss_figure(*arguments).axes  # type: ignore[arg-type]
+    return {of.get_title("left"): of for of in axes}
+
+
+def test_each_loss_has_a_panel_with_its_unit_and_linear_axes() -> None:
+    found = panels(a_run(20), ALL)
+    assert [title.startswith(start) for title, start in zip(found, TITLES, strict=True)] == [True] * 6
+    assert all(axes.get_yscale() == axes.get_xscale() == "linear" for axes in found.values())
+    assert list(found)[1:4] == [
+        "soft targets, T² KL in nats",
+        "MLM, cross-entropy in nats",
+        "hidden states, 1 − cosine",
+    ]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_loss_without_weight_has_no_panel(given: bool) -> None:
+    """Its values are measured all the same; where no weights are given, zeros say that there is no such loss."""
+    of_the_rest = 3.0 if given else 0.0
+    metrics = a_run(20, loss_ce=of_the_rest, loss_cos=of_the_rest)
+    found = panels(metrics, {"loss_ce": 0, "loss_mlm": 2, "loss_cos": 0} if given else None)
+    assert [title.split(",")[0] for title in found] == [TITLES[0], "MLM", TITLES[4], "real tokens per second"]
+
+
+@pytest.mark.parametrize("steps", [20, 2000])
+def test_the_fall_fills_the_panel(steps: int) -> None:
+    metrics = a_run(steps)
+    axes = panels(metrics, ALL)["MLM, cross-entropy in nats"]
+    low, high = axes.get_ylim()
+    values = np.array([line.loss_mlm for line in metrics])
+    assert low < values.min()
+    assert values.max() < high
+    assert np.ptp(values) > 0.8 * (high - low)
+    assert axes.get_title("right") == f"{values[0]:.3g} → {values[-1]:.3g}"
+
+
+def test_a_spike_at_the_start_does_not_flatten_the_rest() -> None:
+    metrics = a_run(2000)
+    metrics[0] = StepMetrics(**vars(metrics[0]) | {"loss_mlm": 1000.0})
+    assert panels(metrics, ALL)["MLM, cross-entropy in nats"].get_ylim()[1] < 20
+
+
+def test_many_steps_have_a_light_line_of_all_values_and_a_smoothed_one() -> None:
+    metrics = a_run(2000, noise=0.5)
+    raw, curve = panels(metrics, ALL)["MLM, cross-entropy in nats"].lines
+    assert raw.get_alpha() < 0.5
+    assert list(raw.get_ydata()) == [line.loss_mlm for line in metrics]
+    assert np.diff(curve.get_ydata()).std() < 0.1 * np.diff(raw.get_ydata()).std()
+    (few,) = panels(a_run(20), ALL)["MLM, cross-entropy in nats"].lines
+    assert few.get_marker() == "."
+
+
+def test_the_smoothed_line_is_the_mean_around_each_step() -> None:
+    values = np.random.default_rng(0).normal(size=500)
+    for place, mean in enumerate(smoothed(values)):
+        before = min(place, 5)
+        after = min(before, len(values) - 1 - place)
+        assert mean == pytest.approx(values[place - before : place + after + 1].mean())
+
+
+def test_skipped_batches_are_counted_in_the_headline() -> None:
+    assert "3 batches skipped after fp16 overflows" in loss_figure(a_run(20, skipped=3)).get_suptitle()
+    assert loss_figure(a_run(20)).get_suptitle() == "20 steps, 1.00 epochs, 20,000 real tokens"
+
+
+@pytest.mark.parametrize("steps", [1, 300])
+def test_the_file_is_the_same_each_time_and_alone(tmp_path: Path, steps: int) -> None:
+    for name in ("one.png", "other.png"):
+        plot_losses(a_run(steps, noise=0.1), tmp_path / name, ALL)
+    one, other = ((tmp_path / name).read_bytes() for name in ("one.png", "other.png"))
+    assert one == other
+    assert one.startswith(b"\x89PNG")
+    assert len(list(tmp_path.iterdir())) == 2

@@ -1,0 +1,1 @@
+"""Text to packed rows of tokens on disk."""

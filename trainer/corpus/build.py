@@ -1,0 +1,199 @@
+"""Text to a corpus on disk (its format: format.py): written beside, renamed when complete."""
+
+import contextlib
+import os
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from distilspeed.trainer.corpus.format import (
+    WHOLE,
+    Corpus,
+    Shard,
+    load_tokenizer,
+    open_corpus,
+    tokenizer_hash,
+)
+from distilspeed.trainer.corpus.lines import Separator
+from distilspeed.trainer.corpus.pool import pack_documents
+from distilspeed.trainer.corpus.sources import Source, dataset_source, file_source, split_specification
+from distilspeed.trainer.corpus.unfinished import Recipe, UnfinishedCorpus, unfinished_corpus
+from distilspeed.trainer.corpus.vocabulary import document_pipeline
+from distilspeed.trainer.corpus.writer import RowWriter, finish_corpus, installed_versions, row_rules
+from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.files import check_unoccupied, parents_made
+
+MINIMUM_SEQ_LENGTH = 16
+MAXIMUM_SEQ_LENGTH = 1 << 16  # some tokenizers know no limit
+
+
+def _available_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class CorpusArguments:
+    """What to prepare: documents of ``text`` files, then of ``dataset`` specifications, in that order.
+
+    ``dataset``: ``NAME[:CONFIG[:SPLIT]]``, a name on the hub or a local folder.
+    ``document_separator``: what ends a document of a plain text file, a line's end or a blank line.
+    ``held_out_fraction``: share of the rows set apart in ``held_out``.
+    ``shard``: which part of every source to prepare; the default is all of it.
+    ``resume``: go on with a build that was interrupted.
+    """
+
+    tokenizer: str
+    output_dir: Path
+    text: tuple[Path, ...] = ()
+    dataset: tuple[str, ...] = ()
+    seq_length: int = 512
+    text_column: str = "text"
+    document_separator: Separator = "line"
+    held_out_fraction: float = 0.01
+    num_proc: int = field(default_factory=_available_cores)
+    shard: Shard = WHOLE
+    resume: bool = False
+
+
+def prepare_corpus(arguments: CorpusArguments) -> Corpus:
+    """Make the corpus that ``arguments`` describe and open it.
+
+    It is written beside ``output_dir`` and renamed to it when complete, so a folder of that name is never
+    partial (unfinished.py says what stays behind when it is interrupted). The same arguments give the same
+    bytes whatever ``num_proc``, interrupted or not. ``UserError`` for anything the caller can put right.
+    """
+    sources, tokenizer = open_input(arguments)
+    recipe = Recipe(
+        sources=tuple(source.record for source in sources),
+        document_separator=arguments.document_separator,
+        text_column=arguments.text_column,
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        seq_length=arguments.seq_length,
+        held_out_fraction=arguments.held_out_fraction,
+        shard=arguments.shard,
+        versions=installed_versions(),
+    )
+    try:
+        with (
+            parents_made(arguments.output_dir),
+            unfinished_corpus(arguments.output_dir, recipe, arguments.resume) as build,
+        ):
+            _write_corpus(build, arguments, sources, tokenizer)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a tokenising process died, most often for lack of memory; try again with a smaller --num_proc"
+        ) from error
+    return open_corpus(arguments.output_dir)
+
+
+def open_input(arguments: CorpusArguments) -> tuple[list[Source], PreTrainedTokenizerFast]:
+    """Sources and tokenizer. ``UserError`` for all that can be known to be wrong before anything is written."""
+    _check_arguments(arguments)
+    sources = _open_sources(arguments)
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    _check_seq_length(arguments.seq_length, tokenizer)
+    if arguments.shard.count == 1:  # a shard may well find nothing in a small source
+        for source in sources:
+            _check_holds_text(source)
+    return sources, tokenizer
+
+
+def _check_arguments(arguments: CorpusArguments) -> None:
+    if not arguments.text and not arguments.dataset:
+        raise UserError("there is no text to prepare; give --text or --dataset")
+    if arguments.num_proc < 1:
+        raise UserError(f"--num_proc {arguments.num_proc} is below 1; give at least 1")
+    if not 0 < arguments.held_out_fraction < 0.5:
+        raise UserError(
+            f"--held_out_fraction {arguments.held_out_fraction} is not between 0 and 0.5; try 0.01"
+        )
+    shard = arguments.shard
+    if not 0 <= shard.index < shard.count:
+        raise UserError(
+            f"there is no shard {shard}; shards are counted from 0: give 0/{max(shard.count, 1)} "
+            f"to {max(shard.count, 1) - 1}/{max(shard.count, 1)}"
+        )
+    check_unoccupied(arguments.output_dir)
+
+
+def _open_sources(arguments: CorpusArguments) -> list[Source]:
+    column, shard = arguments.text_column, arguments.shard
+    try:
+        sources = [file_source(path, column, shard, arguments.document_separator) for path in arguments.text]
+        sources += [dataset_source(name, column, shard) for name in arguments.dataset]
+    except OSError as error:
+        raise UserError(
+            f"cannot read {error.filename}: {error.strerror}; check --text and --dataset"
+        ) from error
+    if arguments.document_separator != "line" and not any(source.is_plain_text for source in sources):
+        raise UserError(
+            f"--document_separator {arguments.document_separator} needs a plain text file among --text; "
+            "give one or leave it out"
+        )
+    for name in arguments.dataset:
+        folder = Path(split_specification(name)[0])
+        if folder.is_dir() and folder.resolve() in arguments.output_dir.resolve().parents:
+            raise UserError(
+                f"{arguments.output_dir} is inside the dataset {name}; choose another --output_dir"
+            )
+    return sources
+
+
+def _check_seq_length(seq_length: int, tokenizer: PreTrainedTokenizerFast) -> None:
+    limit = min(tokenizer.model_max_length, MAXIMUM_SEQ_LENGTH)
+    if not MINIMUM_SEQ_LENGTH <= seq_length <= limit:
+        raise UserError(
+            f"--seq_length {seq_length} is not between {MINIMUM_SEQ_LENGTH} and the tokenizer's limit of "
+            f"{limit} tokens; choose one that is"
+        )
+
+
+def _check_holds_text(source: Source) -> None:
+    with contextlib.closing(source.documents()) as documents:
+        if next(documents, None) is None:
+            raise UserError(f"{source.record.name} holds no text; leave it out or fill it")
+
+
+def _write_corpus(
+    build: UnfinishedCorpus,
+    arguments: CorpusArguments,
+    sources: list[Source],
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    rules = row_rules(tokenizer, arguments.seq_length)
+    writer = RowWriter(build.folder, rules, len(tokenizer), arguments.held_out_fraction, state=build.written)
+    with contextlib.closing(writer):
+        done = writer.counts.documents_read
+        documents = chain.from_iterable(source.values() for source in sources)
+        remaining = islice(documents, done, None)
+        batches = pack_documents(remaining, document_pipeline(tokenizer), rules, arguments.num_proc)
+        with (
+            contextlib.closing(batches),
+            tqdm(unit=" documents", disable=None, initial=done) as progress,
+        ):
+            for batch in batches:
+                writer.add(batch)
+                build.record_when_due(writer)
+                progress.update(batch.documents + batch.dropped_null + batch.dropped_blank)
+        counts = writer.counts
+        if not counts.train_rows or not counts.held_out_rows:
+            raise UserError(
+                f"the text fills {counts.train_rows + counts.held_out_rows} row(s) of {arguments.seq_length} "
+                "tokens, too few for training and held-out rows; give more text or a smaller --seq_length"
+            )
+        build.record(writer)
+    records = tuple(source.record for source in sources)
+    finish_corpus(
+        build.folder,
+        tokenizer,
+        arguments.seq_length,
+        records,
+        arguments.document_separator,
+        arguments.shard,
+        counts,
+        writer.token_counts,
+    )

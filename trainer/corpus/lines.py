@@ -1,0 +1,132 @@
+"""Files of lines: cut between lines or documents for shards, checked to be text, and read.
+
+A document is a line, or lines up to a blank one. A shard of a compressed file is the same as of the file unpacked.
+"""
+
+import codecs
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from distilspeed.trainer.corpus.format import WHOLE, Shard
+from distilspeed.trainer.corpus.recognition import BYTE_ORDER_MARK, READ_BYTES, InputFile
+from distilspeed.trainer.corpus.tokenization import is_blank
+from distilspeed.trainer.errors import UserError
+
+Separator = Literal["line", "blank_line"]
+
+# A longer line, give or take READ_BYTES, or document is refused: one as long takes 2 GB to prepare (November 2026).
+LONGEST_LINE = 64 << 20
+
+
+def lines_of(file: InputFile, shard: Shard, separator: Separator) -> range:
+    """The bytes of a shard's lines: of documents that begin in its part of the file.
+
+    ``UserError`` unless they are UTF-8 in lines, or documents, that are not too long.
+    """
+    if shard == WHOLE:
+        lines = range(sys.maxsize)  # to the end, which the check finds
+    else:
+        part = shard.of(file.size())
+        lines = range(_next_start(file, part.start, separator), _next_start(file, part.stop, separator))
+    lines = range(lines.start, check_text(file, lines, LONGEST_LINE))
+    if separator == "blank_line":
+        for _ in read_paragraphs(file, lines):
+            pass  # it refuses a document that is too long
+    return lines
+
+
+def _next_start(file: InputFile, offset: int, separator: Separator) -> int:
+    """Where the first line, or the first line after a blank one, begins that begins at ``offset`` or later.
+
+    A line that is blank in ASCII counts: between documents there may be more blank lines, not fewer.
+    """
+    if offset == 0:
+        return 0
+    place = offset - 1
+    is_blank = False  # so far; the line that holds this byte may have begun before it
+    with file.open(place) as content:
+        while part := content.readline(READ_BYTES):
+            place += len(part)
+            is_blank = is_blank and part.isspace()
+            if part.endswith(b"\n"):
+                if is_blank or separator == "line":
+                    break
+                is_blank = True
+    return place
+
+
+def check_text(file: InputFile, lines: range, longest_line: float) -> int:
+    """Where the lines end; ``UserError`` unless they are text in UTF-8."""
+    path = file.path
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset = line_start = lines.start
+    with file.open(offset) as content:
+        while True:
+            block = content.read(min(READ_BYTES, lines.stop - offset))
+            carried = len(decoder.getstate()[0])
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path} is not UTF-8 at byte {offset - carried + error.start}; "
+                    "convert it to UTF-8, or unpack it if it is an archive"
+                ) from error
+            if not block:
+                return offset
+            if (place := block.find(b"\0")) >= 0:
+                raise UserError(
+                    f"{path} is binary or UTF-16: byte {offset + place} is 0; "
+                    "convert it to UTF-8, or unpack it if it is an archive"
+                )
+            if (end := block.rfind(b"\n")) >= 0:
+                line_start = offset + end + 1
+            offset += len(block)
+            if offset - line_start > longest_line:
+                raise UserError(
+                    f"{path} has a line of more than {LONGEST_LINE >> 20} MiB at byte {line_start}; "
+                    "give it a line for each document"
+                )
+
+
+def read_lines(file: InputFile, lines: range) -> Iterator[str]:
+    """The lines in a range of bytes, without their ends: \\n, \\r\\n or \\r."""
+    with file.open(lines.start) as content:
+        left = len(lines)
+        while left > 0:
+            line = content.readline()
+            if not line:
+                raise OSError("it has become shorter")
+            if left == len(lines) and lines.start == 0:
+                left -= len(BYTE_ORDER_MARK) if line.startswith(BYTE_ORDER_MARK) else 0
+                line = line.removeprefix(BYTE_ORDER_MARK)
+            left -= len(line)
+            # A file of an old Macintosh is one line to readline().
+            for part in line.splitlines():
+                yield part.decode("utf-8")
+
+
+def read_paragraphs(file: InputFile, lines: range) -> Iterator[str]:
+    """The lines between blank ones, joined by line ends. ``UserError`` for more than ``LONGEST_LINE`` characters."""
+    paragraph: list[str] = []
+    length = 0
+    for line in read_lines(file, lines):
+        if is_blank(line):
+            if paragraph:
+                yield "\n".join(paragraph)
+            paragraph, length = [], 0
+            continue
+        paragraph.append(line)
+        length += len(line)
+        if length > LONGEST_LINE:
+            raise UserError(_too_long(file.path, paragraph[0]))
+    if paragraph:
+        yield "\n".join(paragraph)
+
+
+def _too_long(path: Path, first: str) -> str:
+    return (
+        f"{path} has a document of more than {LONGEST_LINE >> 20} Mi characters, which begins {first[:40]!r}; "
+        "put blank lines between documents, or leave out --document_separator"
+    )

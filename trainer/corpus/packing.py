@@ -1,0 +1,166 @@
+"""Token ids to rows: cut documents into pieces, pack whole pieces into rows.
+
+A *piece* is ``[CLS] … [SEP]``: a document, or a part of one that is longer than a row. A *row* holds
+whole pieces, at most ``seq_length`` tokens in all. Workers import this module, so it stays light:
+no torch, no transformers, no datasets.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Self
+
+import numpy as np
+
+from distilspeed.trainer.corpus.tokenization import TokenizedDocuments
+
+# DistilBERT's own corpus keeps sequences of more than 11 tokens of which less than half are unknown,
+# special tokens counted: remove_empty_sequences and remove_unknown_sequences, lm_seqs_dataset.py.
+MINIMUM_PIECE_TOKENS = 12
+UNKNOWN_SHARE_LIMIT = 0.5
+
+
+@dataclass(frozen=True)
+class RowRules:
+    """What a row is: pieces of ``cls_id … sep_id``, at most ``seq_length`` tokens, then ``pad_id``.
+
+    ``dtype``: of the ids stored. ``special_ids`` are never masked, and no text becomes one but ``unk_id``.
+    """
+
+    seq_length: int
+    pad_id: int
+    cls_id: int
+    sep_id: int
+    unk_id: int
+    special_ids: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Which parts of the documents' tokens are pieces, and how many were left out.
+
+    ``starts``: [pieces] int64, the first token of each in ``tokens``. ``lengths``: [pieces] int64,
+    ``[CLS]`` and ``[SEP]`` counted, so two more than lie in ``tokens``.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    dropped_short: int
+    dropped_unknown: int
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Rows as arrays.
+
+    ``input_ids``: [rows, seq_length], padding behind the pieces. ``piece_lengths``: [pieces] int32, row after
+    row. ``pieces_per_row``, ``real_tokens``, ``maskable_tokens``: [rows] int32; a row's real tokens are the sum
+    of its pieces, its maskable ones are not special.
+    """
+
+    input_ids: np.ndarray
+    piece_lengths: np.ndarray
+    pieces_per_row: np.ndarray
+    real_tokens: np.ndarray
+    maskable_tokens: np.ndarray
+
+    def select(self, rows: np.ndarray) -> Self:
+        """The rows where ``rows`` ([rows] bool) is true."""
+        return type(self)(
+            input_ids=self.input_ids[rows],
+            piece_lengths=self.piece_lengths[np.repeat(rows, self.pieces_per_row)],
+            pieces_per_row=self.pieces_per_row[rows],
+            real_tokens=self.real_tokens[rows],
+            maskable_tokens=self.maskable_tokens[rows],
+        )
+
+
+def cut_into_pieces(documents: TokenizedDocuments, rules: RowRules) -> Pieces:
+    """Cut each document to rows' length and leave out the pieces too short or too unknown to learn from.
+
+    A special token that the vocabulary has as a word and the text spells becomes the unknown one.
+    """
+    tokens = np.where(np.isin(documents.tokens, rules.special_ids), rules.unk_id, documents.tokens)
+    room = rules.seq_length - 2
+    pieces_per_document = -(-documents.lengths // room)
+    document = np.repeat(np.arange(len(documents.lengths)), pieces_per_document)
+    first_piece = np.cumsum(pieces_per_document) - pieces_per_document
+    before = (
+        np.arange(len(document)) - first_piece[document]
+    ) * room  # tokens of the document before a piece
+    starts = (np.cumsum(documents.lengths) - documents.lengths)[document] + before
+    inside = np.minimum(documents.lengths[document] - before, room)
+    unknown_up_to = np.concatenate([[0], np.cumsum(tokens == rules.unk_id)])
+    unknown = unknown_up_to[starts + inside] - unknown_up_to[starts]
+    lengths = inside + 2
+    is_short = lengths < MINIMUM_PIECE_TOKENS
+    is_unknown = ~is_short & (unknown >= UNKNOWN_SHARE_LIMIT * lengths)
+    kept = ~(is_short | is_unknown)
+    return Pieces(
+        tokens=tokens,
+        starts=starts[kept],
+        lengths=lengths[kept],
+        dropped_short=int(is_short.sum()),
+        dropped_unknown=int(is_unknown.sum()),
+    )
+
+
+def pack_best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Put every piece, longest first, into the row whose remaining room it fills best.
+
+    ``lengths``: tokens of each piece, 1 to ``capacity``. Returns rows of indices into ``lengths``, each
+    index once, no row above ``capacity`` tokens; rows are ordered by the first piece they hold, so that
+    they follow the text and not the lengths. ``ValueError`` for a piece that fits no row.
+    Best-fit decreasing is within 11/9 of the fewest rows (Johnson 1973).
+    """
+    rows: list[list[int]] = []
+    rows_by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    # Bit r is set while some row has room for exactly r tokens: the best fit is the lowest bit that is
+    # at or above the length, found without a search.
+    rooms = 0
+    for piece in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        length = lengths[piece]
+        if not 1 <= length <= capacity:
+            raise ValueError(f"a piece of {length} tokens does not fit rows of {capacity}")
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = rows_by_room[room].pop()
+            if not rows_by_room[room]:
+                rooms ^= 1 << room
+            rows[row].append(piece)
+        else:
+            room, row = capacity, len(rows)
+            rows.append([piece])
+        rows_by_room[room - length].append(row)
+        rooms |= 1 << (room - length)
+    return sorted(rows, key=min)
+
+
+def lay_out_rows(pieces: Pieces, rows: Sequence[Sequence[int]], rules: RowRules) -> PackedRows:
+    """Write each row's pieces (indices into ``pieces``, at least one a row) one after the other."""
+    order = np.fromiter(chain.from_iterable(rows), dtype=np.int64)
+    pieces_per_row = np.fromiter(map(len, rows), dtype=np.int32, count=len(rows))
+    lengths = pieces.lengths[order]
+    ends = np.concatenate([[0], np.cumsum(lengths)])  # of the pieces, if no row had padding
+    row_ends = ends[np.concatenate([[0], np.cumsum(pieces_per_row)])]
+    padding_before = np.arange(len(rows)) * rules.seq_length - row_ends[:-1]
+    places = ends[:-1] + np.repeat(padding_before, pieces_per_row)
+    flat = np.full(len(rows) * rules.seq_length, rules.pad_id, dtype=rules.dtype)
+    tokens = pieces.tokens.astype(rules.dtype)
+    flat[places] = rules.cls_id
+    flat[places + lengths - 1] = rules.sep_id
+    for place, start, inside in zip(
+        (places + 1).tolist(), pieces.starts[order].tolist(), (lengths - 2).tolist(), strict=True
+    ):
+        flat[place : place + inside] = tokens[start : start + inside]
+    input_ids = flat.reshape(len(rows), rules.seq_length)
+    return PackedRows(
+        input_ids=input_ids,
+        piece_lengths=lengths.astype(np.int32),
+        pieces_per_row=pieces_per_row,
+        real_tokens=np.diff(row_ends).astype(np.int32),
+        maskable_tokens=(~np.isin(input_ids, np.array(rules.special_ids))).sum(axis=1, dtype=np.int32),
+    )

@@ -1,0 +1,1 @@
+"""Rows of a corpus to masked micro-batches."""

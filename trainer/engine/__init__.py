@@ -1,0 +1,1 @@
+"""DeepSpeed: its config, optimisers, the engines of student and teacher, checkpoints."""

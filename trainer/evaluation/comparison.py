@@ -1,0 +1,240 @@
+"""Teacher against student, and against a baseline: what launch/evaluate.py does.
+
+Everything is in float32, and on the same inputs for every model: the same masks, the same examples, and
+forward passes timed in turns.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    PreTrainedModel,
+)
+
+from distilspeed.trainer.corpus.format import Corpus, open_corpus, read_rows
+from distilspeed.trainer.errors import UserError, show_warning
+from distilspeed.trainer.evaluation.latency import count_parameters, measure_latency, weights_bytes
+from distilspeed.trainer.evaluation.quality import ROWS_PER_BATCH, predict_masked_tokens
+from distilspeed.trainer.evaluation.report import (
+    Conditions,
+    Latency,
+    Machine,
+    ModelReport,
+    Report,
+    TaskConditions,
+    TaskScore,
+    percent_of,
+    write_report,
+)
+from distilspeed.trainer.evaluation.tasks import FineTuning, Task, fine_tune, read_task
+from distilspeed.trainer.files import check_unoccupied, folder_written_whole, parents_made
+from distilspeed.trainer.models.loading import (
+    check_fits_corpus,
+    load_masked_language_model,
+    make_classifier,
+    warn_without_tokenizer,
+)
+
+logger = logging.getLogger(__name__)
+
+TASK_MAX_LENGTH = 128
+SHOWN_PARTS = 2  # of a model's path, in the report
+LONGEST_NAME = 60
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """The command line of ``launch/evaluate.py``. Models are folders or hub ids with safetensors weights."""
+
+    teacher: str
+    student: str
+    data_dir: Path
+    output_dir: Path
+    baseline: str | None = None
+    task: tuple[Path, ...] = ()
+    max_rows: int = 1000
+    task_epochs: int = 3
+    task_seeds: int = 3
+    task_learning_rate: float = 5e-5
+    task_batch_size: int = 32
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_rows", "task_epochs", "task_seeds", "task_batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1")
+        checks = [
+            (0 < self.task_learning_rate < 1, "--task_learning_rate must be between 0 and 1"),
+            (0 <= self.seed < 1 << 32, "--seed must be from 0 to 2^32 - 1"),
+            (self.device in ("auto", "cpu", "cuda"), "--device must be auto, cpu or cuda"),
+        ]
+        for holds, message in checks:
+            if not holds:
+                raise UserError(message)
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Names of the models by role, the teacher first."""
+        names = {"teacher": self.teacher, "student": self.student, "baseline": self.baseline}
+        return {role: name for role, name in names.items() if name is not None}
+
+
+# --- loading, and refusing what cannot be compared ------------------------------------------------------
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is the GPU where there is one. ``UserError`` for a GPU that is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, and PyTorch sees no GPU; use --device cpu")
+    return torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
+
+
+def _check_output_dir(output_dir: Path) -> None:
+    check_unoccupied(output_dir)
+    nearest = next(folder for folder in output_dir.absolute().parents if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"{output_dir} cannot be made in {nearest}; choose another --output_dir")
+
+
+# --- the comparison -------------------------------------------------------------------------------------
+
+
+def evaluate(arguments: EvaluateArguments) -> Report:
+    """Compare the models and write report.json, report.md and report.png to the output folder.
+
+    Raises:
+        UserError: anything the caller can put right, before anything is measured where it is known by then.
+        NumericalError: a model's loss on the held-out rows is not finite.
+    """
+    device = choose_device(arguments.device)
+    _check_output_dir(arguments.output_dir)
+    tasks = [read_task(folder) for folder in arguments.task]
+    if len({task.name for task in tasks}) < len(tasks):
+        raise UserError(
+            "two --task folders have the same name; the report could not tell them apart, rename one"
+        )
+    corpus = open_corpus(arguments.data_dir)
+    models = [load_masked_language_model(role, name) for role, name in arguments.models.items()]
+    for (role, name), model in zip(arguments.models.items(), models, strict=True):
+        check_fits_corpus(role, name, model, corpus)
+        if tasks:
+            with torch.device("meta"):
+                make_classifier(role, name, num_labels=2)
+    for role, name in arguments.models.items():
+        warn_without_tokenizer(role, name)
+    for task in tasks:
+        _warn_of_unlabelled(task)
+    settings = FineTuning(
+        epochs=arguments.task_epochs,
+        learning_rate=arguments.task_learning_rate,
+        batch_size=arguments.task_batch_size,
+        max_length=min([TASK_MAX_LENGTH, *(model.config.max_position_embeddings for model in models)]),
+    )
+    report = Report(
+        models=tuple(_measure(arguments, corpus, models, tasks, settings, device)),
+        conditions=Conditions(
+            corpus=arguments.data_dir.resolve().name,
+            held_out_rows=min(arguments.max_rows, len(corpus.held_out)),
+            seq_length=corpus.manifest.seq_length,
+            seed=arguments.seed,
+            tasks=tuple(TaskConditions.of(task) for task in tasks),
+            task_seeds=arguments.task_seeds,
+            fine_tuning=settings,
+        ),
+        machine=Machine.here(device),
+    )
+    with parents_made(arguments.output_dir), folder_written_whole(arguments.output_dir) as folder:
+        write_report(report, folder)
+    return report
+
+
+def _warn_of_unlabelled(task: Task) -> None:
+    for file, count in task.unlabelled.items():
+        if count:
+            show_warning(
+                f"{count:,} examples in {file} of the task {task.name} are unlabelled (-1 or -) and left out"
+            )
+
+
+def _measure(
+    arguments: EvaluateArguments,
+    corpus: Corpus,
+    models: Sequence[PreTrainedModel],
+    tasks: Sequence[Task],
+    settings: FineTuning,
+    device: torch.device,
+) -> Iterator[ModelReport]:
+    """One report a model, in the order of ``arguments.models``."""
+    latencies = _measure_latencies(models, corpus, device)
+    predictions = []
+    for role, model in zip(arguments.models, models, strict=True):
+        logger.info("held-out rows: %s", role)
+        predictions.append(
+            predict_masked_tokens(model, corpus, arguments.max_rows, ROWS_PER_BATCH, arguments.seed)
+        )
+    qualities = [prediction.quality() for prediction in predictions]
+    scores = [_fine_tune_all(arguments, task, corpus, settings, device) for task in tasks]
+    names = shown_names(list(arguments.models.values()))
+    for index, (role, name) in enumerate(arguments.models.items()):
+        parameters = count_parameters(models[index])
+        yield ModelReport(
+            role=role,
+            name=names[index],
+            parameters=parameters,
+            parameters_percent=100 * parameters / count_parameters(models[0]),
+            weights_bytes=weights_bytes(name),
+            quality=qualities[index],
+            mlm_retention_percent=percent_of(qualities[index].accuracy, qualities[0].accuracy),
+            teacher_agreement=predictions[index].agreement(predictions[0]),
+            latencies=tuple(of_device[index] for of_device in latencies),
+            tasks=tuple(of_task[index] for of_task in scores),
+        )
+
+
+def _measure_latencies(
+    models: Sequence[PreTrainedModel], corpus: Corpus, device: torch.device
+) -> list[list[Latency]]:
+    """For the CPU, and for the GPU if it is used: the latency of each model. Leaves the models on ``device``."""
+    input_ids = torch.from_numpy(read_rows(corpus.held_out, [0]).input_ids)
+    latencies = []
+    for place in dict.fromkeys([torch.device("cpu"), device]):
+        logger.info("latency: %s", place.type)
+        times = measure_latency(models, input_ids, place)
+        name = "CPU" if place.type == "cpu" else "GPU"
+        latencies.append([Latency.of(name, of_model, times[0]) for of_model in times])
+    return latencies
+
+
+def _fine_tune_all(
+    arguments: EvaluateArguments, task: Task, corpus: Corpus, settings: FineTuning, device: torch.device
+) -> list[TaskScore]:
+    """The task's score of each model, every model with the same seeds."""
+    tokenizer = corpus.load_tokenizer()
+    accuracies: list[list[float]] = []
+    for role, name in arguments.models.items():
+        accuracies.append([])
+        for seed in range(arguments.seed, arguments.seed + arguments.task_seeds):
+            logger.info("%s: fine-tuning the %s, seed %d", task.name, role, seed)
+            accuracies[-1].append(fine_tune(name, task, tokenizer, settings, seed, device))
+    return [TaskScore.of(task.name, of_model, accuracies[0]) for of_model in accuracies]
+
+
+def shown_names(names: Sequence[str]) -> list[str]:
+    """How a report calls models: hub ids as they are, folders with as many parents as tell them apart, at least one.
+
+    Folders are often called "student" or "checkpoint-1000"; the folders above those are the machine's business.
+    """
+    paths = [Path(name).resolve().parts for name in names]
+    parts = SHOWN_PARTS
+    while len({path[-parts:] for path in paths}) < len(set(paths)):
+        parts += 1
+    shown = [
+        "/".join(path[-parts:]).replace("//", "/") if Path(name).exists() else name
+        for name, path in zip(names, paths, strict=True)
+    ]
+    return [f"…{name[-LONGEST_NAME:]}" if len(name) > LONGEST_NAME else name for name in shown]

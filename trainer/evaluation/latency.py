@@ -1,0 +1,67 @@
+"""Size and speed of a model."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedModel
+
+WARM_UP_PASSES = 3
+SECONDS_PER_MODEL = 3.0
+REPETITIONS = (10, 200)  # at least, at most
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a model, each shared one once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def weights_bytes(name: str) -> int:
+    """Bytes on disk of the safetensors weights of a model folder, or of a hub id that has been loaded."""
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(name, allow_patterns="model*.safetensors", local_files_only=True))
+    return sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
+
+
+@torch.inference_mode()
+def measure_latency(
+    models: Sequence[PreTrainedModel], input_ids: torch.Tensor, device: torch.device
+) -> list[NDArray[np.float64]]:
+    """Milliseconds of the encoders' forward passes on one sequence, float64 [repetitions] for each model.
+
+    The models take turns, so that a machine that slows down slows all alike. Each has about 3 seconds.
+    The models are left on ``device`` in evaluation mode.
+
+    Args:
+        input_ids: int64 [1, length], without padding.
+    """
+    encoders = [nn.Module.to(model, device).eval().base_model for model in models]
+    inputs = {"input_ids": input_ids.to(device), "attention_mask": torch.ones_like(input_ids).to(device)}
+    for encoder in encoders * WARM_UP_PASSES:
+        _forward_milliseconds(encoder, inputs, device)
+    times: list[list[float]] = []
+    at_least, at_most = REPETITIONS
+    deadline = time.perf_counter() + SECONDS_PER_MODEL * len(models)
+    while len(times) < at_least or (len(times) < at_most and time.perf_counter() < deadline):
+        times.append([_forward_milliseconds(encoder, inputs, device) for encoder in encoders])
+    return list(np.array(times).T)
+
+
+def _forward_milliseconds(encoder: nn.Module, inputs: dict[str, torch.Tensor], device: torch.device) -> float:
+    if device.type == "cpu":
+        start_time = time.perf_counter()
+        encoder(**inputs)
+        return 1000 * (time.perf_counter() - start_time)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    start.record()
+    encoder(**inputs)
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end)

@@ -1,0 +1,289 @@
+"""What an evaluation found, and how it is shown: report.json, report.md, report.png."""
+
+import datetime
+import json
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+
+from distilspeed.trainer.evaluation.tasks import FineTuning, Task
+
+# Okabe & Ito 2008: told apart with every common colour blindness, and in grey.
+STUDENT_COLOURS = ("#0072B2", "#E69F00")
+
+
+def percent_of(value: float, teacher: float) -> float | None:
+    """``value`` in % of the teacher's; None where the teacher's is 0."""
+    return 100 * value / teacher if teacher else None
+
+
+@dataclass(frozen=True)
+class MaskedTokenQuality:
+    """On masked tokens: mean of -log softmax(logits)[label] (nats), and share predicted exactly (0 to 1)."""
+
+    loss: float
+    accuracy: float
+    masked_tokens: int
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one forward pass at batch 1; ``speed_up``: the teacher's median over this one's."""
+
+    device: str
+    median_ms: float
+    first_quartile_ms: float
+    third_quartile_ms: float
+    repetitions: int
+    speed_up: float
+
+    @classmethod
+    def of(cls, device: str, times: NDArray[np.float64], teacher_times: NDArray[np.float64]) -> "Latency":
+        first, median, third = np.percentile(times, [25, 50, 75]).tolist()
+        return cls(device, median, first, third, len(times), float(np.median(teacher_times)) / median)
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Accuracy (0 to 1) on a task's dev examples over seeds; the deviation is the sample's, None for one seed."""
+
+    task: str
+    accuracies: tuple[float, ...]
+    mean: float
+    standard_deviation: float | None
+    retention_percent: float | None
+
+    @classmethod
+    def of(cls, task: str, accuracies: Sequence[float], teacher_accuracies: Sequence[float]) -> "TaskScore":
+        mean = statistics.fmean(accuracies)
+        return cls(
+            task=task,
+            accuracies=tuple(accuracies),
+            mean=mean,
+            standard_deviation=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+            retention_percent=percent_of(mean, statistics.fmean(teacher_accuracies)),
+        )
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """One model: ``role`` is teacher, student or baseline; everything relative is relative to the teacher.
+
+    ``name`` tells it apart from the others: a hub id, or the end of a path.
+    """
+
+    role: str
+    name: str
+    parameters: int
+    parameters_percent: float
+    weights_bytes: int
+    quality: MaskedTokenQuality
+    mlm_retention_percent: float | None
+    teacher_agreement: float
+    latencies: tuple[Latency, ...]
+    tasks: tuple[TaskScore, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.role} ({self.name})"
+
+
+@dataclass(frozen=True)
+class TaskConditions:
+    """A task's size, and the accuracy of always answering dev's most frequent class."""
+
+    name: str
+    train_examples: int
+    dev_examples: int
+    classes: int
+    majority_accuracy: float
+
+    @classmethod
+    def of(cls, task: Task) -> "TaskConditions":
+        return cls(task.name, len(task.train), len(task.dev), len(task.labels), task.majority_accuracy)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What was measured on, and how."""
+
+    corpus: str
+    held_out_rows: int
+    seq_length: int
+    seed: int
+    tasks: tuple[TaskConditions, ...]
+    task_seeds: int
+    fine_tuning: FineTuning
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where it was measured; ``threads`` are those of PyTorch on the CPU."""
+
+    cpu: str
+    cores: int
+    threads: int
+    gpu: str | None
+    torch_version: str
+    transformers_version: str
+    date: str
+
+    @classmethod
+    def here(cls, device: torch.device) -> "Machine":
+        return cls(
+            cpu=_cpu_name(),
+            cores=os.cpu_count() or 1,
+            threads=torch.get_num_threads(),
+            gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+            torch_version=torch.__version__,
+            transformers_version=transformers.__version__,
+            date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        )
+
+
+def _cpu_name() -> str:
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@dataclass(frozen=True)
+class Report:
+    """Teacher first, then student, then the baseline if there is one."""
+
+    models: tuple[ModelReport, ...]
+    conditions: Conditions
+    machine: Machine
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+
+    def table(self) -> str:
+        """The models in Markdown, one a row."""
+        teacher = self.models[0]
+        headings = ["", "parameters", "weights", "held-out MLM loss", "MLM accuracy", "retention"]
+        headings += ["same token as teacher"]
+        headings += [f"{latency.device} latency (speed-up)" for latency in teacher.latencies]
+        headings += [f"{score.task} (retention)" for score in teacher.tasks]
+        rows = [headings, ["---", *["---:"] * (len(headings) - 1)], *map(_cells, self.models)]
+        return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+    def to_markdown(self) -> str:
+        lines = "\n".join(f"- {line}" for line in self._condition_lines())
+        return f"# Student and teacher\n\n{self.table()}\n\n![report](report.png)\n\n{lines}\n"
+
+    def _condition_lines(self) -> list[str]:
+        conditions, machine, teacher = self.conditions, self.machine, self.models[0]
+        lines = [
+            f"Held-out rows: {conditions.held_out_rows} of the corpus {conditions.corpus}, "
+            f"{conditions.seq_length} tokens each; {teacher.quality.masked_tokens:,} masked tokens, drawn as in "
+            f"training, the same for every model (seed {conditions.seed}). Loss in nats per masked token.",
+            "Retention: accuracy in % of the teacher's. Parameters: each shared one once, the MLM head included. "
+            "Weights: their files, in the precision they are stored in.",
+            f"Latency: forward pass of the encoder without a head, batch 1, {conditions.seq_length} tokens, "
+            f"float32, models taking turns; median [quartiles] of {teacher.latencies[0].repetitions} on the CPU, "
+            f"PyTorch threads: {machine.threads}. Speed-up: the teacher's median over the model's.",
+        ]
+        if conditions.tasks:
+            fine_tuning = conditions.fine_tuning
+            lines.append(
+                f"Tasks: dev accuracy in %, mean ± standard deviation over {conditions.task_seeds} seeds, after "
+                f"{fine_tuning.epochs} epochs of AdamW, learning rate {fine_tuning.learning_rate:g}, "
+                f"batch {fine_tuning.batch_size}, at most {fine_tuning.max_length} tokens."
+            )
+        lines += [
+            f"{task.name}: {task.train_examples:,} training and {task.dev_examples:,} dev examples, "
+            f"{task.classes} classes; the most frequent one alone gives {100 * task.majority_accuracy:.1f} %."
+            for task in conditions.tasks
+        ]
+        gpu = f"; {machine.gpu}" if machine.gpu else ""
+        lines.append(
+            f"Machine: {machine.cpu}, {machine.cores} cores{gpu}; torch {machine.torch_version}, "
+            f"transformers {machine.transformers_version}; {machine.date}."
+        )
+        return lines
+
+
+def _cells(model: ModelReport) -> list[str]:
+    return [
+        model.title.replace("|", "\\|"),
+        f"{model.parameters / 1e6:,.2f} M",
+        f"{model.weights_bytes / 1e6:,.1f} MB",
+        f"{model.quality.loss:.3f}",
+        f"{100 * model.quality.accuracy:.1f} %",
+        _percent(model.mlm_retention_percent),
+        _percent(100 * model.teacher_agreement),
+        *(
+            f"{latency.median_ms:.1f} [{latency.first_quartile_ms:.1f}, {latency.third_quartile_ms:.1f}] ms "
+            f"({latency.speed_up:.2f}×)"
+            for latency in model.latencies
+        ),
+        *(f"{_mean_and_deviation(score)} ({_percent(score.retention_percent)})" for score in model.tasks),
+    ]
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f} %"
+
+
+def _mean_and_deviation(score: TaskScore) -> str:
+    deviation = "" if score.standard_deviation is None else f" ± {100 * score.standard_deviation:.1f}"
+    return f"{100 * score.mean:.1f}{deviation}"
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Write report.json, report.md and report.png to ``folder``, which exists."""
+    (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
+    (folder / "report.md").write_text(report.to_markdown(), encoding="utf-8")
+    draw_report(report, folder / "report.png")
+
+
+def draw_report(report: Report, path: Path) -> None:
+    """Draw student and baseline in % of the teacher: what they cost and what they are worth; PNG."""
+    from matplotlib.figure import Figure
+
+    teacher, *others = report.models
+    costs = {"parameters": [model.parameters_percent for model in others]}
+    for index, latency in enumerate(teacher.latencies):
+        costs[f"{latency.device} latency"] = [100 / model.latencies[index].speed_up for model in others]
+    worth = {"MLM accuracy": [model.mlm_retention_percent or 0.0 for model in others]}
+    for index, score in enumerate(teacher.tasks):
+        worth[score.task] = [model.tasks[index].retention_percent or 0.0 for model in others]
+
+    figure = Figure(figsize=(10, 2.8 + 0.55 * max(len(costs), len(worth))), layout="constrained")
+    panels = figure.subplots(1, 2)
+    titles = ("cost: lower is better", "accuracy: higher is better")
+    for axes, title, groups in zip(panels, titles, (costs, worth), strict=True):
+        places = np.arange(len(groups))
+        height = 0.7 / len(others)
+        for index, model in enumerate(others):
+            bars = axes.barh(
+                places + (index - (len(others) - 1) / 2) * height,
+                [values[index] for values in groups.values()],
+                height=0.9 * height,
+                color=STUDENT_COLOURS[index],
+                label=model.title,
+            )
+            # On white, because the teacher's line runs through the label of a value just under 100.
+            background = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+            axes.bar_label(bars, fmt="%.0f %%", padding=4, bbox=background, zorder=3)
+        axes.axvline(100, color="black", linewidth=1, linestyle="--", label=teacher.title)
+        axes.set_yticks(places, labels=list(groups))
+        # From the top down, and as many places in both panels, so that all bars have one thickness.
+        axes.set_ylim(max(len(costs), len(worth)) - 0.5, -0.5)
+        axes.set(title=title, xlabel="% of the teacher", xlim=(0, 1.15 * max(axes.get_xlim()[1], 100)))
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", frameon=False
+    )  # one below the other: they are long
+    figure.savefig(path, dpi=150)

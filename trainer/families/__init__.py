@@ -1,0 +1,1 @@
+"""Architectures: how a student follows from its teacher, one file each."""

@@ -1,0 +1,76 @@
+"""How every command runs: its parser, its environment, and the one line of an error."""
+
+import argparse
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from distilspeed.trainer.errors import (
+    CommandError,
+    UserError,
+    environment_rank,
+    show_error,
+    status_of,
+)
+from distilspeed.trainer.job.environment import prepare_environment
+
+# A rank other than 0 gives rank 0 this long to report the same problem (the launcher ends the
+# others when rank 0 exits) before it concludes that the problem is its own and speaks.
+SECONDS_FOR_RANK_0_TO_SPEAK = 60.0
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser that reports a wrong command line as a :class:`UserError`: one line, no usage text.
+
+    It expands ``~`` in every path and string (no hub id begins with it): after an ``=`` no shell does.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register("type", None, os.path.expanduser)
+        # Path.expanduser raises where there is no such user.
+        self.register("type", Path, lambda text: Path(os.path.expanduser(text)))  # noqa: PTH111
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def run_command(main: Callable[[], None]) -> NoReturn:
+    """Run ``main`` in the prepared environment and exit: 0, or with the status of a :class:`CommandError`.
+
+    The error is one line on stderr, ``error: what is wrong; what to do``, from one rank only. With
+    ``--debug`` on the command line the traceback is shown as well.
+    """
+    try:
+        prepare_environment()
+        main()
+    except CommandError as error:
+        if "--debug" in sys.argv:
+            raise
+        if not error.ranks_agree and environment_rank() > 0:
+            time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
+        show_error(error)
+        sys.exit(status_of(error))
+    except KeyboardInterrupt as error:
+        if "--debug" in sys.argv:
+            raise
+        sys.exit(status_of(error))
+    sys.exit(0)
+
+
+def quiet_libraries() -> None:
+    """Let transformers and the hub say only what is an error: the rest is in this project's lines, or in its way."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging as transformers_logging
+
+    hub_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    # DeepSpeed's calls of names that torch renames; nobody who runs this can change them.
+    warnings.filterwarnings(
+        "ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning
+    )

@@ -1,0 +1,1 @@
+"""Loading teacher and student, and running them on packed rows."""

@@ -1,0 +1,99 @@
+"""FLOPs of a training step, counted from the models' shapes, and the FLOP/s that a device reaches."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+
+from distilspeed.trainer.data.masking import MASKED_FRACTION
+
+FLOPS_PER_MULTIPLY_ADD = 2
+# Backward computes two matrix products for each one of forward.
+TRAINING_OVER_FORWARD = 3
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of an encoder that FLOPs and memory follow from."""
+
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    positions: int
+    heads: int
+
+    @property
+    def parameters(self) -> int:
+        """Weights of embeddings, layers and a tied MLM head; biases and norms (below 1 %) left out."""
+        embeddings = (self.vocab_size + self.positions) * self.hidden_size
+        return embeddings + self.layers * self._layer_weights + self.hidden_size**2
+
+    @property
+    def _layer_weights(self) -> int:
+        return 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
+
+    def forward_flops_per_token(self, seq_length: int, head_share: float = 1.0) -> float:
+        """Matrix products only: projections, attention over the whole row, feed-forward, MLM head.
+
+        ``head_share``: of the tokens, those that the MLM head is computed for.
+        """
+        attention = 2 * seq_length * self.hidden_size
+        head = head_share * (self.hidden_size**2 + self.hidden_size * self.vocab_size)
+        return FLOPS_PER_MULTIPLY_ADD * (self.layers * (self._layer_weights + attention) + head)
+
+
+def model_shape(config: PreTrainedConfig) -> ModelShape:
+    """Read the sizes from a Hugging Face config, whatever its architecture calls them."""
+    return ModelShape(
+        layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=getattr(config, "intermediate_size", None) or config.hidden_dim,
+        vocab_size=config.vocab_size,
+        positions=config.max_position_embeddings,
+        heads=config.num_attention_heads,
+    )
+
+
+def flops_per_token(
+    student: ModelShape, teacher: ModelShape | None, seq_length: int, restrict_ce_to_mask: bool = False
+) -> float:
+    """FLOPs of one training step per token of a row: student forward and backward, teacher forward.
+
+    Without a teacher, and with ``restrict_ce_to_mask``, only the masked tokens pass through the MLM heads.
+    """
+    head_share = MASKED_FRACTION if teacher is None or restrict_ce_to_mask else 1.0
+    flops = TRAINING_OVER_FORWARD * student.forward_flops_per_token(seq_length, head_share)
+    return flops + (teacher.forward_flops_per_token(seq_length, head_share) if teacher else 0.0)
+
+
+SECONDS_TO_MEASURE = 2.0
+
+
+def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product on this device now: the denominator of MFU.
+
+    A measured peak holds on any device; a table of data-sheet peaks does not.
+    """
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    seconds = [_seconds_of_product(a, b)]
+    # A CPU without bf16 arithmetic takes 6 seconds for one such product.
+    while len(seconds) < 5 and sum(seconds) < SECONDS_TO_MEASURE:
+        seconds.append(_seconds_of_product(a, b))
+    return FLOPS_PER_MULTIPLY_ADD * size**3 / min(seconds)
+
+
+def _seconds_of_product(a: torch.Tensor, b: torch.Tensor) -> float:
+    if a.device.type == "cuda":
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        a @ b
+        end.record()
+        torch.cuda.synchronize(a.device)
+        return begin.elapsed_time(end) / 1000
+    start = time.perf_counter()
+    a @ b
+    return time.perf_counter() - start

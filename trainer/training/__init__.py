@@ -1,0 +1,1 @@
+"""A run: its arguments, plan, step, loop, metrics and export."""

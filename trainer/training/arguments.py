@@ -1,0 +1,118 @@
+"""The command line of ``launch/train.py``."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from distilspeed.trainer.errors import UserError
+
+WEIGHTS = ("alpha_ce", "alpha_mlm", "alpha_cos")
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """The command line of ``launch/train.py``; the DeepSpeed config holds batch, optimiser, schedule and precision."""
+
+    deepspeed_config: Path
+    teacher: str
+    data_dir: Path
+    output_dir: Path
+    student_config: str | None = None
+    student_layers: tuple[int, ...] | None = None
+    teacher_zero3: bool = False
+    apex_layer_norm: bool = False
+    max_steps: int | None = None
+    num_train_epochs: float = 3.0
+    train_batch_size: int | None = None
+    per_device_train_batch_size: int | None = None
+    learning_rate: float | None = None
+    temperature: float = 2.0
+    alpha_ce: float = 5.0
+    alpha_mlm: float = 2.0
+    alpha_cos: float = 1.0
+    restrict_ce_to_mask: bool = False
+    seed: int = 0
+    save_steps: int = 500
+    save_total_limit: int = 2
+    save_retain_steps: int | None = None
+    logging_steps: int = 10
+    dataloader_num_workers: int | None = None
+    ddp_timeout: float = 1800.0
+    compile: bool = False
+    full_determinism: bool = False
+    resume: bool = False
+    plan: bool = False
+    gpu_memory: float | None = None
+
+    def __post_init__(self) -> None:
+        has_teacher = self.teacher != "none"
+        for name in (
+            "num_train_epochs",
+            "learning_rate",
+            "temperature",
+            "ddp_timeout",
+            "gpu_memory",
+            *WEIGHTS,
+        ):
+            if not math.isfinite(getattr(self, name) or 0.0):
+                raise UserError(f"--{name} is {getattr(self, name)}; give a finite number")
+        checks = [
+            (self.temperature > 0, "--temperature must be above 0"),
+            (
+                min(self.alpha_ce, self.alpha_mlm, self.alpha_cos) >= 0,
+                "the loss weights must not be negative",
+            ),
+            (
+                self.alpha_mlm > 0 or (has_teacher and self.alpha_ce + self.alpha_cos > 0),
+                "no loss is left to train on; give one of --alpha_ce, --alpha_mlm, --alpha_cos a value above 0",
+            ),
+            (self.max_steps is None or self.max_steps > 0, "--max_steps must be above 0"),
+            (self.num_train_epochs > 0, "--num_train_epochs must be above 0"),
+            (0 <= self.seed < 1 << 32, "--seed must be from 0 to 2^32 - 1"),
+            (self.save_steps > 0, "--save_steps must be above 0"),
+            (self.save_total_limit > 0, "--save_total_limit must be above 0"),
+            (
+                self.save_retain_steps is None or self.save_retain_steps > 0,
+                "--save_retain_steps must be above 0",
+            ),
+            (self.logging_steps > 0, "--logging_steps must be above 0"),
+            (10 <= self.ddp_timeout <= 1e7, "--ddp_timeout must be from 10 to 1e7 seconds"),
+            ((self.dataloader_num_workers or 0) >= 0, "--dataloader_num_workers must not be negative"),
+            (self.gpu_memory is None or self.gpu_memory > 0, "--gpu_memory must be above 0"),
+            (
+                self.gpu_memory is None or self.plan,
+                "--gpu_memory says what card a plan is for; give --plan, too",
+            ),
+            (self.learning_rate is None or self.learning_rate > 0, "--learning_rate must be above 0"),
+            (
+                self.train_batch_size is None or self.train_batch_size > 0,
+                "--train_batch_size must be above 0",
+            ),
+            (
+                self.per_device_train_batch_size is None or self.per_device_train_batch_size > 0,
+                "--per_device_train_batch_size must be above 0",
+            ),
+            (
+                has_teacher or self.student_config is not None,
+                "--teacher none trains from a config; name it with --student_config FILE_OR_DIR",
+            ),
+            (
+                not has_teacher or self.student_config is None,
+                "--student_config goes with --teacher none; a distilled student's config follows from its teacher",
+            ),
+            (
+                has_teacher or self.student_layers is None,
+                "--student_layers picks layers of a teacher; it has no meaning with --teacher none",
+            ),
+            (
+                has_teacher or not self.teacher_zero3,
+                "--teacher_zero3 shares out a teacher's weights; it has no meaning with --teacher none",
+            ),
+        ]
+        for holds, message in checks:
+            if not holds:
+                raise UserError(message)
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.teacher != "none"

@@ -1,0 +1,262 @@
+"""The training loop, and the student that comes out of it."""
+
+import shutil
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from distilspeed.trainer.data.batches import MicroBatches, on_device, resolve_num_workers
+from distilspeed.trainer.engine.checkpoint import Checkpoints, Progress
+from distilspeed.trainer.engine.optimizers import describe_fused_parts
+from distilspeed.trainer.engine.student import DTYPES
+from distilspeed.trainer.errors import StoppedError, UserError
+from distilspeed.trainer.evaluation.quality import masked_token_quality
+from distilspeed.trainer.files import bring_back_replaced, locked, writing
+from distilspeed.trainer.job.ranks import joined_job
+from distilspeed.trainer.job.watch import JobWatch
+from distilspeed.trainer.models.flops import measure_matmul_flops
+from distilspeed.trainer.training.arguments import TrainArguments
+from distilspeed.trainer.training.export import TrainingRecord, export_student, gather_weights, whole_student
+from distilspeed.trainer.training.metrics import Metrics, plot_losses, read_metrics
+from distilspeed.trainer.training.record import (
+    TOTAL_STEPS,
+    Changes,
+    append_changes,
+    find_changes,
+    read_record,
+    record_student,
+)
+from distilspeed.trainer.training.run import Run, check_output_dir, identity_of, record_run, settle_attention
+from distilspeed.trainer.training.step import TrainingStep
+
+HELD_OUT_ROWS_FOR_CARD = 200
+SECONDS_TO_NAME_RANK = 60.0
+SECONDS_TO_END = 60.0  # in which a job that was told to may be expected to have ended
+
+
+def train(run: Run) -> None:
+    """Train the student and write ``student/``, ``metrics.jsonl``, ``loss.png`` and ``train_config.json``.
+
+    Raises:
+        UserError: the run cannot be gone on with, or its folder not written.
+        NumericalError: a loss or gradient is not finite.
+        StoppedError: a signal has ended the run; a checkpoint is saved.
+    """
+    arguments, process = run.arguments, run.process
+    identity = identity_of(run) if process.rank == 0 else {}
+    if process.rank == 0:
+        _compare_with_folder(run, identity)
+    torch.use_deterministic_algorithms(arguments.full_determinism)
+    with (
+        # A rank that does not answer is named by the watch; collectives, which name none, wait longer.
+        joined_job(process, arguments.ddp_timeout + SECONDS_TO_NAME_RANK),
+        JobWatch(process, arguments.ddp_timeout) as watch,
+        _alone_in_folder(run),
+    ):
+        found: list[tuple[Changes, bool]] = [({}, False)]
+        if process.rank == 0:
+            # Again, because another job may have been at work in the folder since.
+            if arguments.resume:
+                with writing(arguments.output_dir):
+                    bring_back_replaced(arguments.output_dir / "student")
+            found = [_compare_with_folder(run, identity)]
+        torch.distributed.broadcast_object_list(found, device=process.device)
+        changes, is_complete = found[0]
+        if is_complete:
+            if process.rank == 0:
+                print(f"{arguments.output_dir}/student exists: this run is complete")
+            return
+        batches = MicroBatches(run.corpus, run.batch, process.rank, arguments.seed)
+        attention = settle_attention(run, batches)
+        _train(run, batches, watch, identity, attention, changes)
+
+
+def _checkpoints(arguments: TrainArguments) -> Checkpoints:
+    return Checkpoints(
+        arguments.output_dir / "checkpoints", arguments.save_total_limit, arguments.save_retain_steps
+    )
+
+
+def _compare_with_folder(run: Run, identity: dict[str, Any]) -> tuple[Changes, bool]:
+    """Compare a run with what its folder holds; rank 0 only.
+
+    Returns:
+        what the run changes when it is resumed, and whether it is complete.
+
+    Raises:
+        UserError: the folder cannot be the run's, or the run not be resumed.
+    """
+    arguments, folder = run.arguments, run.arguments.output_dir
+    check_output_dir(arguments)
+    record, taken = read_record(folder), _checkpoints(arguments).newest_step()
+    if record is None:
+        if taken:
+            raise UserError(
+                f"{folder} has checkpoints and no train_config.json; bring it back, or choose another --output_dir"
+            )
+        return {}, False
+    changes = find_changes(record, identity, run.deepspeed_config, run.total_steps)
+    has_student = (folder / "student").exists()
+    steps = max(taken, record.student_step) if has_student else taken
+    if run.total_steps < steps:
+        raise UserError(
+            f"this run has taken {steps} steps, more than {run.total_steps}; give at least as many, "
+            "or choose another --output_dir"
+        )
+    is_complete = has_student and record.student_step == run.total_steps
+    if is_complete and (settings := changes.keys() - {TOTAL_STEPS}):
+        raise UserError(
+            f"this run is complete: {min(settings)} cannot be changed any more; give more steps, "
+            "or choose another --output_dir"
+        )
+    if has_student and not is_complete and not taken:
+        raise UserError(
+            f"the student in {folder} is of step {record.student_step}, and its checkpoints are gone; "
+            "bring one back from a copy, or choose another --output_dir"
+        )
+    return changes, is_complete
+
+
+def _alone_in_folder(run: Run) -> AbstractContextManager[None]:
+    """Rank 0 makes the run's folder and keeps other jobs out: `deepspeed` can return before its ranks have ended."""
+    folder = run.arguments.output_dir
+    if run.process.rank != 0:
+        return nullcontext()
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return locked(folder, SECONDS_TO_END, f"another job is at work in {folder}; wait for it, or end it")
+
+
+def _train(
+    run: Run,
+    batches: MicroBatches,
+    watch: JobWatch,
+    identity: dict[str, Any],
+    attention: dict[str, str],
+    changes: Changes,
+) -> None:
+    run = run.with_optimizer_settled()
+    arguments, process = run.arguments, run.process
+    checkpoints = _checkpoints(arguments)
+    newest = checkpoints.newest_good() if arguments.resume else None
+    if newest:
+        run = replace(run, deepspeed_config=checkpoints.config_to_load(newest, run.deepspeed_config))
+    step = TrainingStep(run)
+    engine = step.engine
+    if process.rank == 0:
+        print(describe_fused_parts(engine))
+    progress = checkpoints.load(engine, newest) if newest else Progress()
+    if process.rank == 0:
+        # Not before: a folder that is left by what DeepSpeed refuses is empty.
+        _record(run, identity, attention, changes, progress)
+
+    loader = on_device(
+        batches.loader(
+            progress.batches, None, resolve_num_workers(arguments.dataloader_num_workers, process.device)
+        ),
+        process.device,
+    )
+    metrics = _start_metrics(run, engine, batches, progress)
+
+    # Closed here, and not when a reference cycle happens to be found: its workers heed no signal, and the end of the
+    # process waits for them.
+    with metrics.progress_bar, closing(loader):
+        while progress.step < run.total_steps:
+            learning_rate = engine.get_lr()[0]
+            result = step.take(progress.batches, loader)
+            progress = progress.after(result.is_update, batches.count_tokens(progress.batches))
+            metrics.end_step(progress, _epoch(run, progress), result, learning_rate)
+            told_by = watch.told_to_stop()
+            if not result.is_update:
+                continue
+            is_last = progress.step == run.total_steps
+            if is_last or told_by or progress.step % arguments.save_steps == 0:
+                metrics.flush()
+                checkpoints.save(engine, progress)
+            if told_by and not is_last:
+                raise StoppedError(
+                    f"by {told_by} after step {progress.step}, of which there is a checkpoint; go on with --resume"
+                )
+    _finish(run, engine)
+
+
+def _record(
+    run: Run, identity: dict[str, Any], attention: dict[str, str], changes: Changes, progress: Progress
+) -> None:
+    """Write what the run starts with, or what it changes."""
+    folder = run.arguments.output_dir
+    record = read_record(folder)
+    if record is None:
+        record_run(run, identity, attention)
+    elif changes:
+        student_step = record.student_step if (folder / "student").exists() else 0
+        print(f"changed {append_changes(folder, progress.step, changes, student_step)}")
+
+
+def _epoch(run: Run, progress: Progress) -> float:
+    return progress.batches * run.batch.train_batch_size / run.corpus.manifest.counts.train_rows
+
+
+def _start_metrics(
+    run: Run, engine: deepspeed.DeepSpeedEngine, batches: MicroBatches, progress: Progress
+) -> Metrics:
+    progress_bar = tqdm(
+        total=run.total_steps,
+        initial=progress.step,
+        desc="distilling" if run.teacher else "training",
+        unit="step",
+        disable=run.process.rank != 0,
+    )
+    return Metrics(
+        run.arguments.output_dir / "metrics.jsonl",
+        engine,
+        batches,
+        progress_bar,
+        run.arguments.logging_steps,
+        flops_per_token=run.flops_per_token(),
+        peak_flops=measure_matmul_flops(run.process.device, DTYPES[run.precision]) * run.process.world_size,
+        first=progress,
+    )
+
+
+def _loss_weights(run: Run) -> dict[str, float]:
+    """By the names of the parts in the metrics; without a teacher there is masked language modelling alone."""
+    arguments, has_teacher = run.arguments, run.teacher is not None
+    return {
+        "loss_ce": arguments.alpha_ce * has_teacher,
+        "loss_mlm": arguments.alpha_mlm,
+        "loss_cos": arguments.alpha_cos * has_teacher,
+    }
+
+
+def _finish(run: Run, engine: deepspeed.DeepSpeedEngine) -> None:
+    weights = gather_weights(engine, run.student)
+    if run.process.rank != 0:
+        return
+    with writing(run.arguments.output_dir):
+        metrics = read_metrics(run.arguments.output_dir / "metrics.jsonl")
+        plot_losses(metrics, run.arguments.output_dir / "loss.png", _loss_weights(run))
+        student = whole_student(run.student, weights)
+        changed = read_record(run.arguments.output_dir)
+        record = TrainingRecord(
+            arguments=run.arguments,
+            deepspeed_config=run.deepspeed_config,
+            corpus=run.corpus,
+            layers=run.layers,
+            world_size=run.process.world_size,
+            last_step=metrics[-1],
+            held_out=masked_token_quality(
+                nn.Module.to(student, run.process.device), run.corpus, HELD_OUT_ROWS_FOR_CARD
+            ),
+            changes=changed.changes if changed else (),
+        )
+        for left in run.arguments.output_dir.glob("student.incomplete-*"):  # by an export that was killed
+            shutil.rmtree(left)
+        export_student(student, record, run.arguments.output_dir / "student")
+        record_student(run.arguments.output_dir, run.total_steps)
+        print(f"student written to {run.arguments.output_dir}/student")

@@ -1,0 +1,349 @@
+"""Metrics of a run: gathered on the device, read once per logging interval, written as JSON lines, drawn at the end."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from distilspeed.trainer.data.batches import MicroBatches
+from distilspeed.trainer.engine.checkpoint import Progress
+from distilspeed.trainer.engine.student import loss_scale
+from distilspeed.trainer.errors import NumericalError
+from distilspeed.trainer.files import write_text, writing
+from distilspeed.trainer.objective.objective import LossParts
+from distilspeed.trainer.training.step import StepResult
+
+if TYPE_CHECKING:  # importing matplotlib takes a second, and only the end of a run draws
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ROW_IDS_SHOWN = 64
+FEW_STEPS = 50  # each of which is a dot in loss.png
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of ``metrics.jsonl``: an optimiser step of the whole job.
+
+    Losses are means over the global batch. ``tokens`` are real (non-padding) tokens seen so far,
+    ``tokens_per_s`` and ``mfu`` averages over the logging interval, ``time`` seconds since the epoch.
+    ``skipped`` counts the batches that were left out because fp16 overflowed: they are no steps, and have no line.
+    """
+
+    step: int
+    epoch: float
+    tokens: int
+    loss: float
+    loss_ce: float
+    loss_mlm: float
+    loss_cos: float
+    lr: float
+    grad_norm: float | None
+    loss_scale: float
+    skipped: int
+    tokens_per_s: float
+    mfu: float
+    time: float
+
+
+@dataclass(frozen=True)
+class _PendingStep:
+    progress: Progress  # with this step
+    epoch: float
+    result: StepResult
+    lr: float
+    loss_scale: float
+    skipped: int
+
+
+class Metrics:
+    """Collects what each step measured and writes it every ``logging_steps`` steps, rank 0 only.
+
+    Args:
+        path: ``metrics.jsonl``; lines after ``first.step`` are dropped (a resumed run makes them again).
+        batches: which rows a fault came from.
+        progress_bar: rank 0's, or a disabled one.
+        flops_per_token: of the whole step, per real token.
+        peak_flops: FLOP/s of all ranks together, for MFU.
+        first: where the run starts or goes on.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        engine: deepspeed.DeepSpeedEngine,
+        batches: MicroBatches,
+        progress_bar: "tqdm[int]",
+        logging_steps: int,
+        flops_per_token: float,
+        peak_flops: float,
+        first: Progress,
+    ) -> None:
+        self.path = path
+        self.engine = engine
+        self.batches = batches
+        self.progress_bar = progress_bar
+        self.logging_steps = logging_steps
+        self.flops_per_token = flops_per_token
+        self.peak_flops = peak_flops
+        self.is_writer = torch.distributed.get_rank() == 0
+        self.pending: list[_PendingStep] = []
+        self.since, self.tokens_before = time.perf_counter(), first.tokens
+        if self.is_writer:
+            with writing(path):
+                _keep_lines_up_to(path, first.step)
+
+    def end_step(self, progress: Progress, epoch: float, result: StepResult, lr: float) -> None:
+        """Close a step, an update or not.
+
+        Args:
+            progress: with this step.
+            lr: that it was taken with.
+
+        Raises:
+            NumericalError: see :meth:`flush`.
+        """
+        scale, skipped = loss_scale(self.engine), self.engine.skipped_steps
+        self.pending.append(_PendingStep(progress, epoch, result, lr, scale, skipped))
+        self.progress_bar.update(result.is_update)
+        if progress.batches % self.logging_steps == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Read the pending steps from the device, check and write them; every rank calls this.
+
+        Raises:
+            NumericalError: the loss or the gradient of one is not finite, which is no fp16 overflow.
+        """
+        if not self.pending:
+            return
+        losses = torch.stack([step.result.parts.sum(0) for step in self.pending])
+        torch.distributed.all_reduce(losses)
+        now, tokens = time.perf_counter(), self.pending[-1].progress.tokens
+        tokens_per_s = (tokens - self.tokens_before) / (now - self.since)
+        mfu = tokens_per_s * self.flops_per_token / self.peak_flops
+        lines = []
+        for step, parts in zip(self.pending, losses.tolist(), strict=True):
+            grad_norm = None if step.result.grad_norm is None else float(step.result.grad_norm)
+            self._check_finite(step, parts, grad_norm)
+            line = StepMetrics(
+                step=step.progress.step,
+                epoch=round(step.epoch, 4),
+                tokens=step.progress.tokens,
+                **dict(zip(LossParts._fields, parts, strict=True)),
+                lr=step.lr,
+                grad_norm=grad_norm,
+                loss_scale=step.loss_scale,
+                skipped=step.skipped,
+                tokens_per_s=round(tokens_per_s, 1),
+                mfu=round(mfu, 4),
+                time=round(time.time(), 3),
+            )
+            lines += [line] * step.result.is_update
+        self.pending.clear()
+        self.since, self.tokens_before = now, tokens
+        if self.is_writer and lines:
+            with writing(self.path):
+                self._write(lines)
+
+    def _check_finite(self, step: _PendingStep, loss: Sequence[float], grad_norm: float | None) -> None:
+        is_fp16_overflow = not step.result.is_update and self.engine.fp16_enabled()
+        if not all(map(math.isfinite, loss)):
+            what = f"loss is {loss[0]}"
+        elif is_fp16_overflow or (step.result.is_update and math.isfinite(grad_norm or 0.0)):
+            return
+        else:
+            what = f"gradient is {grad_norm}"
+        number = step.progress.step + (not step.result.is_update)
+        raise NumericalError(
+            f"at step {number} the {what}: {self._origin(step)}; the checkpoints of steps before are kept: "
+            "look at these rows, or go on with --resume and a lower learning rate"
+        )
+
+    def _origin(self, step: _PendingStep) -> str:
+        """Where values are not finite; called by every rank."""
+        result, index = step.result, step.progress.batches - 1
+        is_finite = result.parts.isfinite().all(dim=1) & result.gradients_are_finite
+        found = [self.batches.rows_of(index, int(number)) for number in (~is_finite).nonzero()]
+        of_ranks: list[list[list[int]]] = [[]] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(of_ranks, found)
+        for rank, of_rank in enumerate(of_ranks):
+            if of_rank:
+                return f"it comes from row ids {_listed(of_rank[0])} on rank {rank}"
+        _, rows = self.batches.global_batch(index)
+        return f"it comes from row ids {_listed(rows.tolist())}, its global batch"
+
+    def _write(self, lines: Sequence[StepMetrics]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(line)) + "\n" for line in lines)
+        last = lines[-1]
+        shown = {"loss": f"{last.loss:.4f}", "tokens_per_s": f"{last.tokens_per_s:,.0f}"}
+        if last.skipped:
+            shown["skipped"] = str(last.skipped)
+        self.progress_bar.set_postfix(shown, refresh=False)
+        if self.engine.monitor.enabled:
+            self.engine.monitor.write_events(
+                [
+                    (f"Train/{name}", value, line.step)
+                    for line in lines
+                    for name, value in asdict(line).items()
+                    if name not in ("step", "time") and value is not None
+                ]
+            )
+
+
+def _listed(rows: Sequence[int]) -> str:
+    more = f" and {len(rows) - ROW_IDS_SHOWN} more" if len(rows) > ROW_IDS_SHOWN else ""
+    return ", ".join(map(str, rows[:ROW_IDS_SHOWN])) + more
+
+
+def _keep_lines_up_to(path: Path, step: int) -> None:
+    if path.exists():
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # the line a killed run was writing
+        return math.inf
+
+
+def read_metrics(path: Path) -> list[StepMetrics]:
+    """Read ``metrics.jsonl``."""
+    return [StepMetrics(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# --- loss.png -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """A curve of ``loss.png``: a value of :class:`StepMetrics`, its title with unit, and its colour."""
+
+    name: str
+    title: str
+    in_short: Callable[[NDArray[np.float64]], str]
+    colour: str  # Okabe & Ito 2008: told apart with every common colour blindness, and in grey
+    is_loss: bool = True
+
+
+def _first_and_last(curve: NDArray[np.float64]) -> str:
+    return f"{curve[0]:.3g} → {curve[-1]:.3g}"
+
+
+_LOSS_PANELS = (
+    _Panel("loss", "weighted sum of the losses", _first_and_last, "#000000"),
+    _Panel("loss_ce", "soft targets, T² KL in nats", _first_and_last, "#0072B2"),
+    _Panel("loss_mlm", "MLM, cross-entropy in nats", _first_and_last, "#D55E00"),
+    _Panel("loss_cos", "hidden states, 1 − cosine", _first_and_last, "#009E73"),
+)
+_OTHER_PANELS = (
+    _Panel("lr", "learning rate", lambda curve: f"peak {curve.max():.3g}", "#555555", is_loss=False),
+    _Panel(
+        "tokens_per_s",
+        "real tokens per second",
+        lambda curve: f"median {np.median(curve):,.0f}",
+        "#555555",
+        is_loss=False,
+    ),
+)
+
+
+def plot_losses(
+    metrics: Sequence[StepMetrics], path: Path, weights: Mapping[str, float] | None = None
+) -> None:
+    """Write :func:`loss_figure` as PNG, whole or not at all."""
+    import matplotlib
+
+    beside = path.with_name(f".{path.name}.incomplete")
+    with matplotlib.rc_context({"agg.path.chunksize": 10_000}):  # or Agg refuses lines of very many points
+        loss_figure(metrics, weights).savefig(beside, dpi=120, format="png")
+    beside.replace(path)
+
+
+def loss_figure(metrics: Sequence[StepMetrics], weights: Mapping[str, float] | None = None) -> "Figure":
+    """Each loss, their sum, learning rate and throughput over the steps, in a panel of its own.
+
+    Args:
+        weights: of ``loss_ce``, ``loss_mlm`` and ``loss_cos``; a loss of weight 0 is left out. None leaves out
+            those that are 0 throughout.
+    """
+    from matplotlib.figure import Figure
+
+    shown = {"loss": 1.0, **(weights or {name: max(_values(metrics, name)) for name in LossParts._fields})}
+    panels = [*(panel for panel in _LOSS_PANELS if shown[panel.name]), *_OTHER_PANELS]
+    columns = 2 if len(panels) <= 4 else 3
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.4 * columns, 0.8 + 2.5 * rows))
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
+    for place, panel in enumerate(panels, start=1):
+        _draw(figure.add_subplot(rows, columns, place), panel, metrics)
+    figure.suptitle(_headline(metrics), fontsize="large")
+    figure.supxlabel("optimiser step", fontsize="medium")
+    return figure
+
+
+def _values(metrics: Sequence[StepMetrics], name: str) -> NDArray[np.float64]:
+    return np.array([getattr(line, name) for line in metrics], dtype=np.float64)
+
+
+def _headline(metrics: Sequence[StepMetrics]) -> str:
+    last = metrics[-1]
+    skipped = f", {last.skipped:,} batches skipped after fp16 overflows" if last.skipped else ""
+    return f"{last.step:,} steps, {last.epoch:.2f} epochs, {last.tokens:,} real tokens{skipped}"
+
+
+def _draw(axes: "Axes", panel: _Panel, metrics: Sequence[StepMetrics]) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    steps, values = _values(metrics, "step"), _values(metrics, panel.name)
+    curve = smoothed(values) if panel.is_loss else values
+    if curve is not values:
+        axes.plot(steps, values, color=panel.colour, alpha=0.25, linewidth=0.7)
+    marker = "." if len(steps) <= FEW_STEPS else None
+    axes.plot(steps, curve, color=panel.colour, linewidth=1.8, marker=marker)
+    axes.set_title(panel.title, loc="left", fontsize="medium")
+    axes.set_title(panel.in_short(curve), loc="right", fontsize="medium", color=panel.colour)
+    axes.set_ylim(_limits(values) if panel.is_loss else (0, 1.1 * values.max() or 1))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, steps=[1, 2, 5, 10]))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Each value's mean with its neighbours, 1 % of all values on either side; few values stay as they are.
+
+    The first values, where a loss falls fast, have as few neighbours after them as before them.
+    """
+    reach = len(values) // 100
+    if not reach:
+        return values
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    places = np.arange(len(values))
+    before = np.minimum(places, reach)
+    after = np.minimum(before, places[::-1])
+    return (sums[places + after + 1] - sums[places - before]) / (before + 1 + after)
+
+
+def _limits(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Of a loss's axis: all values, without the first 2 % where they would leave no room for the rest."""
+    low, high = values.min(), values.max()
+    later = values[len(values) * 2 // 100 :]
+    if high - low > 2 * (later.max() - low):
+        high = later.max()
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - margin, high + margin

@@ -1,0 +1,207 @@
+"""``train_config.json``: what a run was started with, what was changed since, and what --resume may change.
+
+The settings at the start are never overwritten; what a resumed run changes is appended under "changes".
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from distilspeed.trainer.engine.config import Started, accumulates_in_fp32, settings_of
+from distilspeed.trainer.engine.config_check import learning_rates
+from distilspeed.trainer.engine.optimizers import MACHINE_CHOICES
+from distilspeed.trainer.errors import UserError, first_line
+from distilspeed.trainer.files import write_text, writing
+
+NAME = "train_config.json"
+TOTAL_STEPS = "total_steps"
+# Settings of DeepSpeed's config that a resumed run takes on: the optimiser's, and the heights of a schedule.
+CHANGEABLE = {
+    "gradient_clipping",
+    *(f"optimizer.params.{name}" for name in ("lr", "betas", "eps", "weight_decay")),
+    *(
+        f"scheduler.params.{name}"
+        for name in (
+            *("warmup_min_lr", "warmup_max_lr", "cycle_min_lr", "cycle_max_lr", "lr_range_test_min_lr"),
+            *("eta_min", "max_lr", "base_lr"),
+        )
+    ),
+}
+# Sections that decide what is computed: the rest of them must be as before.
+FIXED_SECTIONS = ("optimizer", "scheduler", "fp16", "bf16", "data_types", "gradient_clipping")
+# How ZeRO lays out the states in a checkpoint.
+FIXED_LAYOUT = ("round_robin_gradients", "sub_group_size", "parameter_alignment", "elastic_checkpoint")
+OF_MACHINES = {f"optimizer.params.{name}" for name in MACHINE_CHOICES}
+SCHEDULE_LENGTH = "scheduler.params.total_num_steps"
+
+Changes = dict[str, tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What ``train_config.json`` holds.
+
+    Attributes:
+        identity: of the run as it was started (``run.identity_of``).
+        attention: transformers' names, for "student" and "teacher".
+        started: config and number of steps that are in force: those of the start with all changes.
+        changes: what was changed when the run was resumed, a line each.
+        student_step: the step that ``student/`` is of, where it is there.
+    """
+
+    identity: dict[str, Any]
+    attention: dict[str, str]
+    started: Started
+    changes: tuple[str, ...]
+    student_step: int
+
+
+def read_record(output_dir: Path) -> Record | None:
+    """The record of a run that was started before; None: there is none.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = output_dir / NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        identity, config = dict(content["identity"]), content["deepspeed_config"]
+        total_steps, lines = int(identity[TOTAL_STEPS]), []
+        for change in content.get("changes", []):
+            for name, (_, now) in change["changed"].items():
+                if name == TOTAL_STEPS:
+                    total_steps = int(now)
+                else:
+                    _put(config, name, now)
+            lines.append(_line(change["after_step"], change["changed"]))
+        return Record(
+            identity,
+            dict(content["attention"]),
+            Started(config, total_steps),
+            tuple(lines),
+            int(content.get("student_step", identity[TOTAL_STEPS])),  # of older versions: at the end alone
+        )
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} cannot be read: {first_line(error)}; bring it back, or choose another --output_dir"
+        ) from error
+
+
+def find_changes(
+    record: Record, identity: Mapping[str, Any], config: Mapping[str, Any], total_steps: int
+) -> Changes:
+    """What a resumed run changes: (before, now) by the setting's path.
+
+    Raises:
+        UserError: something differs that cannot be changed; names it.
+    """
+    for name, value in identity.items():
+        before = record.identity.get(name)
+        if name != TOTAL_STEPS and before != value:
+            raise _refusal(name, before, value)
+    before_config = record.started.deepspeed_config
+    settings = _fixed_settings(before_config), _fixed_settings(config)
+    # By the names of sections: a type before its parameters.
+    names = sorted({*settings[0], *settings[1]}, key=lambda name: (".params." in name, name))
+    changes: Changes = {}
+    for name in names:
+        before, now = (of.get(name) for of in settings)
+        if before == now:
+            continue
+        if name == SCHEDULE_LENGTH and total_steps != record.started.total_steps:
+            raise UserError(
+                f"the learning rate of this run was planned to fall to 0 over {record.started.total_steps} steps "
+                f"({config['scheduler']['type']}), not over {total_steps}; resume it with as many, or train with "
+                "another --output_dir. A run that starts with WarmupLR, or a larger total_num_steps, can be extended"
+            )
+        if name not in CHANGEABLE:
+            raise _refusal(name, before, now)
+        changes[name] = (before, now)
+    if total_steps != record.started.total_steps:
+        _check_schedule_lasts(config, total_steps)
+        changes[TOTAL_STEPS] = (record.started.total_steps, total_steps)
+    return changes
+
+
+def _fixed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are compared, by their paths."""
+    sections = {name: config[name] for name in FIXED_SECTIONS if name in config and name != "data_types"}
+    zero = config.get("zero_optimization", {})
+    layout = {"zero_optimization": {name: zero[name] for name in FIXED_LAYOUT if name in zero}}
+    settings = settings_of(sections | layout) | {"gradients are summed in fp32": accumulates_in_fp32(config)}
+    # Which form of the same Adam runs follows from the machines, and is not known before the ranks have joined.
+    return {name: value for name, value in settings.items() if name not in OF_MACHINES}
+
+
+def _check_schedule_lasts(config: Mapping[str, Any], total_steps: int) -> None:
+    length = settings_of(config).get(SCHEDULE_LENGTH, total_steps)
+    last = list(islice(learning_rates(config, total_steps), total_steps - 1, None))
+    if total_steps > length or not any(last):
+        raise UserError(
+            f"the schedule of this run ends before step {total_steps} ({SCHEDULE_LENGTH} {length}); "
+            "give fewer steps, or start a run with a longer schedule in another --output_dir"
+        )
+
+
+def _refusal(name: str, before: object, now: object) -> UserError:
+    return UserError(
+        f"this run was started with {name} {_shown(before)}, not {_shown(now)}; "
+        "resume it with the same, or choose another --output_dir"
+    )
+
+
+def _shown(value: object) -> object:
+    return "none" if value is None else value
+
+
+def write_record(output_dir: Path, content: Mapping[str, Any]) -> None:
+    """Write the record of a run that starts.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with writing(output_dir / NAME):
+        write_text(output_dir / NAME, json.dumps(content, indent=2) + "\n")
+
+
+def append_changes(output_dir: Path, step: int, changes: Changes, student_step: int) -> str:
+    """Add what a resumed run changes to its record, and return it as a line.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    _update(output_dir, {"student_step": student_step}, {"after_step": step, "changed": changes})
+    return _line(step, changes)
+
+
+def record_student(output_dir: Path, step: int) -> None:
+    """Note which step ``student/`` is of."""
+    _update(output_dir, {"student_step": step})
+
+
+def _update(output_dir: Path, values: Mapping[str, Any], change: Mapping[str, Any] | None = None) -> None:
+    path = output_dir / NAME
+    with writing(path):
+        content = json.loads(path.read_text(encoding="utf-8")) | values
+        if change is not None:
+            content["changes"] = [*content.get("changes", []), change]
+        write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def _line(step: int, changes: Mapping[str, Any]) -> str:
+    changed = ", ".join(
+        f"{name} {_shown(before)} -> {_shown(now)}" for name, (before, now) in changes.items()
+    )
+    return f"after step {step}: {changed}"
+
+
+def _put(config: dict[str, Any], path: str, value: Any) -> None:
+    *sections, key = path.split(".")
+    for section in sections:
+        config = config.setdefault(section, {})
+    config[key] = value

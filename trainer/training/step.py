@@ -1,0 +1,128 @@
+"""The training step: teacher, student, losses, accumulation, update."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from distilspeed.trainer.data.batches import DROPOUT_STREAM, MicroBatch
+from distilspeed.trainer.data.masking import philox
+from distilspeed.trainer.engine.phases import BACKWARD, DATA, TEACHER, UPDATE, phase
+from distilspeed.trainer.engine.student import DTYPES, backward, loss_scale, optimizer_step, student_engine
+from distilspeed.trainer.engine.teacher import make_teacher
+from distilspeed.trainer.errors import OverflowAtLowestScale
+from distilspeed.trainer.families.bert import pad_vocabulary
+from distilspeed.trainer.objective.objective import Distillation, Objective
+from distilspeed.trainer.training.arguments import TrainArguments
+from distilspeed.trainer.training.run import Run
+
+# fp16: batches skipped in a row, at one loss scale and beyond its "hysteresis", after which it is taken not to fall.
+SKIPS_AT_ONE_SCALE = 5
+DEFAULT_HYSTERESIS = 2  # DeepSpeed's
+
+
+class StepResult(NamedTuple):
+    """One rank's part of an optimiser step."""
+
+    parts: (
+        torch.Tensor
+    )  # float32 [accumulation steps, 4] on the device, its shares of the loss parts (LossParts)
+    gradients_are_finite: (
+        torch.Tensor
+    )  # bool [accumulation steps] on the device, on their way into the layers
+    grad_norm: float | torch.Tensor | None  # of the global batch, before clipping
+    is_update: (
+        bool  # false where fp16 gradients overflowed, or DeepSpeed left the step out for another reason
+    )
+
+
+class TrainingStep:
+    """One rank's part of optimiser steps; made by every rank in ``joined_job``. The run's models become its own.
+
+    Attributes:
+        engine: DeepSpeed's, around student and losses.
+    """
+
+    def __init__(self, run: Run) -> None:
+        arguments, batch = run.arguments, run.batch
+        self.rank = run.process.rank
+        self.seed = arguments.seed
+        self.batch = batch
+        hysteresis = run.deepspeed_config.get("fp16", {}).get("hysteresis", DEFAULT_HYSTERESIS)
+        self.skips_allowed = SKIPS_AT_ONE_SCALE + hysteresis
+        self.last_scale, self.skips_at_last_scale = 0.0, 0
+        self.objective = objective_of(arguments)
+        for model in run.models().values():
+            pad_vocabulary(model)
+            if arguments.compile:
+                model.base_model.compile()
+        self.distillation = Distillation(
+            run.student, self.objective, batch.world_size, batch.gradient_accumulation_steps
+        )
+        self.engine = student_engine(self.distillation, run.deepspeed_config)
+        self.engine.train()
+        self.teacher = None
+        if run.teacher:
+            self.teacher = make_teacher(
+                run.teacher,
+                DTYPES[run.precision],
+                run.process.device,
+                run.deepspeed_config,
+                share_out=arguments.teacher_zero3,
+            )
+
+    def take(self, index: int, micro_batches: Iterator[MicroBatch]) -> StepResult:
+        """Take an optimiser step on global batch ``index``, the next micro-batches.
+
+        Nothing here waits for the device but DeepSpeed's own look at the gradient's norm.
+
+        Raises:
+            OverflowAtLowestScale: fp16 gradients overflow, and the loss scale does not fall.
+        """
+        parts, are_finite = [], []
+        grad_norm = None
+        for accumulation_step in range(self.batch.gradient_accumulation_steps):
+            with phase(DATA):
+                batch = next(micro_batches)
+            seed_dropout(self.seed, index, self.batch.micro_batch_number(accumulation_step, self.rank))
+            with phase(TEACHER):
+                targets = self.teacher(batch, self.objective.scored_places(batch)) if self.teacher else None
+            scale = loss_scale(self.engine)
+            loss = self.engine(batch, targets, scale)
+            with phase(BACKWARD):
+                backward(self.engine, loss)
+            parts.append(torch.stack(self.distillation.last_parts))
+            are_finite.append(self.distillation.last_gradient_is_finite)
+            with phase(UPDATE):
+                grad_norm = optimizer_step(self.engine)
+        is_update = self.engine.was_step_applied()
+        self._count_skips(is_update, scale)
+        return StepResult(torch.stack(parts), torch.stack(are_finite), grad_norm, is_update)
+
+    def _count_skips(self, is_update: bool, scale: float) -> None:
+        if not self.engine.fp16_enabled():
+            return  # what is not finite in other precisions is no overflow: the metrics report it
+        if is_update or scale != self.last_scale:
+            self.skips_at_last_scale = 0
+        self.last_scale = scale
+        self.skips_at_last_scale += not is_update
+        if self.skips_at_last_scale == self.skips_allowed:
+            raise OverflowAtLowestScale(scale)
+
+
+def objective_of(arguments: TrainArguments) -> Objective:
+    return Objective(
+        arguments.alpha_ce,
+        arguments.alpha_mlm,
+        arguments.alpha_cos,
+        arguments.temperature,
+        arguments.restrict_ce_to_mask,
+    )
+
+
+def seed_dropout(seed: int, batch: int, micro_batch: int) -> None:
+    """Seed dropout as a function of (seed, global batch, micro-batch in it).
+
+    A resumed run draws what an uninterrupted one draws, on another number of ranks, too.
+    """
+    torch.manual_seed(int(philox(seed, batch, stream=(DROPOUT_STREAM, micro_batch)).random_raw()))
