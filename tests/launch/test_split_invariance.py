@@ -30,6 +30,17 @@ SGD = {
     "gradient_clipping": 0.0,
 }
 ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}}
+FILLED = {
+    "scheduler": {
+        "type": "WarmupDecayLR",
+        "params": {
+            "warmup_max_lr": "auto",
+            "warmup_num_steps": "auto",
+            "warmup_type": "auto",
+            "total_num_steps": "auto",
+        },
+    }
+}
 # Ranks, ZeRO stage, micro-batch, precision.
 CASES = [
     (1, 0, 12, "fp32"),
@@ -54,8 +65,13 @@ CASES = [
     (2, 0, 3, "fp16"),
     (2, 2, 3, "fp16"),
 ]
+# With so many accumulation steps that their sum has to be in fp32.
+LONG_BATCH = 128
+LONG_CASES = [(1, 1)]  # ranks, ZeRO stage; bf16, which is slow on CPUs
+SECONDS = 1200  # for all runs of a number of ranks
 HAS_FP16 = get_accelerator().is_fp16_supported()
 # Of the update's norm. bf16 keeps 8 bits of each weight and gradient, fp16 11.
+LONG_TOLERANCE = 0.01
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.02, "fp16": 0.005}
 
 
@@ -68,16 +84,26 @@ def start(tiny_teacher_dir: Path) -> dict[str, torch.Tensor]:
 def expected(
     tiny_teacher_dir: Path, small_corpus_dir: Path, start: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, list[float]]:
-    """Two steps of a plain PyTorch loop over whole global batches: what they change, and the norms of the gradients.
+    """What two steps change, and the norms of their gradients."""
+    return plain_steps(tiny_teacher_dir, small_corpus_dir, BATCH, [LEARNING_RATE] * STEPS, start)
+
+
+def plain_steps(
+    teacher_dir: Path, corpus_dir: Path, batch_size: int, rates: list[float], start: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, list[float]]:
+    """Steps of a plain PyTorch loop over whole global batches: what they change, and the norms of the gradients.
 
     No code of the trainer's step.
     """
-    teacher = load_teacher(str(tiny_teacher_dir))
+    teacher = load_teacher(str(teacher_dir))
     student = make_student(teacher, LAYERS)
     optimizer = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
-    batches = MicroBatches(open_corpus(small_corpus_dir), BatchEquation(BATCH, BATCH, 1, 1), rank=0, seed=0)
+    batches = MicroBatches(
+        open_corpus(corpus_dir), BatchEquation(batch_size, batch_size, 1, 1), rank=0, seed=0
+    )
     norms = []
-    for batch in batches.loader(0, STEPS, num_workers=0):
+    for batch, rate in zip(batches.loader(0, len(rates), num_workers=0), rates, strict=True):
+        optimizer.param_groups[0]["lr"] = rate
         real, masked = batch.document_ids >= 0, batch.labels >= 0
         ours, theirs = forward_packed(student, batch), forward_packed(teacher, batch)
         log_q = functional.log_softmax(ours.logits[real] / 2, dim=-1)
@@ -109,14 +135,23 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, sm
                 "fp16": {"enabled": precision == "fp16", "initial_scale_power": 8},
             }
             arguments.append(_run_arguments(output, settings, tiny_teacher_dir, small_corpus_dir, micro))
+        for _, stage in filter(lambda case: case[0] == ranks, LONG_CASES):
+            output = folder / _name(ranks, stage, 1, "long")
+            settings = {**SGD, "zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
+            long = {"max_steps": 1, "train_batch_size": LONG_BATCH}
+            arguments.append(_run_arguments(output, settings, tiny_teacher_dir, small_corpus_dir, 1) | long)
         if ranks == 1:
+            output = folder / "filled_schedule"
+            arguments.append(
+                _run_arguments(output, {**SGD, **FILLED}, tiny_teacher_dir, small_corpus_dir, BATCH)
+            )
             for stage in (0, 1):
                 settings = {**ADAM, "zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
                 output = folder / f"adam_zero{stage}"
                 arguments.append(_run_arguments(output, settings, tiny_teacher_dir, small_corpus_dir, BATCH))
         job = folder / f"{ranks}.json"
         job.write_text(json.dumps(arguments))
-        result = deepspeed(Path(__file__).with_name("many_runs_job.py"), job, ranks=ranks)
+        result = deepspeed(Path(__file__).with_name("many_runs_job.py"), job, ranks=ranks, seconds=SECONDS)
         assert result.returncode == 0, result.stderr[-3000:]
     return folder
 
@@ -146,6 +181,36 @@ def test_same_step_however_the_batch_is_split(
     assert norms == pytest.approx(expected_norms, rel=TOLERANCE[precision])
 
 
+@pytest.mark.parametrize(("ranks", "stage"), LONG_CASES)
+def test_128_accumulation_steps_in_bf16_lose_nothing(
+    trained: Path,
+    tiny_teacher_dir: Path,
+    small_corpus_dir: Path,
+    start: dict[str, torch.Tensor],
+    ranks: int,
+    stage: int,
+) -> None:
+    name = _name(ranks, stage, 1, "long")
+    rounded = {name: weight.bfloat16().float() for name, weight in start.items()}
+    update = _update(load_file(trained / name / "student" / "model.safetensors"), rounded)
+    expected, norms = plain_steps(tiny_teacher_dir, small_corpus_dir, LONG_BATCH, [LEARNING_RATE], start)
+    assert (update - expected).norm() < LONG_TOLERANCE * expected.norm()
+    (line,) = read_metrics(trained / name / "metrics.jsonl")
+    assert line.grad_norm == pytest.approx(norms[0], rel=LONG_TOLERANCE)
+
+
+def test_the_steps_of_a_filled_schedule_are_taken_with_the_rates_that_the_metrics_say(
+    trained: Path, tiny_teacher_dir: Path, small_corpus_dir: Path, start: dict[str, torch.Tensor]
+) -> None:
+    # Two steps: half of the peak, and the peak.
+    rates = [LEARNING_RATE / 2, LEARNING_RATE]
+    metrics = read_metrics(trained / "filled_schedule" / "metrics.jsonl")
+    assert [line.lr for line in metrics] == pytest.approx(rates)
+    update = _update(load_file(trained / "filled_schedule" / "student" / "model.safetensors"), start)
+    expected, _ = plain_steps(tiny_teacher_dir, small_corpus_dir, BATCH, rates, start)
+    assert (update - expected).norm() < TOLERANCE["fp32"] * expected.norm()
+
+
 def test_adams_first_updates_are_as_large_without_zero(trained: Path, start: dict[str, torch.Tensor]) -> None:
     # DeepSpeed's optimiser for half precision without ZeRO counts a step of its own before the first.
     start = {name: weight.bfloat16().float() for name, weight in start.items()}
@@ -161,7 +226,8 @@ def test_adams_first_updates_are_as_large_without_zero(trained: Path, start: dic
 def _run_arguments(
     output: Path, settings: dict[str, Any], teacher: Path, corpus: Path, micro: int
 ) -> dict[str, Any]:
-    config = write_config(output.with_suffix(".json"), settings, remove=("scheduler",))
+    removed = () if "scheduler" in settings else ("scheduler",)
+    config = write_config(output.with_suffix(".json"), settings, removed)
     return {
         "deepspeed_config": str(config),
         "teacher": str(teacher),
