@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from distilspeed.trainer.objective import objective as distillation
+from distilspeed.trainer.objective import objective
 from distilspeed.trainer.training import step
 
 KIND = os.environ["FAULT_KIND"]
@@ -17,7 +17,7 @@ HERE = os.environ["RANK"] == os.environ["FAULT_RANK"]
 
 now = {"batch": -1, "micro_batch": -1}
 seed_dropout = step.seed_dropout
-forward_packed = distillation.forward_packed
+forward_packed = objective.forward_packed
 
 
 def noting_seed_dropout(seed: int, batch: int, micro_batch: int) -> None:
@@ -44,5 +44,5 @@ def faulty_forward(model: Any, batch: Any, places: Any = None) -> Any:
 
 
 step.seed_dropout = noting_seed_dropout
-distillation.forward_packed = faulty_forward
+objective.forward_packed = faulty_forward
 runpy.run_path(str(Path(__file__).parents[2] / "launch" / "train.py"), run_name="__main__")

@@ -15,9 +15,9 @@ from launcher import train_all, write_config
 from safetensors.torch import load_file
 from training import CPU_HAS_FP16
 
-from distilspeed.trainer.config_check import learning_rates
-from distilspeed.trainer.metrics import read_metrics
-from distilspeed.trainer.record import read_record
+from distilspeed.trainer.engine.config_check import learning_rates
+from distilspeed.trainer.training.metrics import read_metrics
+from distilspeed.trainer.training.record import read_record
 
 BATCH, MICRO_BATCH, STEPS, LEARNING_RATE = 8, 4, 2, 0.01
 SECONDS = 1200

@@ -27,7 +27,7 @@ from typing import Any, NoReturn, Self
 import torch.distributed
 
 from distilspeed.trainer.errors import CommandError, LostRankError, show_error, status_of
-from distilspeed.trainer.job import parents as launcher
+from distilspeed.trainer.job import parents
 from distilspeed.trainer.job.processes import STOP_SIGNALS, end_at_once, stop_signals
 from distilspeed.trainer.job.ranks import Process
 from distilspeed.trainer.job.scheduler import LOOPBACK
@@ -68,7 +68,7 @@ class _Member:
 
         A stopped process does not take SIGTERM, and the launcher waits 30 seconds before it sends SIGKILL.
         """
-        if self.host == socket.gethostname() and launcher.is_sibling(self.process):
+        if self.host == socket.gethostname() and parents.is_sibling(self.process):
             with contextlib.suppress(OSError):
                 os.kill(self.process, signal.SIGKILL)
 
@@ -152,8 +152,8 @@ class JobWatch:
 
     def _run(self) -> None:
         sources: list[Any] = [self._connection, self._signals]
-        if launcher.runner is not None:
-            sources.append(launcher.runner)
+        if parents.runner is not None:
+            sources.append(parents.runner)
         beat_at = 0.0
         while True:
             ready = connection.wait(sources, SECONDS_BETWEEN_BEATS)
@@ -161,9 +161,9 @@ class JobWatch:
                 for number in self._signals.recv(64):
                     if number in STOP_SIGNALS:
                         self._note_end(signal.Signals(number).name)
-            if launcher.runner in ready:
+            if parents.runner in ready:
                 self._note_end("the end of the deepspeed command")
-                sources.remove(launcher.runner)
+                sources.remove(parents.runner)
             if self._connection in ready:
                 self._rank_0.last_heard = time.monotonic()
                 try:

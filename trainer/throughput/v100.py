@@ -2,7 +2,7 @@
 
 import torch
 
-from distilspeed.trainer.engine import student as engines
+from distilspeed.trainer.engine import student
 from distilspeed.trainer.models import attention
 
 # Of 16 GiB, what CUDA's context leaves.
@@ -21,7 +21,7 @@ def limit_to_v100() -> None:
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    attention.OLDEST_FLEX_CAPABILITY = engines.OLDEST_BF16_CAPABILITY = NO_GPU_HAS
+    attention.OLDEST_FLEX_CAPABILITY = student.OLDEST_BF16_CAPABILITY = NO_GPU_HAS
 
 
 def is_limited_to_v100() -> bool:

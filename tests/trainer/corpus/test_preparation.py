@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, BertTokenizer
 
-from distilspeed.trainer.corpus import writer as corpus_writer
+from distilspeed.trainer.corpus import writer
 from distilspeed.trainer.corpus.build import CorpusArguments, prepare_corpus
 from distilspeed.trainer.corpus.format import Corpus, Shard
 from distilspeed.trainer.corpus.merge import merge_shards
@@ -232,7 +232,7 @@ def test_a_failure_while_writing_leaves_nothing(
     def fail(*_: object) -> None:
         raise failure
 
-    monkeypatch.setattr(corpus_writer.SplitWriter, "write", fail)
+    monkeypatch.setattr(writer.SplitWriter, "write", fail)
     with pytest.raises(UserError if isinstance(failure, OSError) else KeyboardInterrupt):
         prepare_corpus(arguments)
     assert not arguments.output_dir.parent.exists()

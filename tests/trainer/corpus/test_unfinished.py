@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from distilspeed.trainer.corpus import pool as workers
-from distilspeed.trainer.corpus import unfinished
+from distilspeed.trainer.corpus import pool, unfinished
 from distilspeed.trainer.corpus.build import CorpusArguments, prepare_corpus
 from distilspeed.trainer.corpus.writer import RowWriter
 from distilspeed.trainer.errors import UserError
@@ -24,15 +23,15 @@ PATIENCE = 600.0  # seconds until a test gives up waiting
 # The build in a process of its own, in small batches, recording its progress after each of them.
 BUILD = """
 import pathlib, sys
-from distilspeed.trainer import preparation, unfinished, workers
+from distilspeed.trainer.corpus import build, pool, unfinished
 
 if __name__ == "__main__":
-    workers.BATCH_CHARACTERS, unfinished.SECONDS_BETWEEN_RECORDS = 20_000, 0
+    pool.BATCH_CHARACTERS, unfinished.SECONDS_BETWEEN_RECORDS = 20_000, 0
     text, tokenizer, output_dir, kill_at = sys.argv[1:]
     if kill_at == "before the rename":
         unfinished.sync_tree = lambda folder: __import__("os").kill(__import__("os").getpid(), 9)
-    preparation.prepare_corpus(
-        preparation.CorpusArguments(
+    build.prepare_corpus(
+        build.CorpusArguments(
             text=(pathlib.Path(text),), tokenizer=tokenizer, output_dir=pathlib.Path(output_dir),
             seq_length=64, held_out_fraction=0.1, num_proc=1, resume=True,
         )
@@ -45,7 +44,7 @@ def arguments(
     arguments: CorpusArguments, reference_text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> CorpusArguments:
     """A build of some forty batches."""
-    monkeypatch.setattr(workers, "BATCH_CHARACTERS", 20_000)
+    monkeypatch.setattr(pool, "BATCH_CHARACTERS", 20_000)
     monkeypatch.setattr(unfinished, "SECONDS_BETWEEN_RECORDS", 0.0)
     return replace(arguments, text=(reference_text,))
 
@@ -66,7 +65,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, after: int, error: BaseException)
     """Let the build fail at a batch, in the midst of writing it."""
     add, batches = RowWriter.add, iter(range(1 << 30))
 
-    def failing(writer: RowWriter, batch: workers.PackedBatch) -> None:
+    def failing(writer: RowWriter, batch: pool.PackedBatch) -> None:
         add(writer, batch)
         if next(batches) == after:
             raise error

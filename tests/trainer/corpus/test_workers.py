@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from distilspeed.trainer.corpus import pool as workers
+from distilspeed.trainer.corpus import pool
 from distilspeed.trainer.corpus.packing import RowRules
 from distilspeed.trainer.corpus.pool import BATCHES_PER_WORKER, PackedBatch, pack_batch, pack_documents
 from distilspeed.trainer.corpus.tokenization import DocumentTokenizer
@@ -41,7 +41,7 @@ def pack(documents: Iterable[str], backend: Tokenizer, num_proc: int) -> list[Pa
 def test_the_batches_are_the_same_however_many_processes(
     reference_text: Path, backend: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "BATCH_CHARACTERS", 50_000)
+    monkeypatch.setattr(pool, "BATCH_CHARACTERS", 50_000)
     documents = reference_text.read_text(encoding="utf-8").splitlines()
     one, three = (pack(documents, backend, num_proc) for num_proc in (1, 3))
     assert len(one) == len(three) > 9
@@ -65,7 +65,7 @@ def test_padding_of_real_prose_stays_under_two_percent(
 def test_documents_are_read_no_further_than_the_queue_is_long(
     backend: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "BATCH_CHARACTERS", 100 * (len(SENTENCE) + workers.STRING_OVERHEAD))
+    monkeypatch.setattr(pool, "BATCH_CHARACTERS", 100 * (len(SENTENCE) + pool.STRING_OVERHEAD))
     read = 0
 
     def endless() -> Iterator[str]:
@@ -85,7 +85,7 @@ def test_documents_are_read_no_further_than_the_queue_is_long(
 def test_a_batch_is_bounded_by_the_memory_of_its_text(
     backend: Tokenizer, monkeypatch: pytest.MonkeyPatch, document: str, count: int
 ) -> None:
-    monkeypatch.setattr(workers, "BATCH_CHARACTERS", 50 * (1 + workers.STRING_OVERHEAD))
+    monkeypatch.setattr(pool, "BATCH_CHARACTERS", 50 * (1 + pool.STRING_OVERHEAD))
     batches = pack([document] * (2 * count + 1), backend, num_proc=1)
     assert [batch.documents for batch in batches] == [count, count, 1]
 
@@ -96,7 +96,7 @@ def test_processes_that_are_starting_leave_a_terminals_signals_to_their_parent(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(workers, "BATCH_CHARACTERS", 10_000)
+    monkeypatch.setattr(pool, "BATCH_CHARACTERS", 10_000)
     text = reference_text.read_text(encoding="utf-8").splitlines()[:1000]
     signalled = set()
 
@@ -132,7 +132,7 @@ def test_a_signal_while_a_process_is_started_comes_after_it() -> None:
 def test_a_killed_process_ends_the_work_with_an_error(
     backend: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "BATCH_CHARACTERS", 10_000)
+    monkeypatch.setattr(pool, "BATCH_CHARACTERS", 10_000)
 
     def killing() -> Iterator[str]:
         for number in range(100_000):

@@ -15,7 +15,7 @@ from distilspeed.trainer.corpus.format import Corpus, open_corpus, read_rows
 from distilspeed.trainer.data.batches import MicroBatch, corpus_masking_rule
 from distilspeed.trainer.data.masking import mask_row
 from distilspeed.trainer.errors import NumericalError
-from distilspeed.trainer.evaluation import quality as evaluation
+from distilspeed.trainer.evaluation import quality
 from distilspeed.trainer.evaluation.latency import count_parameters, measure_latency, weights_bytes
 from distilspeed.trainer.evaluation.quality import (
     held_out_batches,
@@ -94,10 +94,10 @@ def test_quality_does_not_depend_on_the_batch_size(corpus: Corpus, batch_size: i
 def test_a_model_that_knows_every_token_scores_all_of_them(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation, "forward_packed", Oracle(corpus))
-    quality = masked_token_quality(tiny_model(corpus), corpus, ROWS)
-    assert quality.accuracy == 1.0
-    assert quality.loss < 1e-6
+    monkeypatch.setattr(quality, "forward_packed", Oracle(corpus))
+    found = masked_token_quality(tiny_model(corpus), corpus, ROWS)
+    assert found.accuracy == 1.0
+    assert found.loss < 1e-6
 
 
 def test_every_model_sees_the_same_masks_whatever_was_drawn_before(
@@ -107,7 +107,7 @@ def test_every_model_sees_the_same_masks_whatever_was_drawn_before(
     for oracle, batch_size in ((one, 4), (other, 3)):
         torch.manual_seed(batch_size)
         np.random.seed(batch_size)
-        monkeypatch.setattr(evaluation, "forward_packed", oracle)
+        monkeypatch.setattr(quality, "forward_packed", oracle)
         masked_token_quality(tiny_model(corpus, seed=batch_size), corpus, ROWS, batch_size=batch_size)
     assert torch.equal(torch.cat(one.seen), torch.cat(other.seen))
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from distilspeed.kernels.profiling.machine import Machine
-from distilspeed.trainer.throughput import check_runner as checks
+from distilspeed.trainer.throughput import check_runner
 from distilspeed.trainer.throughput.check_runner import (
     FAILED,
     NOT_INSTALLED,
@@ -40,7 +40,7 @@ print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"]).
 
 @pytest.fixture
 def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
-    monkeypatch.setattr(checks, "SECONDS_TO_END", 0.5)
+    monkeypatch.setattr(check_runner, "SECONDS_TO_END", 0.5)
     return Runner(tmp_path, Machine.here(torch.device("cpu")), seconds=60)
 
 
@@ -176,7 +176,7 @@ from pathlib import Path
 import torch
 signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where the tests run in the background
 from distilspeed.kernels.profiling.machine import Machine
-from distilspeed.trainer.checks import Part, Runner
+from distilspeed.trainer.throughput.check_runner import Part, Runner
 runner = Runner(Path({str(tmp_path)!r}), Machine.here(torch.device("cpu")), seconds=60)
 part = Part("sleep", 50, [[sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(1000)"]])
 runner.run_together([part])
