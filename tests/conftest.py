@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -15,6 +16,12 @@ from distilspeed.trainer.corpus.build import CorpusArguments, prepare_corpus
 SMALL_VOCABULARY = 1000
 SMALL_SEQ_LENGTH = 64
 SMALL_TEXT_CHARACTERS = 120_000
+
+# Tests that were started in the background, or under nohup, ignore these, and so would all that they start. A handler
+# leaves the tests as they are and is not passed on.
+for _number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, lambda *_: None)
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
