@@ -50,6 +50,7 @@ setup(
         "test": [
             "distilspeed[train]",
             "pytest>=8",
+            "pytest-xdist>=3.5",
             "hypothesis>=6.100",
             "ruff>=0.12",
             "mypy>=1.15",

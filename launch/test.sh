@@ -6,4 +6,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 setup_venv "[test]"
 choose_accelerator
-exec .venv/bin/python -m pytest "$@"
+# Two at a time: most tests wait for processes that start. A -n of your own comes after, and counts.
+exec .venv/bin/python -m pytest -n 2 --dist worksteal "$@"
