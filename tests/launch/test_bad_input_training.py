@@ -356,7 +356,8 @@ def test_a_monitor_without_its_package(
     line = refused(inputs.command(deepspeed_config=path))
     assert f'"{monitor}"' in line
     assert named in line
-    monkeypatch.setenv("RANK", "1")  # DeepSpeed makes monitors on rank 0 alone
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)  # DeepSpeed makes monitors on rank 0 alone
     with pytest.raises(pytest.fail.Exception, match="the training started"):
         refused(inputs.command(deepspeed_config=path))
 
