@@ -23,12 +23,13 @@ Sanh et al. 2019, arXiv 1910.01108, section 3. T^2 * KL is the reported L_ce; it
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distilspeed.kernels.implementation import distillation_loss_ops as ops
 from distilspeed.kernels.implementation.checks import check_writable, resolve_normalizer
 from distilspeed.kernels.implementation.distillation_loss_rows import LOSS_FIELDS, LossRows, loss_rows, means
+from distilspeed.kernels.implementation.weighted_module import WeightedLossModule
 
 
 class DistillationLosses(NamedTuple):
@@ -102,17 +103,11 @@ def distillation_loss(
     return DistillationLosses(*losses)
 
 
-class DistillationLoss(nn.Module):
+class DistillationLoss(WeightedLossModule):
     """soft_weight * kl + hard_weight * hard_ce as one scalar; see :func:`distillation_loss`.
 
     The defaults are those of Sanh et al. 2019 without the cosine term, which acts on hidden states.
     """
-
-    def __init__(self, temperature: float = 2.0, soft_weight: float = 5.0, hard_weight: float = 2.0) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.soft_weight = soft_weight
-        self.hard_weight = hard_weight
 
     def forward(
         self,
@@ -136,11 +131,6 @@ class DistillationLoss(nn.Module):
             vocab_size=vocab_size,
         )
         return self.soft_weight * losses.kl + self.hard_weight * losses.hard_ce
-
-    def extra_repr(self) -> str:
-        return (
-            f"temperature={self.temperature}, soft_weight={self.soft_weight}, hard_weight={self.hard_weight}"
-        )
 
 
 class DistillationLossFunction(torch.autograd.Function):

@@ -17,7 +17,7 @@ coefficients that add up to GRADIENT_SIZE, and what the caller's differ by is mu
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distilspeed.kernels.implementation import distillation_loss_ops as ops
@@ -29,6 +29,7 @@ from distilspeed.kernels.implementation.checks import (
 )
 from distilspeed.kernels.implementation.distillation_loss_rows import means
 from distilspeed.kernels.implementation.linear_distillation_loss_ops import Projections, forward_backward
+from distilspeed.kernels.implementation.weighted_module import WeightedLossModule
 from distilspeed.kernels.weighted_distillation_loss import WeightedLosses
 
 # No entry of g is greater, and a row's entries add up to no more than twice this in size: its product with weights
@@ -153,17 +154,11 @@ def check_fit(projections: Projections) -> None:
             )
 
 
-class LinearDistillationLoss(nn.Module):
+class LinearDistillationLoss(WeightedLossModule):
     """The sum of :func:`linear_distillation_loss` as one scalar; the projections' weights are arguments of each call.
 
     The defaults are those of Sanh et al. 2019 without the cosine term, which acts on hidden states.
     """
-
-    def __init__(self, temperature: float = 2.0, soft_weight: float = 5.0, hard_weight: float = 2.0) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.soft_weight = soft_weight
-        self.hard_weight = hard_weight
 
     def forward(
         self,
@@ -196,11 +191,6 @@ class LinearDistillationLoss(nn.Module):
             hard_normalizer=hard_normalizer,
             vocab_size=vocab_size,
         ).loss
-
-    def extra_repr(self) -> str:
-        return (
-            f"temperature={self.temperature}, soft_weight={self.soft_weight}, hard_weight={self.hard_weight}"
-        )
 
 
 class LinearDistillationLossFunction(torch.autograd.Function):
