@@ -38,9 +38,22 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path) ->
 
 @pytest.mark.parametrize(
     ("stage", "precision", "micro", "accumulation"),
-    [(0, "fp32", 32, 2), (1, "fp32", 64, 1), (1, "bf16", 32, 2), (2, "bf16", 32, 2), (3, "fp32", 16, 2)],
+    [
+        (1, "bf16", 8, 4),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in [
+                (0, "fp32", 32, 2),
+                (1, "fp32", 64, 1),
+                (1, "bf16", 16, 1),
+                (2, "bf16", 8, 2),
+                (3, "fp32", 16, 2),
+                (3, "bf16", 8, 2),
+            ]
+        ),
+    ],
 )
-def test_the_estimate_is_within_15_percent_of_the_measured_peak(
+def test_the_estimate_is_within_8_percent_of_the_measured_peak(
     tmp_path: Path,
     teacher: Path,
     small_corpus_dir: Path,
@@ -72,7 +85,7 @@ def test_the_estimate_is_within_15_percent_of_the_measured_peak(
 
     run = prepare_run(TrainArguments(**options, output_dir=tmp_path / "none", max_steps=10))
     estimate = plan_memory(run, run.batch).total
-    assert estimate == pytest.approx(footprint["peak"], rel=0.15), (estimate / MIB, footprint["peak"] / MIB)
+    assert estimate == pytest.approx(footprint["peak"], rel=0.08), (estimate / MIB, footprint["peak"] / MIB)
 
 
 def test_a_plan_over_the_cards_memory_is_refused_and_names_what_fits(

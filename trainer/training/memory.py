@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from distilspeed.kernels.implementation.distillation_loss_chunked import BLOCK_BYTES
 from distilspeed.trainer.data.batch_equation import BatchEquation
 from distilspeed.trainer.data.masking import MASKED_FRACTION
 from distilspeed.trainer.engine.config import accumulates_in_fp32
@@ -33,6 +34,8 @@ KEPT_PROBABILITIES = {4: 3 * 4, 2: 4 * 4}
 # gradient, of the masked tokens.
 DISTILLATION_LOGITS = 2
 MLM_LOGITS = 3
+# What the losses work in on a CPU: three buffers, and copies of the labelled rows of one. A GPU needs none.
+LOSS_BUFFERS = 4
 GIB = 2**30
 
 
@@ -47,6 +50,7 @@ class MemoryPlan:
     teacher: int
     activations: int
     logits: int
+    loss_buffers: int
 
     @property
     def total(self) -> int:
@@ -63,12 +67,14 @@ def estimate_memory(
     *,
     teacher_zero3: bool = False,
     restrict_ce_to_mask: bool = False,
-    keeps_attention_probabilities: bool = False,
+    on_cpu: bool = False,
+    attention_dropout: float = 0.0,
 ) -> MemoryPlan:
     """Estimate the memory of one rank from shapes, ZeRO stage, offload and micro-batch.
 
     Args:
-        keeps_attention_probabilities: attention dropout on a device whose attention keeps them, a CPU.
+        on_cpu: where attention with dropout keeps its probabilities, and the losses work in buffers of their own.
+        attention_dropout: of the student.
     """
     zero = deepspeed_config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
@@ -92,15 +98,18 @@ def estimate_memory(
         and not is_offloaded("offload_optimizer")
     )
     states = ADAM_BYTES_PER_PARAMETER + MASTER_BYTES_PER_PARAMETER * has_master
+    accumulates = batch.gradient_accumulation_steps > 1
     # With one micro-step the gradients come when activations go.
-    keeps_gradients = batch.gradient_accumulation_steps > 1 or is_bf16_zero1
+    kept_gradients = gradient_width * (accumulates or is_bf16_zero1)
+    if accumulates and is_bf16_zero1:  # which holds the last micro-step's own gradients, too
+        kept_gradients += width
     bucket = zero.get("reduce_bucket_size", REDUCE_BUCKET_SIZE) * width * (1 + bool(zero.get("overlap_comm")))
     tokens = batch.micro_batch_size * seq_length
     per_layer = (
         ATTENTION_ACTIVATIONS * student.hidden_size + FEED_FORWARD_ACTIVATIONS * student.intermediate_size
     )
     activations = width * (student.layers * per_layer + OTHER_ACTIVATIONS * student.hidden_size)
-    if keeps_attention_probabilities:
+    if on_cpu and attention_dropout > 0:
         activations += student.layers * student.heads * seq_length * KEPT_PROBABILITIES[width]
     if teacher is None:
         logits = MASKED_FRACTION * MLM_LOGITS
@@ -108,10 +117,13 @@ def estimate_memory(
         logits = DISTILLATION_LOGITS * (MASKED_FRACTION if restrict_ce_to_mask else 1.0)
     return MemoryPlan(
         weights=share(student.parameters * width, 3, "offload_param"),
-        gradients=share(student.parameters * gradient_width, 2) if keeps_gradients else 0,
+        gradients=share(student.parameters * kept_gradients, 2),
         optimizer_states=share(student.parameters * states, 1, "offload_optimizer"),
         buckets=bucket if stage > 0 and not is_bf16_zero1 else 0,
         teacher=teacher.parameters * width // (batch.world_size if teacher_zero3 else 1) if teacher else 0,
         activations=tokens * activations,
         logits=round(tokens * student.vocab_size * width * logits),
+        loss_buffers=LOSS_BUFFERS * min(BLOCK_BYTES, tokens * student.vocab_size * 4)
+        if on_cpu and teacher
+        else 0,
     )

@@ -38,7 +38,6 @@ def print_plan(run: Run) -> None:
 
 def plan_memory(run: Run, batch: BatchEquation) -> MemoryPlan:
     """The estimate for a run, with its micro-batch or another."""
-    on_cpu = run.process.device.type == "cpu" and run.precision != "fp16"  # which no CPU is asked to train in
     return estimate_memory(
         *run.shapes(),
         batch,
@@ -47,7 +46,9 @@ def plan_memory(run: Run, batch: BatchEquation) -> MemoryPlan:
         run.deepspeed_config,
         teacher_zero3=run.arguments.teacher_zero3,
         restrict_ce_to_mask=run.arguments.restrict_ce_to_mask,
-        keeps_attention_probabilities=on_cpu and _attention_dropout(run) > 0,
+        on_cpu=run.process.device.type == "cpu"
+        and run.precision != "fp16",  # which no CPU is asked to train in
+        attention_dropout=_attention_dropout(run),
     )
 
 
