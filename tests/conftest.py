@@ -3,11 +3,14 @@
 import json
 import shutil
 import signal
+from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tokenizers import BertWordPieceTokenizer
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertTokenizer
 
@@ -22,6 +25,13 @@ SMALL_TEXT_CHARACTERS = 120_000
 for _number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(_number) == signal.SIG_IGN:
         signal.signal(_number, lambda *_: None)
+
+# On a busy machine an example may take long.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
+
+# Of the run of launch/test.sh without --full, what it left out.
+LEFT_FOR_FULL = pytest.StashKey[list[str]]()
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -113,3 +123,31 @@ def dropout_teacher_dir(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_d
     config = json.loads((folder / "config.json").read_text()) | {"hidden_dropout_prob": 0.1}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("full"):
+            item.config.stash.setdefault(LEFT_FOR_FULL, []).append(item.nodeid)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    worker_output = getattr(session.config, "workeroutput", None)  # of pytest-xdist, where this is a worker
+    if worker_output is not None:
+        worker_output["left_for_full"] = session.config.stash.get(LEFT_FOR_FULL, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    node.config.stash[LEFT_FOR_FULL] = getattr(node, "workeroutput", {}).get("left_for_full", [])
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say what ``launch/test.sh --full`` would add, file by file."""
+    left = Counter(name.partition("::")[0] for name in config.stash.get(LEFT_FOR_FULL, []))
+    if not left:
+        return
+    terminalreporter.section(f"left to launch/test.sh --full: {left.total()} further cases")
+    for file, count in left.most_common():
+        terminalreporter.write_line(f"{count:5} in {file}")

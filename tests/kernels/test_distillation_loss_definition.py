@@ -36,7 +36,7 @@ def differentiate(losses: DistillationLosses, student_logits: Tensor, scale: flo
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.usefixtures("several_tiles_and_blocks")
 def test_losses_and_gradients_are_those_of_the_definition(dtype: torch.dtype, device: str) -> None:
-    @settings(max_examples=25 if INTERPRETED else 100, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=25 if INTERPRETED else 100, derandomize=True, database=None)
     @given(case=cases(dtype, device))
     def check(case: Case) -> None:
         student = case.student_logits.requires_grad_()

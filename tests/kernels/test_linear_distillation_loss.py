@@ -60,7 +60,7 @@ def products_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("products_in_parts")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_losses_and_gradients_are_those_of_the_definition(dtype: torch.dtype, device: str) -> None:
-    @settings(max_examples=8 if INTERPRETED else 60, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=8 if INTERPRETED else 60, derandomize=True, database=None)
     @given(case=linear_cases(dtype, device), chunk_bytes=st.sampled_from([ONE_ROW, 1536, 10_000, ALL_ROWS]))
     def check(case: LinearCase, chunk_bytes: int | None) -> None:
         case, exact_case = case.in_dtype(dtype), case.in_dtype(torch.float64)

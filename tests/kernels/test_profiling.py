@@ -244,7 +244,7 @@ def test_all_of_a_group_compute_the_same(index: int) -> None:
         )
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("index", [0, 2], ids=["logits", "cosine"])
 def test_what_is_compiled_computes_the_same(index: int) -> None:
     cases = build_groups(small_problem(), COMPILE)[index].cases

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from launcher import CPU_CONFIG
 from safetensors.torch import load_file
@@ -108,6 +109,15 @@ def assert_same_end(run: Path, reference: Path) -> None:
     assert _curve(run) == _curve(reference)
     ours, theirs = (load_file(folder / "student" / "model.safetensors") for folder in (run, reference))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def chosen(request: pytest.FixtureRequest, test: str, *names: str) -> set[tuple[Any, ...]]:
+    """The values of these parameters in the cases of a test that will run: what a fixture has to train for."""
+    return {
+        tuple(item.callspec.params[name] for name in names)
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.path == request.path and item.originalname == test
+    }
 
 
 def was_interrupted(run: Path) -> bool:

@@ -23,6 +23,7 @@ def arguments(teacher: object, corpus: Path) -> list[object]:
     return [part for pair in options.items() for part in pair]
 
 
+@pytest.mark.full
 def test_it_compares_measures_and_stores(
     tmp_path: Path, tiny_teacher_dir: Path, small_corpus_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

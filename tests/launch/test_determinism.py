@@ -16,6 +16,7 @@ from distilspeed.trainer.training.metrics import read_metrics
 OVERFLOWS = (7, 24)
 
 
+@pytest.mark.full
 def test_resumed_among_overflows_of_fp16_it_ends_with_the_same_bits(
     dropout_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path, device: str
 ) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from launcher import deepspeed
 
+pytestmark = [pytest.mark.full, pytest.mark.xdist_group("engines")]
+
 RANKS = 2
 
 

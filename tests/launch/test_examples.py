@@ -73,7 +73,12 @@ def soft_loss(student: Model, teacher: Model, lines: list[str], tokenizer: Any) 
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        pytest.param("plain_pytorch", ("--batch_size", 4, "--accumulation_steps", 2), id="plain_pytorch"),
+        pytest.param(
+            "plain_pytorch",
+            ("--batch_size", 4, "--accumulation_steps", 2),
+            id="plain_pytorch",
+            marks=pytest.mark.full,
+        ),
         pytest.param(
             "hf_trainer",
             ("--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2),
@@ -81,7 +86,10 @@ def soft_loss(student: Model, teacher: Model, lines: list[str], tokenizer: Any) 
             id="hf_trainer",
         ),
         pytest.param(
-            "lightning_module", ("--batch_size", 8), marks=needs("lightning"), id="lightning_module"
+            "lightning_module",
+            ("--batch_size", 8),
+            marks=[needs("lightning"), pytest.mark.full],
+            id="lightning_module",
         ),
     ],
 )
@@ -196,12 +204,19 @@ def reference_loss(student: Model, teacher: Model, rows: list[Row], alpha_cos: f
 @pytest.mark.parametrize(
     ("name", "step", "alpha_cos", "micro_batches"),
     [
-        pytest.param("plain_pytorch", plain_step, 1, 1, id="plain_pytorch-1x8"),
+        pytest.param("plain_pytorch", plain_step, 1, 1, id="plain_pytorch-1x8", marks=pytest.mark.full),
         pytest.param("plain_pytorch", plain_step, 1, 4, id="plain_pytorch-4x2"),
-        pytest.param("hf_trainer", hf_step, 0, 1, marks=needs("accelerate"), id="hf_trainer-1x8"),
+        pytest.param(
+            "hf_trainer", hf_step, 0, 1, marks=[needs("accelerate"), pytest.mark.full], id="hf_trainer-1x8"
+        ),
         pytest.param("hf_trainer", hf_step, 0, 4, marks=needs("accelerate"), id="hf_trainer-4x2"),
         pytest.param(
-            "lightning_module", lightning_step, 0, 1, marks=needs("lightning"), id="lightning_module"
+            "lightning_module",
+            lightning_step,
+            0,
+            1,
+            marks=[needs("lightning"), pytest.mark.full],
+            id="lightning_module",
         ),
     ],
 )
@@ -232,6 +247,7 @@ def test_a_step_is_the_references_on_the_whole_batch(
     assert (new - wanted).norm() < TOLERANCE * (wanted - old).norm()
 
 
+@pytest.mark.full
 @needs("accelerate")
 def test_the_trainers_evaluation_is_the_references_loss(
     tiny_teacher_dir: Path, student_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -247,6 +263,7 @@ def test_the_trainers_evaluation_is_the_references_loss(
 
 
 @needs("accelerate")
+@pytest.mark.full
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_trainers_teacher_runs_in_the_precision_of_the_run(
     precision: str, tiny_teacher_dir: Path, student_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -31,8 +31,11 @@ while True:
 """
 
 
-def in_full(*values: object) -> ParameterSet:
-    """A case for the full run alone."""
+def full(*values: object) -> ParameterSet:
+    return pytest.param(*values, marks=pytest.mark.full)
+
+
+def chaos(*values: object) -> ParameterSet:
     return pytest.param(*values, marks=pytest.mark.chaos)
 
 
@@ -43,10 +46,10 @@ def said(errors: str, label: str = "error") -> list[str]:
 @pytest.mark.parametrize(
     ("victim", "sent", "statuses", "reason"),
     [
-        ("rank 1", signal.SIGTERM, {75}, "SIGTERM"),
-        in_full("rank 0", signal.SIGINT, {75}, "SIGINT"),
+        full("rank 1", signal.SIGTERM, {75}, "SIGTERM"),
+        chaos("rank 0", signal.SIGINT, {75}, "SIGINT"),
         # These two end by themselves, DeepSpeed's launcher with a status of its own, and the ranks after them.
-        in_full("launcher", signal.SIGTERM, {1}, "SIGTERM"),
+        chaos("launcher", signal.SIGTERM, {1}, "SIGTERM"),
         ("deepspeed", signal.SIGTERM, {-signal.SIGTERM}, "the end of the deepspeed command"),
     ],
 )
@@ -73,6 +76,7 @@ def test_a_signal_saves_the_step_and_ends_the_run(
         assert_same_end(training.run, uninterrupted)
 
 
+@pytest.mark.full
 def test_a_closed_terminal_saves_the_step_and_ends_the_run(training: Training) -> None:
     """As where an ssh session breaks off: the job hears it, and can write to its terminal no more."""
     endless = ("--max_steps", 100_000, "--save_steps", 100_000, "--dataloader_num_workers", 1)
@@ -83,6 +87,7 @@ def test_a_closed_terminal_saves_the_step_and_ends_the_run(training: Training) -
     assert training.newest().progress.step > 0
 
 
+@pytest.mark.full
 def test_under_nohup_a_run_outlives_its_terminal(training: Training, uninterrupted: Path) -> None:
     job = training.start(prefix=["nohup"])
     wait_for_checkpoint(training.run, job)
@@ -92,7 +97,7 @@ def test_under_nohup_a_run_outlives_its_terminal(training: Training, uninterrupt
     assert_same_end(training.run, uninterrupted)
 
 
-@pytest.mark.parametrize("rank", [in_full(0), 1])
+@pytest.mark.parametrize("rank", [chaos(0), full(1)])
 def test_a_rank_that_stops_answering_is_named_and_ends_the_job(training: Training, rank: int) -> None:
     timeout = 12
     job = training.start("--ddp_timeout", timeout)
@@ -107,7 +112,7 @@ def test_a_rank_that_stops_answering_is_named_and_ends_the_job(training: Trainin
     training.assert_nothing_is_left()
 
 
-@pytest.mark.parametrize("script", [TRAIN, in_full(FORKSERVER)], ids=["fork", "forkserver"])
+@pytest.mark.parametrize("script", [TRAIN, chaos(FORKSERVER)], ids=["fork", "forkserver"])
 def test_a_rank_that_dies_is_named_and_ends_the_job(training: Training, script: Path) -> None:
     # Forked workers hold copies of its connections.
     job = training.start("--dataloader_num_workers", 1, script=script)
@@ -124,7 +129,7 @@ def test_a_rank_that_dies_is_named_and_ends_the_job(training: Training, script: 
 
 @pytest.mark.parametrize(
     ("kind", "what"),
-    [("logits", "loss is nan"), ("gradient", "gradient is "), in_full("weight gradient", "gradient is ")],
+    [("logits", "loss is nan"), full("gradient", "gradient is "), chaos("weight gradient", "gradient is ")],
 )
 def test_a_number_that_is_none_ends_the_run_and_names_its_rows(
     training: Training, uninterrupted: Path, kind: str, what: str
@@ -141,11 +146,12 @@ def test_a_number_that_is_none_ends_the_run_and_names_its_rows(
     assert ("on rank 1" in line) == (kind != "weight gradient")
     assert training.newest().progress.step == 4
     training.assert_nothing_is_left()
-    if kind == "logits":
+    if kind == "gradient":
         training.finish()
         assert_same_end(training.run, uninterrupted)
 
 
+@pytest.mark.full
 def test_what_is_not_finite_in_bf16_is_no_overflow(training: Training) -> None:
     # DeepSpeed's optimiser for bf16 at ZeRO stage 1 leaves such steps out, as it does those that overflow fp16.
     training.config = write_config(training.run.parent / "bf16.json", {"bf16": {"enabled": True}})
@@ -160,6 +166,7 @@ def test_what_is_not_finite_in_bf16_is_no_overflow(training: Training) -> None:
 
 
 @needs_fp16
+@pytest.mark.full
 def test_overflows_of_fp16_are_counted_and_are_no_steps(training: Training) -> None:
     scale = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}
     training.config = write_config(training.run.parent / "fp16.json", {"fp16": scale})
@@ -177,9 +184,8 @@ def test_overflows_of_fp16_are_counted_and_are_no_steps(training: Training) -> N
 
 
 @needs_fp16
-@pytest.mark.parametrize(
-    "scaling", [{"initial_scale_power": 2, "hysteresis": 1}, in_full({"loss_scale": 64})]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("scaling", [{"initial_scale_power": 2, "hysteresis": 1}, chaos({"loss_scale": 64})])
 def test_a_loss_scale_that_cannot_fall_ends_the_run(training: Training, scaling: dict[str, int]) -> None:
     training.config = write_config(training.run.parent / "fp16.json", {"fp16": {"enabled": True, **scaling}})
     faults = ",".join(map(str, range(4, 4 + STEPS)))

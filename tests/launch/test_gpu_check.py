@@ -15,6 +15,8 @@ import pytest
 from jobs import cpu_environment, start, wait_until
 from launcher import ROOT, python
 
+pytestmark = pytest.mark.full
+
 SECONDS = 1800
 MINUTES = SECONDS / 60
 SCRIPT = ROOT / "launch" / "gpu_check.sh"
@@ -27,7 +29,6 @@ def check(teacher: Path, text: Path, output: Path, *more: object) -> subprocess.
     )
 
 
-@pytest.mark.slow
 def test_every_part_runs(tiny_teacher_dir: Path, reference_text: Path, tmp_path: Path) -> None:
     job = check(tiny_teacher_dir, reference_text, tmp_path / "out")
     printed, errors = job.communicate(timeout=SECONDS)

@@ -266,6 +266,7 @@ def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
     assert not left
 
 
+@pytest.mark.full
 @pytest.mark.multihost
 def test_two_hosts_train_as_one_and_go_on_after_ctrl_c(
     two_hosts: TwoHosts, uninterrupted_run: Path, tiny_teacher_dir: Path, small_corpus_dir: Path

@@ -89,7 +89,7 @@ def test_the_command_prints_a_table_and_writes_its_files(tmp_path: Path) -> None
     assert "USDT" not in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_all_peers(tmp_path: Path) -> None:
     output = tmp_path / "profile"
     done = run_profile("--dtype", "bf16", "--output_dir", output)

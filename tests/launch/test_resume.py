@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
+from jobs import chosen
 from launcher import train_all, write_config
 from safetensors.torch import load_file
 from training import CPU_HAS_FP16
@@ -15,13 +17,20 @@ from distilspeed.trainer.corpus.format import open_corpus
 from distilspeed.trainer.models.loading import load_teacher, make_student, select_teacher_layers
 from distilspeed.trainer.training.metrics import read_metrics
 
+pytestmark = pytest.mark.xdist_group("resume")
+
 STEPS, SAVE_STEPS, BATCH, MICRO_BATCH = 6, 2, 24, 4
-SECONDS = 1200  # for all runs of a number of ranks
 CHARACTERS = 17_000  # about 80 rows: an epoch ends in the fourth step
-# ZeRO stage 3 last: from then on DeepSpeed's linear layer serves the whole process. fp16 is slow on CPUs.
-CASES = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
-if CPU_HAS_FP16:
-    CASES.insert(2, (1, "fp16"))
+# ZeRO stage, precision, ranks that it is resumed on. fp16 is slow on CPUs.
+CASES = [
+    (stage, precision, ranks)
+    for ranks in (1, 2)
+    for stage, precision in [
+        *((stage, precision) for stage in range(4) for precision in ("fp32", "bf16")),
+        *([(1, "fp16")] if CPU_HAS_FP16 else []),
+    ]
+]
+STRONG_RESUMES, STRONG_MOVES = {(1, "fp32", 2), (2, "bf16", 2)}, {(1, "fp32", 1)}
 # Of the way that the weights have come: Adam divides by the size of gradients, and so amplifies their rounding.
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1, "fp16": 0.02}
 # In the first epoch, and after its end.
@@ -57,9 +66,18 @@ def interrupted(run: dict[str, Any], folder: Path, at: int) -> dict[str, Any]:
     return run | {"output_dir": str(copy), "resume": True}
 
 
+def cases(strong: set[tuple[int, str, int]]) -> list[ParameterSet]:
+    return [pytest.param(*case, marks=() if case in strong else pytest.mark.full) for case in CASES]
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, dropout_teacher_dir: Path, reference_text: Path) -> Path:
-    """Folders named by ranks, holding all runs in their cases: whole, resumed, and resumed of the other number's."""
+def runs(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    dropout_teacher_dir: Path,
+    reference_text: Path,
+) -> Path:
+    """Folders named by ranks, holding all runs: whole, resumed, and resumed of the other number's."""
     folder, teacher = tmp_path_factory.mktemp("resume"), dropout_teacher_dir
     corpus = folder / "corpus"
     text = folder / "text.txt"
@@ -67,24 +85,40 @@ def runs(tmp_path_factory: pytest.TempPathFactory, dropout_teacher_dir: Path, re
     prepare_corpus(CorpusArguments(tokenizer=str(teacher), text=(text,), output_dir=corpus, seq_length=64))
     rows = open_corpus(corpus).manifest.counts.train_rows
     assert 2 * BATCH < rows < 4 * BATCH
+
+    def straight(stage: int, precision: str, ranks: int) -> dict[str, Any]:
+        output = folder / str(ranks) / f"zero{stage}_{precision}"
+        return settings(output, teacher, corpus, stage, precision)
+
+    # By ZeRO stage: after the first run at stage 3 DeepSpeed's linear layer serves the whole process.
+    same, moved = (
+        sorted(chosen(request, test.__name__, "stage", "precision", "ranks"))
+        for test in (
+            test_on_as_many_ranks_not_a_bit_differs,
+            test_on_another_number_of_ranks_rounding_differs,
+        )
+    )
+    whole = sorted({*same, *((stage, precision, 3 - ranks) for stage, precision, ranks in moved)})
     for ranks in (2, 1):
         (folder / str(ranks)).mkdir()
-        straight = [
-            settings(folder / str(ranks) / f"zero{stage}_{precision}", teacher, corpus, stage, precision)
-            for stage, precision in CASES
-        ]
-        train_all(folder / str(ranks), straight, ranks, SECONDS)
+        if to_train := [straight(*case) for case in whole if case[-1] == ranks]:
+            train_all(folder / str(ranks), to_train, ranks)
     for ranks in (2, 1):
-        moved = folder / f"moved_to_{ranks}"
-        moved.mkdir()
-        again = []
-        for stage, precision in CASES:
-            for origin, target in ((ranks, folder / str(ranks)), (3 - ranks, moved)):
-                name = f"zero{stage}_{precision}"
-                run = settings(folder / str(origin) / name, teacher, corpus, stage, precision)
-                at = INTERRUPTED_AT[precision] if origin == ranks else (2,)
-                again += [interrupted(run, target, step) for step in at]
-        train_all(moved, again, ranks, SECONDS)
+        target = folder / f"moved_to_{ranks}"
+        target.mkdir()
+        again = [
+            interrupted(straight(stage, precision, ranks), folder / str(ranks), at)
+            for stage, precision, on in same
+            if on == ranks
+            for at in INTERRUPTED_AT[precision]
+        ]
+        again += [
+            interrupted(straight(stage, precision, 3 - ranks), target, 2)
+            for stage, precision, on in moved
+            if on == ranks
+        ]
+        if again:
+            train_all(target, again, ranks)
     return folder
 
 
@@ -104,8 +138,7 @@ def curve(run: Path) -> list[tuple[object, ...]]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize(("stage", "precision"), CASES)
+@pytest.mark.parametrize(("stage", "precision", "ranks"), cases(STRONG_RESUMES))
 def test_on_as_many_ranks_not_a_bit_differs(runs: Path, stage: int, precision: str, ranks: int) -> None:
     straight = runs / str(ranks) / f"zero{stage}_{precision}"
     for at in INTERRUPTED_AT[precision]:
@@ -114,8 +147,7 @@ def test_on_as_many_ranks_not_a_bit_differs(runs: Path, stage: int, precision: s
         assert torch.equal(weights(resumed), weights(straight))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize(("stage", "precision"), CASES)
+@pytest.mark.parametrize(("stage", "precision", "ranks"), cases(STRONG_MOVES))
 def test_on_another_number_of_ranks_rounding_differs(
     runs: Path, dropout_teacher_dir: Path, stage: int, precision: str, ranks: int
 ) -> None:
@@ -126,15 +158,15 @@ def test_on_another_number_of_ranks_rounding_differs(
     assert [line.tokens for line in ours] == [line.tokens for line in theirs]
     loss_tolerance = 1e-4 if precision == "fp32" else 0.01
     assert [line.loss for line in ours] == pytest.approx([line.loss for line in theirs], rel=loss_tolerance)
-    start = weights_at_start(runs, dropout_teacher_dir)
+    start = weights_at_start(straight, dropout_teacher_dir)
     came = (weights(straight) - start).norm()
     assert (weights(moved) - weights(straight)).norm() < TOLERANCE[precision] * came
 
 
-def weights_at_start(runs: Path, teacher_dir: Path) -> torch.Tensor:
+def weights_at_start(run: Path, teacher_dir: Path) -> torch.Tensor:
     teacher = load_teacher(str(teacher_dir))
-    student = make_student(
-        teacher, select_teacher_layers(teacher.config.num_hidden_layers, None)
-    ).state_dict()
-    saved = load_file(runs / "1" / "zero0_fp32" / "student" / "model.safetensors")
-    return torch.cat([student[name].flatten() for name in sorted(saved)])
+    layers = select_teacher_layers(teacher.config.num_hidden_layers, None)
+    student = make_student(teacher, layers).state_dict()
+    return torch.cat(
+        [student[name].flatten() for name in sorted(load_file(run / "student" / "model.safetensors"))]
+    )

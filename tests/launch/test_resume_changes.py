@@ -19,6 +19,8 @@ from distilspeed.trainer.engine.config_check import learning_rates
 from distilspeed.trainer.training.metrics import read_metrics
 from distilspeed.trainer.training.record import read_record
 
+pytestmark = [pytest.mark.full, pytest.mark.xdist_group("resume changes")]
+
 BATCH, MICRO_BATCH, STEPS, LEARNING_RATE = 8, 4, 2, 0.01
 SECONDS = 1200
 LOWER = 0.1 * LEARNING_RATE

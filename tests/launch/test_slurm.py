@@ -73,6 +73,7 @@ esac
 """
 
 
+@pytest.mark.full
 def test_requeued_before_its_time_limit_it_ends_as_an_uninterrupted_run(
     uninterrupted_run: Path, tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
 ) -> None:
@@ -92,6 +93,7 @@ def test_requeued_before_its_time_limit_it_ends_as_an_uninterrupted_run(
     assert_same_end(run, uninterrupted_run)
 
 
+@pytest.mark.full
 def test_a_refusal_of_the_trainer_is_one_line_and_the_jobs_status(
     tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
 ) -> None:
@@ -103,7 +105,7 @@ def test_a_refusal_of_the_trainer_is_one_line_and_the_jobs_status(
     ]
 
 
-@pytest.mark.parametrize("command", ["srun", "mpirun"])
+@pytest.mark.parametrize("command", ["srun", pytest.param("mpirun", marks=pytest.mark.full)])
 def test_tasks_are_the_ranks_of_one_job(
     command: str, uninterrupted_run: Path, tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
 ) -> None:

@@ -4,14 +4,14 @@ Plain SGD, because its update is proportional to the gradient: Adam's would hide
 scaled wrongly. Dropout is 0: its draws depend on the split.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
-from launcher import deepspeed, write_config
+from jobs import chosen
+from launcher import train_all, write_config
 from safetensors.torch import load_file
 from torch.nn import functional
 
@@ -23,12 +23,15 @@ from distilspeed.trainer.models.loading import load_teacher, make_student
 from distilspeed.trainer.models.packed_forward import forward_packed
 from distilspeed.trainer.training.metrics import read_metrics
 
+pytestmark = pytest.mark.xdist_group("split invariance")
+
 BATCH, STEPS, LEARNING_RATE, LAYERS = 12, 2, 0.05, (0, 3)
 SGD = {
     "optimizer": {"type": "SGD", "params": {"lr": LEARNING_RATE}},
     "zero_allow_untested_optimizer": True,
     "gradient_clipping": 0.0,
 }
+ZERO_1 = {"zero_optimization": {"stage": 1}}
 ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}}
 FILLED = {
     "scheduler": {
@@ -42,33 +45,39 @@ FILLED = {
     }
 }
 # Ranks, ZeRO stage, micro-batch, precision.
-CASES = [
+STRONG_CASES = [
     (1, 0, 12, "fp32"),
-    (1, 0, 3, "fp32"),
-    (1, 1, 4, "fp32"),
-    (1, 2, 6, "fp32"),
     (1, 2, 1, "fp32"),
-    (1, 3, 4, "fp32"),
-    (1, 1, 4, "bf16"),
-    (2, 0, 6, "fp32"),
-    (2, 0, 2, "fp32"),
-    (2, 1, 6, "fp32"),
     (2, 1, 3, "fp32"),
-    (2, 2, 2, "fp32"),
-    (2, 3, 6, "fp32"),
     (2, 3, 2, "fp32"),
-    (2, 1, 3, "bf16"),
     (2, 2, 3, "bf16"),
-    (2, 3, 3, "bf16"),
-    (1, 0, 4, "fp16"),
-    (1, 1, 4, "fp16"),
-    (2, 0, 3, "fp16"),
-    (2, 2, 3, "fp16"),
+]
+CASES = [
+    *STRONG_CASES,
+    *(
+        pytest.param(*case, marks=pytest.mark.full)
+        for case in [
+            (1, 0, 3, "fp32"),
+            (1, 1, 4, "fp32"),
+            (1, 2, 6, "fp32"),
+            (1, 3, 4, "fp32"),
+            (1, 1, 4, "bf16"),
+            (2, 0, 6, "fp32"),
+            (2, 0, 2, "fp32"),
+            (2, 1, 6, "fp32"),
+            (2, 2, 2, "fp32"),
+            (2, 3, 6, "fp32"),
+            (2, 1, 3, "bf16"),
+            (2, 3, 3, "bf16"),
+            (1, 0, 4, "fp16"),
+            (1, 1, 4, "fp16"),
+            (2, 0, 3, "fp16"),
+            (2, 2, 3, "fp16"),
+        ]
+    ),
 ]
 # With so many accumulation steps that their sum has to be in fp32.
 LONG_BATCH = 128
-LONG_CASES = [(1, 1)]  # ranks, ZeRO stage; bf16, which is slow on CPUs
-SECONDS = 1200  # for all runs of a number of ranks
 HAS_FP16 = get_accelerator().is_fp16_supported()
 # Of the update's norm. bf16 keeps 8 bits of each weight and gradient, fp16 11.
 LONG_TOLERANCE = 0.01
@@ -119,40 +128,62 @@ def plain_steps(
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, small_corpus_dir: Path) -> Path:
-    """All runs, each rank count in one job of the launcher; a folder per run."""
+def trained(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_teacher_dir: Path,
+    small_corpus_dir: Path,
+) -> Path:
+    """The runs of the cases, those of a number of ranks in one job; a folder per run."""
     folder = tmp_path_factory.mktemp("split")
+    # By ZeRO stage: after the first run at stage 3 DeepSpeed's linear layer serves the whole process.
+    cases = sorted(
+        chosen(
+            request,
+            test_same_step_however_the_batch_is_split.__name__,
+            "ranks",
+            "stage",
+            "micro",
+            "precision",
+        )
+    )
     for ranks in (1, 2):
-        arguments = []
-        for _, stage, micro, precision in filter(lambda case: case[0] == ranks, CASES):
-            if precision == "fp16" and not HAS_FP16:
+        runs = []
+        for case in cases:
+            of, stage, micro, precision = case
+            if of != ranks or (precision == "fp16" and not HAS_FP16):
                 continue
-            output = folder / _name(ranks, stage, micro, precision)
             settings = {
                 **SGD,
                 "zero_optimization": {"stage": stage},
                 "bf16": {"enabled": precision == "bf16"},
                 "fp16": {"enabled": precision == "fp16", "initial_scale_power": 8},
             }
-            arguments.append(_run_arguments(output, settings, tiny_teacher_dir, small_corpus_dir, micro))
-        for _, stage in filter(lambda case: case[0] == ranks, LONG_CASES):
-            output = folder / _name(ranks, stage, 1, "long")
-            settings = {**SGD, "zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
-            long = {"max_steps": 1, "train_batch_size": LONG_BATCH}
-            arguments.append(_run_arguments(output, settings, tiny_teacher_dir, small_corpus_dir, 1) | long)
-        if ranks == 1:
-            output = folder / "filled_schedule"
-            arguments.append(
-                _run_arguments(output, {**SGD, **FILLED}, tiny_teacher_dir, small_corpus_dir, BATCH)
-            )
-            for stage in (0, 1):
-                settings = {**ADAM, "zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
-                output = folder / f"adam_zero{stage}"
-                arguments.append(_run_arguments(output, settings, tiny_teacher_dir, small_corpus_dir, BATCH))
-        job = folder / f"{ranks}.json"
-        job.write_text(json.dumps(arguments))
-        result = deepspeed(Path(__file__).with_name("many_runs_job.py"), job, ranks=ranks, seconds=SECONDS)
-        assert result.returncode == 0, result.stderr[-3000:]
+            output = folder / _name(*case)
+            runs.append(_run_arguments(output, settings, tiny_teacher_dir, small_corpus_dir, micro))
+        if runs:
+            train_all(folder, runs, ranks)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def others_trained(
+    tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, small_corpus_dir: Path
+) -> Path:
+    """Runs with many accumulation steps, with a schedule, and with Adam; a folder per run."""
+    folder = tmp_path_factory.mktemp("others")
+
+    def run(name: str, settings: dict[str, Any], micro: int = BATCH, **more: object) -> dict[str, Any]:
+        return _run_arguments(folder / name, settings, tiny_teacher_dir, small_corpus_dir, micro) | more
+
+    bf16 = {"bf16": {"enabled": True}}
+    runs = [
+        run("long", SGD | ZERO_1 | bf16, micro=1, max_steps=1, train_batch_size=LONG_BATCH),
+        run("filled_schedule", SGD | FILLED),
+        run("adam_zero0", ADAM | {"zero_optimization": {"stage": 0}} | bf16),
+        run("adam_zero1", ADAM | ZERO_1 | bf16),
+    ]
+    train_all(folder, runs, ranks=1)
     return folder
 
 
@@ -181,41 +212,42 @@ def test_same_step_however_the_batch_is_split(
     assert norms == pytest.approx(expected_norms, rel=TOLERANCE[precision])
 
 
-@pytest.mark.parametrize(("ranks", "stage"), LONG_CASES)
+@pytest.mark.full
 def test_128_accumulation_steps_in_bf16_lose_nothing(
-    trained: Path,
+    others_trained: Path,
     tiny_teacher_dir: Path,
     small_corpus_dir: Path,
     start: dict[str, torch.Tensor],
-    ranks: int,
-    stage: int,
 ) -> None:
-    name = _name(ranks, stage, 1, "long")
     rounded = {name: weight.bfloat16().float() for name, weight in start.items()}
-    update = _update(load_file(trained / name / "student" / "model.safetensors"), rounded)
+    update = _update(load_file(others_trained / "long" / "student" / "model.safetensors"), rounded)
     expected, norms = plain_steps(tiny_teacher_dir, small_corpus_dir, LONG_BATCH, [LEARNING_RATE], start)
     assert (update - expected).norm() < LONG_TOLERANCE * expected.norm()
-    (line,) = read_metrics(trained / name / "metrics.jsonl")
+    (line,) = read_metrics(others_trained / "long" / "metrics.jsonl")
     assert line.grad_norm == pytest.approx(norms[0], rel=LONG_TOLERANCE)
 
 
+@pytest.mark.full
 def test_the_steps_of_a_filled_schedule_are_taken_with_the_rates_that_the_metrics_say(
-    trained: Path, tiny_teacher_dir: Path, small_corpus_dir: Path, start: dict[str, torch.Tensor]
+    others_trained: Path, tiny_teacher_dir: Path, small_corpus_dir: Path, start: dict[str, torch.Tensor]
 ) -> None:
     # Two steps: half of the peak, and the peak.
     rates = [LEARNING_RATE / 2, LEARNING_RATE]
-    metrics = read_metrics(trained / "filled_schedule" / "metrics.jsonl")
+    metrics = read_metrics(others_trained / "filled_schedule" / "metrics.jsonl")
     assert [line.lr for line in metrics] == pytest.approx(rates)
-    update = _update(load_file(trained / "filled_schedule" / "student" / "model.safetensors"), start)
+    update = _update(load_file(others_trained / "filled_schedule" / "student" / "model.safetensors"), start)
     expected, _ = plain_steps(tiny_teacher_dir, small_corpus_dir, BATCH, rates, start)
     assert (update - expected).norm() < TOLERANCE["fp32"] * expected.norm()
 
 
-def test_adams_first_updates_are_as_large_without_zero(trained: Path, start: dict[str, torch.Tensor]) -> None:
+@pytest.mark.full
+def test_adams_first_updates_are_as_large_without_zero(
+    others_trained: Path, start: dict[str, torch.Tensor]
+) -> None:
     # DeepSpeed's optimiser for half precision without ZeRO counts a step of its own before the first.
     start = {name: weight.bfloat16().float() for name, weight in start.items()}
     without, with_zero = (
-        _update(load_file(trained / f"adam_zero{stage}" / "student" / "model.safetensors"), start)
+        _update(load_file(others_trained / f"adam_zero{stage}" / "student" / "model.safetensors"), start)
         .norm()
         .item()
         for stage in (0, 1)

@@ -35,6 +35,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.full
 def test_it_ends_with_workers_though_nobody_looks_for_reference_cycles(
     tmp_path: Path, tiny_teacher_dir: Path, small_corpus_dir: Path
 ) -> None:
@@ -64,6 +65,7 @@ def metrics_of(output: Path, teacher: Path, corpus: Path, device: str, *flags: o
     return read_metrics(output / "metrics.jsonl")
 
 
+@pytest.mark.full
 def test_compiled_and_loaded_by_workers_the_step_is_the_same(
     tmp_path: Path, tiny_teacher_dir: Path, small_corpus_dir: Path, device: str
 ) -> None:

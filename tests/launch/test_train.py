@@ -19,6 +19,8 @@ from distilspeed.trainer.corpus.format import open_corpus, tokenizer_hash
 from distilspeed.trainer.models.loading import check_fits_corpus, load_masked_language_model
 from distilspeed.trainer.training.metrics import read_metrics
 
+pytestmark = pytest.mark.xdist_group("train")
+
 TRAIN = ROOT / "launch" / "train.py"
 STEPS, SAVE_STEPS, BATCH = 12, 4, 16
 MEASURED = ("time", "tokens_per_s", "mfu")
@@ -250,6 +252,7 @@ def test_checkpoints_without_the_runs_record_are_refused(
     assert "no train_config.json" in line
 
 
+@pytest.mark.full
 def test_a_student_that_was_being_replaced_when_a_process_was_killed_is_there_again(
     finished: Path, small_corpus_dir: Path, tmp_path: Path
 ) -> None:
@@ -269,7 +272,9 @@ def test_a_student_that_was_being_replaced_when_a_process_was_killed_is_there_ag
     ("second", "said"),
     [
         ({}, "holds files already; continue it with --resume"),
-        ({"resume": True, "seed": 1}, "this run was started with seed 0, not 1"),
+        pytest.param(
+            {"resume": True, "seed": 1}, "this run was started with seed 0, not 1", marks=pytest.mark.full
+        ),
     ],
 )
 def test_of_two_jobs_started_at_once_in_a_new_folder_the_second_takes_nothing_of_the_first(

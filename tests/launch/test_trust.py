@@ -85,6 +85,7 @@ def test_the_guard_notes_a_connection(tmp_path: Path) -> None:
             run_guarded(tmp_path, "-c", f"import socket; {reach}")
 
 
+@pytest.mark.full
 def test_no_command_reaches_out_or_tells_a_secret_and_files_follow_the_umask(
     reference_text: Path, small_tokenizer_dir: Path, tiny_teacher_dir: Path, tmp_path: Path
 ) -> None:

@@ -37,6 +37,7 @@ class cuda:
 LAUNCHER = "import json, sys; print(json.dumps(sys.argv[1:]))"
 
 
+@pytest.mark.full
 def test_terminated_and_run_again_it_ends_as_an_uninterrupted_run(
     uninterrupted_run: Path, tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
 ) -> None:
@@ -64,6 +65,7 @@ def test_its_config_makes_4096_rows_in_fp16_on_every_power_of_two(gpus: int) -> 
     assert config["fp16"]["loss_scale"] == 0  # dynamic
 
 
+@pytest.mark.full
 def test_a_number_of_gpus_that_does_not_divide_4096_is_refused_in_one_line(
     tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
 ) -> None:

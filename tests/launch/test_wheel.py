@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from launcher import ROOT, environment, free_port
 
+pytestmark = pytest.mark.full
+
 PACKAGE = ("distilspeed", "ds_configs", "kernels", "launch", "trainer")
 
 

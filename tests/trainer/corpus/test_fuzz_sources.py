@@ -27,7 +27,7 @@ from distilspeed.trainer.corpus.sources import file_source
 from distilspeed.trainer.corpus.tokenization import DocumentTokenizer
 from distilspeed.trainer.errors import UserError
 
-fuzz = settings(derandomize=True, deadline=None, max_examples=300)
+fuzz = settings(derandomize=True, max_examples=300)
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 
 # Text as it is, with line ends and white space of all kinds, and pieces of the formats that are read.

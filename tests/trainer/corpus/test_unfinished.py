@@ -73,7 +73,9 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, after: int, error: BaseException)
     monkeypatch.setattr(RowWriter, "add", failing)
 
 
-@pytest.mark.parametrize("kill_at", [0, 1, 12, "before the rename"])
+@pytest.mark.parametrize(
+    "kill_at", [*(pytest.param(moment, marks=pytest.mark.full) for moment in (0, 1, "before the rename")), 12]
+)
 def test_a_killed_build_goes_on_to_the_same_bytes(
     arguments: CorpusArguments, tmp_path: Path, kill_at: int | str
 ) -> None:
@@ -143,7 +145,10 @@ def count_tokenized(build: Callable[[], object]) -> int:
     return documents
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    "error",
+    [KeyboardInterrupt(), pytest.param(OSError(28, "No space left on device"), marks=pytest.mark.full)],
+)
 def test_what_was_prepared_stays_after_anything_but_bad_input(
     arguments: CorpusArguments,
     tmp_path: Path,

@@ -27,7 +27,6 @@ GOOD_CONFIG = json.loads(CONFIGS[0].read_text())
 MANIFEST = "manifest.json"
 BOUNDED = settings(
     derandomize=True,
-    deadline=None,
     max_examples=150,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
