@@ -14,7 +14,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from distilspeed.trainer.families.family import Family
 from distilspeed.trainer.families.masks import document_mask
 from distilspeed.trainer.families.shape import ModelShape
 
@@ -39,9 +38,9 @@ _OTHER_PARTS = {
 }
 
 
-class BertFamily(Family):
-    teacher_types = ("bert",)
-    student_types = ("distilbert",)
+class BertFamily:
+    teacher_types: tuple[str, ...] = ("bert",)
+    student_types: tuple[str, ...] = ("distilbert",)
     model_class = AutoModelForMaskedLM
 
     def refusal(self, config: PreTrainedConfig) -> str | None:

@@ -22,7 +22,7 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 def checked_family(config: PreTrainedConfig, model_name: str) -> Family:
-    """As :func:`family_of`, for a model that was asked for.
+    """The family of a model that a person chose, which errors call ``model_name``.
 
     Raises:
         UserError: there is none, or a model with this config cannot be run on packed rows.
