@@ -1,6 +1,7 @@
 """The direction of imports: from the commands down to the ground floor, and never in a circle."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,3 +71,17 @@ def test_no_module_imports_itself_through_others() -> None:
             break
         edges = {module: imported - leaves for module, imported in edges.items() if module not in leaves}
     assert not edges, "in a circle, or above one"
+
+
+def test_families_alone_know_an_architecture_by_its_class() -> None:
+    of_one_architecture = re.compile(r"(?!Auto|PreTrained)\w+(Model|Config|For[A-Z]\w+)")
+    found = [
+        f"{'.'.join(module)} imports {name.name}"
+        for module, path in modules().items()
+        if module[0] == "trainer" and module[1] != "families"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers")
+        for name in node.names
+        if of_one_architecture.fullmatch(name.name)
+    ]
+    assert not found

@@ -32,6 +32,7 @@ from distilspeed.trainer.evaluation.report import (
 )
 from distilspeed.trainer.evaluation.tasks import FineTuning, Task, fine_tune, read_task
 from distilspeed.trainer.files import check_unoccupied, folder_written_whole, parents_made
+from distilspeed.trainer.models.flops import model_shape
 from distilspeed.trainer.models.loading import (
     check_fits_corpus,
     load_masked_language_model,
@@ -133,7 +134,7 @@ def evaluate(arguments: EvaluateArguments) -> Report:
         epochs=arguments.task_epochs,
         learning_rate=arguments.task_learning_rate,
         batch_size=arguments.task_batch_size,
-        max_length=min([TASK_MAX_LENGTH, *(model.config.max_position_embeddings for model in models)]),
+        max_length=min([TASK_MAX_LENGTH, *(model_shape(model.config).positions for model in models)]),
     )
     report = Report(
         models=tuple(_measure(arguments, corpus, models, tasks, settings, device)),

@@ -1,1 +1,1 @@
-"""Architectures: how a student follows from its teacher, one file each."""
+"""Architectures: how a student follows from its teacher and how both are run, one file each."""

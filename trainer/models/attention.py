@@ -9,46 +9,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers import BertForMaskedLM, DistilBertForMaskedLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from distilspeed.trainer.errors import first_line
+from distilspeed.trainer.families.masks import FLEX
+from distilspeed.trainer.families.registry import family_of
 
 logger = logging.getLogger(__name__)
 
-# Both by transformers' names. "sdpa" takes a mask and dropout everywhere (on V100 by the memory-efficient kernel);
-# "flex_attention" skips blocks of keys from other documents, and has no dropout.
-SDPA, FLEX = "sdpa", "flex_attention"
+# transformers' name, as FLEX is. It takes a mask and dropout everywhere (on V100 by the memory-efficient kernel);
+# FLEX skips blocks of keys from other documents, and has no dropout.
+SDPA = "sdpa"
 # Below this compute capability Triton's matrix products, of which flex_attention is made, are slow or broken.
 OLDEST_FLEX_CAPABILITY = (8, 0)
 WARM_UP_RUNS, RUNS = 2, 5
 # Of the largest value: half-precision sums in another order differ by less.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-
-
-def document_mask(document_ids: torch.Tensor, implementation: str | None) -> torch.Tensor | BlockMask:
-    """Which tokens of packed rows see each other: those of one document.
-
-    Padding sees padding: a row of the mask with nothing in it would give NaN.
-
-    Args:
-        document_ids: int64 [rows, length], -1 on padding.
-        implementation: transformers' name of the attention that takes the mask.
-
-    Returns:
-        bool [rows, 1, length, length], or for "flex_attention" its BlockMask.
-    """
-    if implementation == FLEX:
-        rows, length = document_ids.shape
-        return create_block_mask(
-            lambda row, head, query, key: document_ids[row, query] == document_ids[row, key],
-            rows,
-            None,
-            length,
-            length,
-            device=document_ids.device,
-        )
-    return (document_ids[:, :, None] == document_ids[:, None, :])[:, None]
 
 
 @dataclass(frozen=True)
@@ -88,13 +64,14 @@ def choose_attention(
         document_ids: int64 [rows, length], those of a micro-batch.
         candidates: None: :func:`attention_candidates`, which leaves nothing to measure on many devices.
     """
-    attention = first_attention(model)
+    family = family_of(model.config)
     if candidates is None:
-        candidates = attention_candidates(device, attention.dropout.p if is_trained else 0.0)
+        dropout = family.attention_dropout(model.config) if is_trained else 0.0
+        candidates = attention_candidates(device, dropout)
     if len(candidates) == 1:
         model.set_attn_implementation(candidates[0])
         return AttentionChoice(candidates[0], {})
-    attention = nn.Module.to(copy.deepcopy(attention), device, dtype)
+    attention = nn.Module.to(copy.deepcopy(family.first_attention(model)), device, dtype)
     generator = torch.Generator().manual_seed(0)
     hidden_states = torch.randn(*document_ids.shape, model.config.hidden_size, generator=generator)
     hidden_states = hidden_states.to(device, dtype).requires_grad_(is_trained)
@@ -116,26 +93,17 @@ def choose_attention(
     return AttentionChoice(fastest, seconds)
 
 
-def first_attention(model: PreTrainedModel) -> Any:
-    """The module of transformers that computes the first layer's attention, projections of its inputs included."""
-    encoder: Any = model.base_model
-    if isinstance(model, BertForMaskedLM):
-        return encoder.encoder.layer[0].attention.self
-    if isinstance(model, DistilBertForMaskedLM):
-        return encoder.transformer.layer[0].attention
-    raise TypeError(f"{type(model).__name__} has passed no check_architecture")
-
-
 def _timed_attention(
     attention: Any, name: str, hidden_states: torch.Tensor, document_ids: torch.Tensor
 ) -> tuple[torch.Tensor, float]:
-    attention.config._attn_implementation = name
+    config, family = attention.config, family_of(attention.config)
+    config._attn_implementation = name
     attention.train(hidden_states.requires_grad)
     times = []
     for _ in range(WARM_UP_RUNS + RUNS):
         _wait_for(hidden_states.device)
         start = time.perf_counter()
-        mask = document_mask(document_ids, name)
+        mask = family.attention_mask(config, document_ids, name)
         _wait_for(hidden_states.device)
         made = time.perf_counter()
         with torch.set_grad_enabled(hidden_states.requires_grad):
@@ -143,7 +111,7 @@ def _timed_attention(
         if output.requires_grad:
             output.sum().backward()
         _wait_for(hidden_states.device)
-        times.append((made - start) / attention.config.num_hidden_layers + time.perf_counter() - made)
+        times.append((made - start) / config.num_hidden_layers + time.perf_counter() - made)
     with torch.no_grad():
         return attention.eval()(hidden_states, attention_mask=mask)[0].float(), min(times[WARM_UP_RUNS:])
 

@@ -1,59 +1,21 @@
 """FLOPs of a training step, counted from the models' shapes, and the FLOP/s that a device reaches."""
 
 import time
-from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig
 
 from distilspeed.trainer.data.masking import MASKED_FRACTION
+from distilspeed.trainer.families.registry import family_of
+from distilspeed.trainer.families.shape import FLOPS_PER_MULTIPLY_ADD, ModelShape
 
-FLOPS_PER_MULTIPLY_ADD = 2
 # Backward computes two matrix products for each one of forward.
 TRAINING_OVER_FORWARD = 3
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes of an encoder that FLOPs and memory follow from."""
-
-    layers: int
-    hidden_size: int
-    intermediate_size: int
-    vocab_size: int
-    positions: int
-    heads: int
-
-    @property
-    def parameters(self) -> int:
-        """Weights of embeddings, layers and a tied MLM head; biases and norms (below 1 %) left out."""
-        embeddings = (self.vocab_size + self.positions) * self.hidden_size
-        return embeddings + self.layers * self._layer_weights + self.hidden_size**2
-
-    @property
-    def _layer_weights(self) -> int:
-        return 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
-
-    def forward_flops_per_token(self, seq_length: int, head_share: float = 1.0) -> float:
-        """Matrix products only: projections, attention over the whole row, feed-forward, MLM head.
-
-        ``head_share``: of the tokens, those that the MLM head is computed for.
-        """
-        attention = 2 * seq_length * self.hidden_size
-        head = head_share * (self.hidden_size**2 + self.hidden_size * self.vocab_size)
-        return FLOPS_PER_MULTIPLY_ADD * (self.layers * (self._layer_weights + attention) + head)
-
-
 def model_shape(config: PreTrainedConfig) -> ModelShape:
     """Read the sizes from a Hugging Face config, whatever its architecture calls them."""
-    return ModelShape(
-        layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        intermediate_size=getattr(config, "intermediate_size", None) or config.hidden_dim,
-        vocab_size=config.vocab_size,
-        positions=config.max_position_embeddings,
-        heads=config.num_attention_heads,
-    )
+    return family_of(config).shape(config)
 
 
 def flops_per_token(

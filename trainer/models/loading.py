@@ -9,23 +9,15 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
-    BertForMaskedLM,
-    DistilBertForMaskedLM,
     PreTrainedModel,
 )
 
 from distilspeed.trainer.corpus.format import Corpus, load_tokenizer, tokenizer_hash
 from distilspeed.trainer.errors import UserError, first_line, show_warning
-from distilspeed.trainer.families.bert import (
-    TIED_WEIGHTS,
-    check_architecture,
-    check_teacher_config,
-    is_tied,
-    student_config,
-    student_state_dict,
-)
+from distilspeed.trainer.families.registry import checked_family, checked_teacher_family, family_of
+from distilspeed.trainer.families.vocabulary import is_tied
+from distilspeed.trainer.models.flops import model_shape
 
 # DistilBERT-base takes these of BERT-base's 12 layers (Sanh et al. 2019, original code).
 DISTILBERT_LAYERS_OF_12 = (0, 2, 4, 7, 9, 11)
@@ -76,7 +68,7 @@ def _listed(layers: Sequence[int]) -> str:
 
 
 def load_masked_language_model(role: str, name: str) -> PreTrainedModel:
-    """Load a BERT or DistilBERT with its MLM head: float32, evaluation mode, on the CPU.
+    """Load a model of any family with its MLM head: float32, evaluation mode, on the CPU.
 
     Args:
         role: what the error calls it, for example "teacher".
@@ -86,8 +78,9 @@ def load_masked_language_model(role: str, name: str) -> PreTrainedModel:
         UserError: it cannot be loaded, lacks weights or has such as are not finite, or is of another architecture.
     """
     _refuse_pickles(role, Path(name))
+    family = checked_family(_load(AutoConfig, role, name), f"the {role} {name}")
     model, loading = _load(
-        AutoModelForMaskedLM,
+        family.model_class,
         role,
         name,
         dtype=torch.float32,
@@ -103,7 +96,6 @@ def load_masked_language_model(role: str, name: str) -> PreTrainedModel:
         )
     if loading["missing_keys"]:
         raise UserError(_missing_weights(f"the {role} {name}", model, sorted(loading["missing_keys"])))
-    check_architecture(model, f"the {role} {name}")
     for weight, values in model.named_parameters():
         if not values.isfinite().all():
             raise UserError(
@@ -113,7 +105,10 @@ def load_masked_language_model(role: str, name: str) -> PreTrainedModel:
 
 
 def _missing_weights(model_name: str, model: PreTrainedModel, missing: Sequence[str]) -> str:
-    if not model.config.tie_word_embeddings and TIED_WEIGHTS.issuperset(missing):
+    tied = model._tied_weights_keys or {}
+    twins = tied | {second: first for first, second in tied.items()}
+    twins_are_there = all(twins.get(weight, weight) not in missing for weight in missing)
+    if not model.config.tie_word_embeddings and twins_are_there:
         return (
             f'{model_name} lacks {", ".join(missing)}, and its config.json has "tie_word_embeddings": false; '
             "set it to true: transformers then ties what is missing and nothing else"
@@ -131,28 +126,27 @@ def _refuse_pickles(role: str, folder: Path) -> None:
         )
 
 
-def load_teacher(name: str) -> BertForMaskedLM:
+def load_teacher(name: str) -> PreTrainedModel:
     """Load a frozen teacher: as :func:`load_masked_language_model`, and no parameter requires a gradient.
 
     Raises:
         UserError: also for an architecture or a setting that cannot be distilled.
     """
-    check_teacher_config(_load(AutoConfig, "teacher", name))
-    teacher = load_masked_language_model("teacher", name)
-    assert isinstance(teacher, BertForMaskedLM)  # as its config is BERT's
-    return teacher.requires_grad_(False)
+    checked_teacher_family(_load(AutoConfig, "teacher", name), f"the teacher {name}")
+    return load_masked_language_model("teacher", name).requires_grad_(False)
 
 
-def make_student(teacher: BertForMaskedLM, layers: Sequence[int]) -> DistilBertForMaskedLM:
+def make_student(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     """The student at its start: float32, initialised from the teacher's ``layers``; tied where the teacher is.
 
     What the teacher's config says of tying does not count: transformers keeps a decoder that was saved beside
     other embeddings.
     """
-    config = student_config(teacher.config, len(layers))
+    family = family_of(teacher.config)
+    config = family.student_config(teacher.config, layers)
     config.tie_word_embeddings = is_tied(teacher)
-    student = DistilBertForMaskedLM._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-    student.load_state_dict(student_state_dict(teacher, layers))
+    student = family.model_class.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    student.load_state_dict(family.student_weights(teacher, layers))
     return student
 
 
@@ -160,18 +154,17 @@ def model_from_config(name: str, seed: int) -> PreTrainedModel:
     """A masked language model with random weights, float32, from a config file, folder or hub id.
 
     Raises:
-        UserError: there is no such config, or it is of another architecture than BERT or DistilBERT.
+        UserError: there is no such config, or its model cannot be run on packed rows.
     """
     config = _load(AutoConfig, "student's config", name)
+    family = checked_family(config, f"--student_config {name}")
     torch.manual_seed(seed)
     try:
-        model = AutoModelForMaskedLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        return family.model_class.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     except Exception as error:  # a config is checked by what its values lead to
         raise UserError(
             f"--student_config {name} makes no masked language model: {first_line(error)}; correct the config"
         ) from error
-    check_architecture(model, f"--student_config {name}")
-    return model
 
 
 def make_classifier(role: str, name: str, num_labels: int) -> PreTrainedModel:
@@ -204,19 +197,18 @@ def check_fits_corpus(role: str, name: str, model: PreTrainedModel, corpus: Corp
 
     A model without a tokenizer is judged by the size of its vocabulary alone; see :func:`warn_without_tokenizer`.
     """
-    manifest, config = corpus.manifest, model.config
+    manifest, shape = corpus.manifest, model_shape(model.config)
     if _has_tokenizer(name):
         _check_same_tokenizer(role, name, corpus)
-    if config.vocab_size < manifest.vocab_size:
+    if shape.vocab_size < manifest.vocab_size:
         raise UserError(
-            f"the {role} {name} has a vocabulary of {config.vocab_size} tokens, the corpus's tokenizer one of "
+            f"the {role} {name} has a vocabulary of {shape.vocab_size} tokens, the corpus's tokenizer one of "
             f"{manifest.vocab_size}; choose the model that goes with the tokenizer"
         )
-    if config.max_position_embeddings < manifest.seq_length:
+    if shape.positions < manifest.seq_length:
         raise UserError(
             f"the corpus has rows of {manifest.seq_length} tokens, the {role} {name} only "
-            f"{config.max_position_embeddings} positions; prepare it with --seq_length "
-            f"{config.max_position_embeddings} or less"
+            f"{shape.positions} positions; prepare it with --seq_length {shape.positions} or less"
         )
 
 

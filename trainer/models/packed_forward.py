@@ -6,8 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from distilspeed.trainer.data.batches import MicroBatch
-from distilspeed.trainer.families.bert import mlm_head
-from distilspeed.trainer.models.attention import document_mask
+from distilspeed.trainer.families.registry import family_of
 
 
 class ModelOutputs(NamedTuple):
@@ -22,11 +21,11 @@ def encode_packed(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
 
     A packed row gives the hidden states that its documents would give alone.
     """
-    mask = document_mask(batch.document_ids, model.config._attn_implementation)
-    encoder = model.base_model
-    return encoder(
-        input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids
-    ).last_hidden_state
+    config, encoder = model.config, model.base_model
+    family = family_of(config)
+    mask = family.attention_mask(config, batch.document_ids, config._attn_implementation)
+    positions = family.position_ids(config, batch.position_ids)
+    return encoder(input_ids=batch.input_ids, attention_mask=mask, position_ids=positions).last_hidden_state
 
 
 def forward_packed(
@@ -39,4 +38,4 @@ def forward_packed(
     """
     hidden_states = encode_packed(model, batch)
     scored = hidden_states if places is None else hidden_states.flatten(0, 1)[places]
-    return ModelOutputs(mlm_head(model, scored), hidden_states)
+    return ModelOutputs(family_of(model.config).head(model, scored), hidden_states)

@@ -16,7 +16,7 @@ from distilspeed.kernels.implementation.distillation_loss_chunked import BLOCK_B
 from distilspeed.trainer.data.batch_equation import BatchEquation
 from distilspeed.trainer.data.masking import MASKED_FRACTION
 from distilspeed.trainer.engine.config import accumulates_in_fp32
-from distilspeed.trainer.models.flops import ModelShape
+from distilspeed.trainer.families.shape import ModelShape
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 # AdamW keeps two float32 moments; mixed precision and ZeRO add float32 copies of the weights that are updated.

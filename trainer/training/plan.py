@@ -4,6 +4,7 @@ import torch
 
 from distilspeed.trainer.data.batch_equation import BatchEquation
 from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.families.registry import family_of
 from distilspeed.trainer.training.memory import GIB, MemoryPlan, estimate_memory
 from distilspeed.trainer.training.run import Run
 
@@ -38,6 +39,8 @@ def print_plan(run: Run) -> None:
 
 def plan_memory(run: Run, batch: BatchEquation) -> MemoryPlan:
     """The estimate for a run, with its micro-batch or another."""
+    config = run.student.config
+    on_cpu = run.process.device.type == "cpu" and run.precision != "fp16"  # which no CPU is asked to train in
     return estimate_memory(
         *run.shapes(),
         batch,
@@ -46,16 +49,9 @@ def plan_memory(run: Run, batch: BatchEquation) -> MemoryPlan:
         run.deepspeed_config,
         teacher_zero3=run.arguments.teacher_zero3,
         restrict_ce_to_mask=run.arguments.restrict_ce_to_mask,
-        on_cpu=run.process.device.type == "cpu"
-        and run.precision != "fp16",  # which no CPU is asked to train in
-        attention_dropout=_attention_dropout(run),
+        on_cpu=on_cpu,
+        attention_dropout=family_of(config).attention_dropout(config),
     )
-
-
-def _attention_dropout(run: Run) -> float:
-    config = run.student.config
-    # DistilBERT's and BERT's names of it.
-    return float(getattr(config, "attention_dropout", getattr(config, "attention_probs_dropout_prob", 0.0)))
 
 
 def _check_fits(run: Run, memory: MemoryPlan) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed
-from transformers import BertForMaskedLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from distilspeed.trainer.corpus.format import Corpus, open_corpus
 from distilspeed.trainer.data.batch_equation import BatchEquation
@@ -25,9 +25,10 @@ from distilspeed.trainer.engine.config_check import check_deepspeed_config, chec
 from distilspeed.trainer.engine.optimizers import choose_optimizer, leave_choice_open, settle_optimizer
 from distilspeed.trainer.engine.student import DTYPES, check_precision
 from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.families.shape import ModelShape
 from distilspeed.trainer.job.ranks import Process, this_process
 from distilspeed.trainer.models.attention import SDPA, choose_attention
-from distilspeed.trainer.models.flops import ModelShape, flops_per_token, model_shape
+from distilspeed.trainer.models.flops import flops_per_token, model_shape
 from distilspeed.trainer.models.loading import (
     check_fits_corpus,
     load_teacher,
@@ -54,7 +55,7 @@ class Run:
     precision: str
     deepspeed_config: dict[str, Any]
     total_steps: int
-    teacher: BertForMaskedLM | None
+    teacher: PreTrainedModel | None
     layers: tuple[int, ...]
     student: PreTrainedModel
 
@@ -117,13 +118,13 @@ def prepare_run(arguments: TrainArguments) -> Run:
         check_monitors(deepspeed_config)
     deepspeed_config = leave_choice_open(deepspeed_config, config)
 
-    teacher: BertForMaskedLM | None = None
+    teacher: PreTrainedModel | None = None
     layers: tuple[int, ...] = ()
     if arguments.student_config is None:
         teacher = load_teacher(arguments.teacher)
         check_fits_corpus("teacher", arguments.teacher, teacher, corpus)
         layers = select_teacher_layers(teacher.config.num_hidden_layers, arguments.student_layers)
-        student: PreTrainedModel = make_student(teacher, layers)
+        student = make_student(teacher, layers)
     else:
         student = model_from_config(arguments.student_config, arguments.seed)
         check_fits_corpus("student's config", arguments.student_config, student, corpus)

@@ -11,7 +11,7 @@ from distilspeed.trainer.engine.phases import BACKWARD, DATA, TEACHER, UPDATE, p
 from distilspeed.trainer.engine.student import DTYPES, backward, loss_scale, optimizer_step, student_engine
 from distilspeed.trainer.engine.teacher import make_teacher
 from distilspeed.trainer.errors import OverflowAtLowestScale
-from distilspeed.trainer.families.bert import pad_vocabulary
+from distilspeed.trainer.families.vocabulary import pad_vocabulary
 from distilspeed.trainer.objective.objective import Distillation, Objective
 from distilspeed.trainer.training.arguments import TrainArguments
 from distilspeed.trainer.training.run import Run

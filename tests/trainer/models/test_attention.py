@@ -9,14 +9,9 @@ from transformers import BertConfig, BertForMaskedLM
 from distilspeed.trainer.corpus.format import Corpus, open_corpus
 from distilspeed.trainer.data.batch_equation import BatchEquation
 from distilspeed.trainer.data.batches import MicroBatches
+from distilspeed.trainer.families.masks import FLEX, document_mask
 from distilspeed.trainer.models import attention
-from distilspeed.trainer.models.attention import (
-    FLEX,
-    SDPA,
-    attention_candidates,
-    choose_attention,
-    document_mask,
-)
+from distilspeed.trainer.models.attention import SDPA, attention_candidates, choose_attention
 from distilspeed.trainer.models.loading import load_teacher
 from distilspeed.trainer.models.packed_forward import encode_packed
 

@@ -22,7 +22,7 @@ from transformers import (
 
 from distilspeed.trainer.corpus.format import open_corpus
 from distilspeed.trainer.errors import UserError
-from distilspeed.trainer.families.bert import pad_vocabulary
+from distilspeed.trainer.families.vocabulary import pad_vocabulary
 from distilspeed.trainer.models.loading import (
     check_fits_corpus,
     load_teacher,

@@ -6,17 +6,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForMaskedLM
 
 from distilspeed.trainer.data.batch_equation import BatchEquation
-from distilspeed.trainer.families.bert import student_config
+from distilspeed.trainer.families.bert import BertFamily
 from distilspeed.trainer.models.flops import flops_per_token, model_shape
 from distilspeed.trainer.training.memory import estimate_memory
 
 BERT_BASE = BertConfig()
+DISTILBERT = BertFamily().student_config(BERT_BASE, range(6))
 
 
 def test_parameters_are_those_of_bert_base_and_distilbert() -> None:
     # 109.5 M and 67.0 M with the MLM head (Sanh et al. 2019 give 110 M and 66 M).
     assert model_shape(BERT_BASE).parameters == pytest.approx(109.5e6, rel=0.01)
-    assert model_shape(student_config(BERT_BASE, 6)).parameters == pytest.approx(67.0e6, rel=0.01)
+    assert model_shape(DISTILBERT).parameters == pytest.approx(67.0e6, rel=0.01)
 
 
 def test_forward_flops_are_those_pytorch_counts() -> None:
@@ -32,7 +33,7 @@ def test_forward_flops_are_those_pytorch_counts() -> None:
 
 
 def test_a_step_is_the_students_training_and_the_teachers_forward() -> None:
-    student, teacher = model_shape(student_config(BERT_BASE, 6)), model_shape(BERT_BASE)
+    student, teacher = model_shape(DISTILBERT), model_shape(BERT_BASE)
     expected = 3 * student.forward_flops_per_token(512) + teacher.forward_flops_per_token(512)
     assert flops_per_token(student, teacher, 512) == expected
     assert flops_per_token(teacher, None, 512) < 3 * teacher.forward_flops_per_token(512)
@@ -41,7 +42,7 @@ def test_a_step_is_the_students_training_and_the_teachers_forward() -> None:
 
 
 def test_zero_divides_what_its_stage_says() -> None:
-    student, teacher = model_shape(student_config(BERT_BASE, 6)), model_shape(BERT_BASE)
+    student, teacher = model_shape(DISTILBERT), model_shape(BERT_BASE)
     batch = BatchEquation(4096, 8, 64, 8)
     plans = [
         estimate_memory(student, teacher, batch, 512, "fp16", {"zero_optimization": {"stage": stage}})
@@ -58,7 +59,7 @@ def test_zero_divides_what_its_stage_says() -> None:
 
 
 def test_a_reduction_bucket_counts_whole_and_its_default_is_deepspeeds() -> None:
-    student = model_shape(student_config(BERT_BASE, 6))
+    student = model_shape(DISTILBERT)
     batch = BatchEquation(64, 8, 1, 8)
 
     def buckets(**zero: object) -> int:

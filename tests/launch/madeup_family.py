@@ -1,0 +1,98 @@
+"""A family for tests: BERT whose positions start at 2, and a student that is the same with fewer layers.
+
+python madeup_family.py SCRIPT ARGUMENTS      runs launch/SCRIPT where the family is known
+"""
+
+import copy
+import re
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForMaskedLM, BertConfig, BertForMaskedLM
+
+from distilspeed.trainer.families.masks import document_mask
+from distilspeed.trainer.families.registry import FAMILIES
+from distilspeed.trainer.families.shape import ModelShape
+
+FIRST_POSITION = 2
+LAYER = re.compile(r"(bert\.encoder\.layer\.)(\d+)(\..*)")
+
+
+class MadeUpConfig(BertConfig):
+    model_type = "madeup_bert"
+
+
+class MadeUpForMaskedLM(BertForMaskedLM):
+    config_class = MadeUpConfig
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **inputs: Any
+    ) -> Any:
+        positions = FIRST_POSITION + torch.arange(input_ids.shape[1])[None]
+        return super().forward(input_ids, attention_mask, position_ids=positions, **inputs)
+
+
+class MadeUpFamily:
+    teacher_types = ("madeup_bert",)
+    student_types = ("madeup_bert",)
+    model_class = AutoModelForMaskedLM
+
+    def refusal(self, config: Any) -> str | None:
+        return None
+
+    def teacher_refusal(self, teacher: Any) -> str | None:
+        return None
+
+    def shape(self, config: Any) -> ModelShape:
+        return ModelShape(
+            layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            vocab_size=config.vocab_size,
+            positions=config.max_position_embeddings - FIRST_POSITION,
+            heads=config.num_attention_heads,
+        )
+
+    def attention_dropout(self, config: Any) -> float:
+        return float(config.attention_probs_dropout_prob)
+
+    def student_config(self, teacher: Any, layers: Sequence[int]) -> MadeUpConfig:
+        student = copy.deepcopy(teacher)
+        student.num_hidden_layers = len(layers)
+        return student
+
+    def student_weights(self, teacher: Any, layers: Sequence[int]) -> dict[str, torch.Tensor]:
+        weights = {}
+        for name, weight in teacher.state_dict().items():
+            layer = LAYER.fullmatch(name)
+            if layer is None:
+                weights[name] = weight
+            elif int(layer[2]) in layers:
+                weights[f"{layer[1]}{layers.index(int(layer[2]))}{layer[3]}"] = weight
+        return weights
+
+    def position_ids(self, config: Any, position_ids: torch.Tensor) -> torch.Tensor:
+        return position_ids + FIRST_POSITION
+
+    def attention_mask(self, config: Any, document_ids: torch.Tensor, implementation: str | None) -> Any:
+        return document_mask(document_ids, implementation)
+
+    def first_attention(self, model: Any) -> nn.Module:
+        return model.bert.encoder.layer[0].attention.self
+
+    def head(self, model: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        return model.cls(hidden_states)
+
+
+AutoConfig.register("madeup_bert", MadeUpConfig)
+AutoModelForMaskedLM.register(MadeUpConfig, MadeUpForMaskedLM)
+
+if __name__ == "__main__":
+    FAMILIES.append(MadeUpFamily())
+    script = sys.argv.pop(1)
+    runpy.run_path(str(Path(__file__).parents[2] / "launch" / script), run_name="__main__")

@@ -1,0 +1,71 @@
+"""The architectures that the trainer distils, one line each."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedConfig
+
+from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.families.bert import BertFamily
+from distilspeed.trainer.families.family import Family
+
+FAMILIES: list[Family] = [
+    BertFamily(),
+]
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family that a teacher's or student's config belongs to; ``KeyError`` for none."""
+    for family in FAMILIES:
+        if config.model_type in _types(family):
+            return family
+    raise KeyError(config.model_type)
+
+
+def checked_family(config: PreTrainedConfig, model_name: str) -> Family:
+    """The family of a model that a person chose, which errors call ``model_name``.
+
+    Raises:
+        UserError: there is none, or a model with this config cannot be run on packed rows.
+    """
+    supported = [model_type for family in FAMILIES for model_type in _types(family)]
+    if config.model_type not in supported:
+        raise UserError(f"{_called(config, model_name)}; choose a model of type {_listed(supported)}")
+    family = family_of(config)
+    refusal = family.refusal(config)
+    if refusal:
+        raise UserError(f"{model_name} {refusal}")
+    if config.num_hidden_layers < 1:
+        raise UserError(
+            f"{model_name} has {config.num_hidden_layers} layers; choose a model with at least one"
+        )
+    return family
+
+
+def checked_teacher_family(config: PreTrainedConfig, model_name: str) -> Family:
+    """As :func:`checked_family`.
+
+    Raises:
+        UserError: also for a model that cannot be distilled.
+    """
+    supported = [model_type for family in FAMILIES for model_type in family.teacher_types]
+    if config.model_type not in supported:
+        raise UserError(
+            f"{_called(config, model_name)}; distilspeed distils models of type {_listed(supported)}"
+        )
+    family = checked_family(config, model_name)
+    refusal = family.teacher_refusal(config)
+    if refusal:
+        raise UserError(f"{model_name} {refusal}")
+    return family
+
+
+def _types(family: Family) -> tuple[str, ...]:
+    return (*family.teacher_types, *family.student_types)
+
+
+def _called(config: PreTrainedConfig, model_name: str) -> str:
+    return f'{model_name} is a "{config.model_type}" model'
+
+
+def _listed(model_types: Sequence[str]) -> str:
+    return ", ".join(f'"{model_type}"' for model_type in dict.fromkeys(model_types))
