@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from distilspeed.trainer.data.batch_equation import BatchEquation
-from distilspeed.trainer.data.masking import MASKED_FRACTION
 from distilspeed.trainer.engine.config import accumulates_in_fp32
 from distilspeed.trainer.models.flops import ModelShape
 
@@ -30,7 +29,7 @@ ATTENTION_ACTIVATIONS, FEED_FORWARD_ACTIVATIONS, OTHER_ACTIVATIONS = 9, 2, 6
 # precision as float32 and with the products' own copies.
 KEPT_PROBABILITIES = {4: 3 * 4, 2: 4 * 4}
 # Student's and teacher's; the gradient is written over the student's. Without a teacher: logits, float32 copy and
-# gradient, of the masked tokens.
+# gradient.
 DISTILLATION_LOGITS = 2
 MLM_LOGITS = 3
 GIB = 2**30
@@ -62,12 +61,13 @@ def estimate_memory(
     deepspeed_config: Mapping[str, Any],
     *,
     teacher_zero3: bool = False,
-    restrict_ce_to_mask: bool = False,
+    head_share: float = 1.0,
     keeps_attention_probabilities: bool = False,
 ) -> MemoryPlan:
     """Estimate the memory of one rank from shapes, ZeRO stage, offload and micro-batch.
 
     Args:
+        head_share: of the tokens, those that have logits.
         keeps_attention_probabilities: attention dropout on a device whose attention keeps them, a CPU.
     """
     zero = deepspeed_config.get("zero_optimization", {})
@@ -102,10 +102,7 @@ def estimate_memory(
     activations = width * (student.layers * per_layer + OTHER_ACTIVATIONS * student.hidden_size)
     if keeps_attention_probabilities:
         activations += student.layers * student.heads * seq_length * KEPT_PROBABILITIES[width]
-    if teacher is None:
-        logits = MASKED_FRACTION * MLM_LOGITS
-    else:
-        logits = DISTILLATION_LOGITS * (MASKED_FRACTION if restrict_ce_to_mask else 1.0)
+    logits = head_share * (DISTILLATION_LOGITS if teacher else MLM_LOGITS)
     return MemoryPlan(
         weights=share(student.parameters * width, 3, "offload_param"),
         gradients=share(student.parameters * gradient_width, 2) if keeps_gradients else 0,

@@ -46,7 +46,7 @@ def plan_memory(run: Run, batch: BatchEquation) -> MemoryPlan:
         run.precision,
         run.deepspeed_config,
         teacher_zero3=run.arguments.teacher_zero3,
-        restrict_ce_to_mask=run.arguments.restrict_ce_to_mask,
+        head_share=run.objective.head_share,
         keeps_attention_probabilities=on_cpu and _attention_dropout(run) > 0,
     )
 
