@@ -5,9 +5,9 @@
 Every mean is over the global batch. DeepSpeed averages gradients over ranks and accumulation steps, so a
 micro-batch's sums are divided by the global counts and multiplied by ranks x accumulation steps.
 
-Where logits are wanted of masked tokens alone (no soft targets, or ``restrict_ce_to_mask``), the MLM heads of both
-models see masked tokens alone. The vocabulary is that of the models' configs; projections may be padded beyond it
-(families/bert.py), and padding counts for nothing.
+Where the terms read logits of masked tokens alone, the MLM heads of both models see masked tokens alone. The
+vocabulary is that of the models' configs; projections may be padded beyond it (families/bert.py), and padding counts
+for nothing.
 
 The losses must stay inside the module that DeepSpeed wraps, and it must return this one scalar:
 DeepSpeed 0.18.3 to 0.18.9 divides gradients by the accumulation steps once per output tensor.
@@ -128,6 +128,9 @@ class Distillation(nn.Module):
         self.own = nn.ModuleDict(
             {term.name: term.own_parameters(objective.models) for term in objective.computed}
         )
+        self.fused = fused_terms(objective.computed)
+        self.alone = [term for term in objective.computed if not self.fused or term not in self.fused]
+        self.keeps_logits = any(term.needs(objective.models).logits for term in self.alone)
         self.world_size = world_size
         self.accumulation_steps = accumulation_steps
 
@@ -161,17 +164,12 @@ class Distillation(nn.Module):
         """The weighted sum of the computed terms, and the value of each by its name."""
         weighted: list[torch.Tensor] = []
         values: dict[str, torch.Tensor] = {}
-        fused = fused_terms(self.objective.computed)
-        alone = [term for term in self.objective.computed if not fused or term not in fused]
-        if fused:
+        if self.fused:
             # The engine divides by the accumulation steps, which forward has multiplied by.
             scale = self.world_size * loss_scale
-            loss, values = fused_losses(fused, outputs, scale, inplace=not self._reads_logits(alone))
+            loss, values = fused_losses(self.fused, outputs, scale, inplace=not self.keeps_logits)
             weighted.append(loss)
-        for term in alone:
+        for term in self.alone:
             values[term.name] = term.loss(outputs, self.own[term.name])
             weighted.append(term.weight * values[term.name])
         return reduce(torch.add, weighted), values
-
-    def _reads_logits(self, terms: Sequence[Term]) -> bool:
-        return any(term.needs(self.objective.models).logits for term in terms)
