@@ -54,14 +54,17 @@ def _prepare(options: dict[str, Any]) -> "Run":
     for not_an_argument in ("debug", "local_rank"):
         options.pop(not_an_argument)
     # After the parsing, because importing torch takes seconds.
+    from distilspeed.trainer.objective.registry import take_terms
     from distilspeed.trainer.training.arguments import TrainArguments
     from distilspeed.trainer.training.run import prepare_run
 
     quiet_libraries()
     if options["teacher"] == "none":
         raise UserError("a benchmark compares distillations; give a --teacher")
+    terms = take_terms(options)
     with tempfile.TemporaryDirectory() as folder:  # nothing is written there
-        return prepare_run(TrainArguments(**options, output_dir=Path(folder), max_steps=STEPS_OF_SCHEDULE))
+        arguments = TrainArguments(**options, output_dir=Path(folder), max_steps=STEPS_OF_SCHEDULE)
+        return prepare_run(arguments, terms)
 
 
 def _check_before_measuring(

@@ -4,16 +4,29 @@ deepspeed launch/train.py --deepspeed_config ds_configs/cpu.json --teacher DIR -
 """
 
 import argparse
+from dataclasses import Field, fields
 from pathlib import Path
+from typing import Any
 
 from distilspeed.trainer.job.command import CommandParser, quiet_libraries, run_command
 from distilspeed.trainer.job.environment import prepare_environment
 from distilspeed.trainer.job.parents import end_with_launcher
 from distilspeed.trainer.job.scheduler import take_place_from_scheduler
+from distilspeed.trainer.objective.registry import TERMS, take_terms
 
 
 def layer_list(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split(","))
+
+
+def add_setting(parser: argparse.ArgumentParser, setting: "Field[Any]") -> None:
+    """Add the flag of a term's setting, with its default and its help."""
+    flag, default, text = f"--{setting.name}", setting.default, setting.metadata["help"]
+    if isinstance(default, bool):
+        parser.add_argument(flag, action="store_true", help=text)
+    else:
+        shown = f"{default:g}" if isinstance(default, float) else default
+        parser.add_argument(flag, type=type(default), default=default, help=f"{text}; default {shown}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,17 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--per_device_train_batch_size", type=int, help='rows per micro-batch, where the config says "auto"')
     add("--learning_rate", type=float, help='peak learning rate, where the config says "auto"; default 5e-4')
-    add("--temperature", type=float, default=2.0, help="of the soft targets; default 2")
-    add("--alpha_ce", type=float, default=5.0, help="weight of the soft-target loss; default 5")
-    add(
-        "--alpha_mlm", type=float, default=2.0, help="weight of the masked-language-modelling loss; default 2"
-    )
-    add("--alpha_cos", type=float, default=1.0, help="weight of the hidden-state cosine loss; default 1")
-    add(
-        "--restrict_ce_to_mask",
-        action="store_true",
-        help="soft targets on masked tokens only (another objective)",
-    )
+    for term in TERMS:
+        for setting in fields(term):
+            add_setting(parser, setting)
     add("--seed", type=int, default=0, help="of row order, masking and dropout; default 0")
     add("--save_steps", type=int, default=500, help="steps between checkpoints; default 500")
     add("--save_total_limit", type=int, default=2, help="checkpoints kept; default 2")
@@ -128,7 +133,8 @@ def main() -> None:
     from distilspeed.trainer.training.run import prepare_run
 
     quiet_libraries()
-    run = prepare_run(TrainArguments(**options))
+    terms = take_terms(options)
+    run = prepare_run(TrainArguments(**options), terms)
     if run.arguments.plan:
         print_plan(run)
     else:

@@ -26,8 +26,8 @@ def noting_seed_dropout(seed: int, batch: int, micro_batch: int) -> None:
     seed_dropout(seed, batch, micro_batch)
 
 
-def faulty_forward(model: Any, batch: Any, places: Any = None) -> Any:
-    outputs = forward_packed(model, batch, places)
+def faulty_forward(model: Any, batch: Any, *asked: Any) -> Any:
+    outputs = forward_packed(model, batch, *asked)
     # The second micro-batch of each rank's, of two or more.
     if not (HERE and model.training and now["batch"] in BATCHES and now["micro_batch"] in (2, 3)):
         return outputs

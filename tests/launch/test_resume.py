@@ -132,7 +132,7 @@ def curve(run: Path) -> list[tuple[object, ...]]:
     lines = read_metrics(run / "metrics.jsonl")
     assert [line.step for line in lines] == list(range(1, STEPS + 1))
     return [
-        (line.epoch, line.tokens, line.loss, line.loss_ce, line.loss_mlm, line.loss_cos, line.lr, line.grad_norm,
+        (line.epoch, line.tokens, line.loss, line.losses, line.lr, line.grad_norm,
          line.loss_scale, line.skipped)
         for line in lines
     ]  # fmt: skip

@@ -1,5 +1,6 @@
 """The frozen teacher: whole on every rank, or its weights shared out over the ranks by ZeRO-3."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import deepspeed
@@ -38,9 +39,11 @@ class ReplicatedTeacher:
         self.model = nn.Module.to(model, device=device, dtype=dtype).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def __call__(self, batch: MicroBatch, places: torch.Tensor | None = None) -> ModelOutputs:
-        """Its outputs on packed rows, with logits at ``places`` of them; None: everywhere."""
-        return forward_packed(self.model, batch, places)
+    def __call__(
+        self, batch: MicroBatch, places: torch.Tensor | None = None, layers: Sequence[int] = ()
+    ) -> ModelOutputs:
+        """Its outputs on packed rows, with logits at ``places`` of them; see :func:`forward_packed`."""
+        return forward_packed(self.model, batch, places, layers)
 
 
 class ShardedTeacher:
@@ -62,9 +65,11 @@ class ShardedTeacher:
         self.engine.eval()
 
     @torch.no_grad()
-    def __call__(self, batch: MicroBatch, places: torch.Tensor | None = None) -> ModelOutputs:
+    def __call__(
+        self, batch: MicroBatch, places: torch.Tensor | None = None, layers: Sequence[int] = ()
+    ) -> ModelOutputs:
         """As the replicated teacher's."""
-        return self.engine(batch, places)
+        return self.engine(batch, places, layers)
 
 
 class _PackedForward(nn.Module):
@@ -72,8 +77,8 @@ class _PackedForward(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: MicroBatch, places: torch.Tensor | None) -> ModelOutputs:
-        return forward_packed(self.model, batch, places)
+    def forward(self, batch: MicroBatch, places: torch.Tensor | None, layers: Sequence[int]) -> ModelOutputs:
+        return forward_packed(self.model, batch, places, layers)
 
 
 def teacher_config(student: dict[str, Any]) -> dict[str, Any]:

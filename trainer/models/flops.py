@@ -5,7 +5,6 @@ import time
 import torch
 from transformers import PreTrainedConfig
 
-from distilspeed.trainer.data.masking import MASKED_FRACTION
 from distilspeed.trainer.families.registry import family_of
 from distilspeed.trainer.families.shape import FLOPS_PER_MULTIPLY_ADD, ModelShape
 
@@ -19,13 +18,12 @@ def model_shape(config: PreTrainedConfig) -> ModelShape:
 
 
 def flops_per_token(
-    student: ModelShape, teacher: ModelShape | None, seq_length: int, restrict_ce_to_mask: bool = False
+    student: ModelShape, teacher: ModelShape | None, seq_length: int, head_share: float = 1.0
 ) -> float:
     """FLOPs of one training step per token of a row: student forward and backward, teacher forward.
 
-    Without a teacher, and with ``restrict_ce_to_mask``, only the masked tokens pass through the MLM heads.
+    ``head_share``: of the tokens, those that pass through the MLM heads.
     """
-    head_share = MASKED_FRACTION if teacher is None or restrict_ce_to_mask else 1.0
     flops = TRAINING_OVER_FORWARD * student.forward_flops_per_token(seq_length, head_share)
     return flops + (teacher.forward_flops_per_token(seq_length, head_share) if teacher else 0.0)
 

@@ -1,6 +1,7 @@
 """A model run on packed rows, each token seeing its own document alone."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -14,6 +15,7 @@ class ModelOutputs(NamedTuple):
 
     logits: torch.Tensor  # [rows, length, vocabulary], or of the tokens asked for [tokens, vocabulary]
     hidden_states: torch.Tensor  # [rows, length, hidden size], of the last layer
+    layers: dict[int, torch.Tensor]  # the same of each layer asked for; 0: of the embeddings
 
 
 def encode_packed(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
@@ -21,21 +23,32 @@ def encode_packed(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
 
     A packed row gives the hidden states that its documents would give alone.
     """
+    return _encode(model, batch).last_hidden_state
+
+
+def _encode(model: PreTrainedModel, batch: MicroBatch, **options: bool) -> Any:
+    """What transformers' encoder gives."""
     config, encoder = model.config, model.base_model
     family = family_of(config)
     mask = family.attention_mask(config, batch.document_ids, config._attn_implementation)
     positions = family.position_ids(config, batch.position_ids)
-    return encoder(input_ids=batch.input_ids, attention_mask=mask, position_ids=positions).last_hidden_state
+    return encoder(input_ids=batch.input_ids, attention_mask=mask, position_ids=positions, **options)
 
 
 def forward_packed(
-    model: PreTrainedModel, batch: MicroBatch, places: torch.Tensor | None = None
+    model: PreTrainedModel,
+    batch: MicroBatch,
+    places: torch.Tensor | None = None,
+    layers: Sequence[int] = (),
 ) -> ModelOutputs:
     """Run a masked language model on packed rows; see :func:`encode_packed`.
 
     Args:
         places: int64 [tokens], where in the flattened rows logits are wanted; None: everywhere.
+        layers: whose hidden states are wanted besides the last, numbered as in transformers.
     """
-    hidden_states = encode_packed(model, batch)
+    encoded = _encode(model, batch, **({"output_hidden_states": True} if layers else {}))
+    hidden_states = encoded.last_hidden_state
     scored = hidden_states if places is None else hidden_states.flatten(0, 1)[places]
-    return ModelOutputs(family_of(model.config).head(model, scored), hidden_states)
+    of_layers = {layer: encoded.hidden_states[layer] for layer in layers}
+    return ModelOutputs(family_of(model.config).head(model, scored), hidden_states, of_layers)

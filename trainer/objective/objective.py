@@ -1,63 +1,98 @@
 """The objective: student and losses in one module that returns one scalar.
 
-    L = alpha_ce L_ce + alpha_mlm L_mlm + alpha_cos L_cos
+    L = sum over terms of weight * loss          (registry.py lists the terms)
 
-    L_ce   T^2 * mean over real tokens of KL(softmax(u / T) || softmax(z / T))
-    L_mlm  mean over masked tokens of -log softmax(z)[label]
-    L_cos  mean over real tokens of 1 - cos(h_student, h_teacher), last hidden states
+Every mean is over the global batch. DeepSpeed averages gradients over ranks and accumulation steps, so a
+micro-batch's sums are divided by the global counts and multiplied by ranks x accumulation steps.
 
-with student logits z, teacher logits u, hidden states h (Sanh et al. 2019). Every mean is over the
-global batch. DeepSpeed averages gradients over ranks and accumulation steps, so a micro-batch's sums
-are divided by the global counts and multiplied by ranks x accumulation steps.
-
-Where logits are wanted of masked tokens alone (no soft targets, or ``restrict_ce_to_mask``), the MLM heads of both
-models see masked tokens alone. The vocabulary is that of the models' configs; projections may be padded beyond it
-(families/bert.py), and padding counts for nothing.
+Where the terms read logits of masked tokens alone, the MLM heads of both models see masked tokens alone. The
+vocabulary is that of the models' configs; projections may be padded beyond it (families/vocabulary.py), and padding
+counts for nothing.
 
 The losses must stay inside the module that DeepSpeed wraps, and it must return this one scalar:
 DeepSpeed 0.18.3 to 0.18.9 divides gradients by the accumulation steps once per output tensor.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, reduce
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from distilspeed.kernels.cosine_loss import cosine_loss
-from distilspeed.kernels.weighted_distillation_loss import weighted_distillation_loss
-from distilspeed.trainer.data.batches import PADDING_DOCUMENT, MicroBatch
-from distilspeed.trainer.data.masking import IGNORE_INDEX
+from distilspeed.trainer.data.batches import MicroBatch
+from distilspeed.trainer.data.masking import MASKED_FRACTION
 from distilspeed.trainer.engine.phases import LOSSES, STUDENT, phase
 from distilspeed.trainer.models.packed_forward import ModelOutputs, forward_packed
+from distilspeed.trainer.objective.fused import fused_losses, fused_terms
+from distilspeed.trainer.objective.outputs import Models, Outputs
+from distilspeed.trainer.objective.term import Logits, Needs, Term
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Weights of the losses, and where the soft targets count.
+    """The registered terms with a run's settings, and what they ask of its two models together.
 
-    ``restrict_ce_to_mask`` limits L_ce to masked tokens: another objective, not comparable with the default.
+    Attributes:
+        registered: all of them, in the registry's order.
     """
 
-    alpha_ce: float
-    alpha_mlm: float
-    alpha_cos: float
-    temperature: float
-    restrict_ce_to_mask: bool
+    registered: tuple[Term, ...]
+    models: Models
 
-    def scored_places(self, batch: MicroBatch) -> torch.Tensor | None:
-        """Where distillation needs logits of both models: everywhere (None), or at the masked tokens."""
-        return batch.masked_places if self.restrict_ce_to_mask else None
+    @cached_property
+    def terms(self) -> tuple[Term, ...]:
+        """Those that take part: the run writes their values."""
+        return tuple(term for term in self.registered if term.takes_part)
+
+    @cached_property
+    def computed(self) -> tuple[Term, ...]:
+        """Those of ``terms`` that are computed; the value of the others, which lack a teacher, is 0."""
+        return tuple(term for term in self.terms if self.models.teacher or not term.needs_teacher)
+
+    @cached_property
+    def trained(self) -> tuple[Term, ...]:
+        """Those of ``computed`` that have a weight."""
+        return tuple(term for term in self.computed if term.weight)
+
+    @cached_property
+    def needs(self) -> Needs:
+        """What the terms read of the two models."""
+        needs = [term.needs(self.models) for term in self.computed]
+        return Needs(
+            max(of.logits for of in needs),
+            _union(of.student_layers for of in needs),
+            _union(of.teacher_layers for of in needs),
+        )
+
+    @property
+    def head_share(self) -> float:
+        """Of the tokens, those that pass through the MLM heads."""
+        return 1.0 if self.needs.logits is Logits.EVERYWHERE else MASKED_FRACTION
+
+    def places(self, batch: MicroBatch) -> torch.Tensor | None:
+        """Where logits of both models are needed: everywhere (None), or at the masked tokens."""
+        return None if self.needs.logits is Logits.EVERYWHERE else batch.masked_places
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting of every registered term, by its flag."""
+        return {name: value for term in self.registered for name, value in asdict(term).items()}
+
+    def identity(self) -> dict[str, Any]:
+        """What of the terms must not change when a run is resumed.
+
+        Of an optional term nothing where it takes no part: registering one leaves earlier runs as they are.
+        """
+        identity: dict[str, Any] = {"alphas": [term.weight for term in self.terms if not term.is_optional]}
+        for term in self.terms:
+            identity |= term.identity()
+        return identity
 
 
-class LossParts(NamedTuple):
-    """The losses of a micro-batch, float32 scalars; their sum over a global batch's micro-batches is its mean."""
-
-    loss: torch.Tensor
-    loss_ce: torch.Tensor
-    loss_mlm: torch.Tensor
-    loss_cos: torch.Tensor
+def _union(layers: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    return tuple(sorted({layer for of_term in layers for layer in of_term}))
 
 
 class Distillation(nn.Module):
@@ -65,16 +100,19 @@ class Distillation(nn.Module):
 
     Args:
         student: the masked language model that is trained.
-        objective: loss weights and temperature.
+        objective: the terms.
         world_size, accumulation_steps: over which DeepSpeed averages gradients.
 
     Attributes:
-        last_parts: the loss parts of the last forward pass, detached, not multiplied by ranks x accumulation steps.
+        own: the terms' own parameters, by the terms' names.
+        last_parts: of the last forward pass, float32 [1 + terms], detached: the loss and the value of each of the
+            objective's terms, not multiplied by ranks x accumulation steps. Their sum over a global batch's
+            micro-batches is its mean.
         last_gradient_is_finite: bool scalar on the device: of the last backward pass, where it leaves the losses and
             the MLM head for the layers.
     """
 
-    last_parts: LossParts
+    last_parts: torch.Tensor
     last_gradient_is_finite: torch.Tensor
 
     def __init__(
@@ -87,7 +125,12 @@ class Distillation(nn.Module):
         super().__init__()
         self.student = student
         self.objective = objective
-        self.vocab_size = student.config.vocab_size
+        self.own = nn.ModuleDict(
+            {term.name: term.own_parameters(objective.models) for term in objective.computed}
+        )
+        self.fused = fused_terms(objective.computed)
+        self.alone = [term for term in objective.computed if not self.fused or term not in self.fused]
+        self.keeps_logits = any(term.needs(objective.models).logits for term in self.alone)
         self.world_size = world_size
         self.accumulation_steps = accumulation_steps
 
@@ -97,60 +140,36 @@ class Distillation(nn.Module):
         """Loss of one micro-batch.
 
         Args:
-            targets: the teacher's outputs on it, with logits at ``objective.scored_places(batch)``; None without
-                a teacher.
+            targets: the teacher's outputs on it, with logits at ``objective.places(batch)`` and the layers of
+                ``objective.needs``; None without a teacher.
             loss_scale: of fp16, which the engine's backward multiplies by.
         """
-        places = batch.masked_places if targets is None else self.objective.scored_places(batch)
+        places = self.objective.places(batch)
         with phase(STUDENT):
-            outputs = forward_packed(self.student, batch, places)
-        if outputs.hidden_states.requires_grad:
-            outputs.hidden_states.register_hook(self._look_at_gradient)
+            student = forward_packed(self.student, batch, places, self.objective.needs.student_layers)
+        if student.hidden_states.requires_grad:
+            student.hidden_states.register_hook(self._look_at_gradient)
         with phase(LOSSES):
-            if targets is None:
-                parts = self.mlm_loss(outputs, batch)
-            else:
-                parts = self.distillation_losses(outputs, batch, targets, loss_scale)
-        self.last_parts = LossParts(*(part.detach() for part in parts))
-        return parts.loss * (self.world_size * self.accumulation_steps)
+            outputs = Outputs(batch, student, targets, places, self.objective.models)
+            loss, values = self.losses(outputs, loss_scale)
+        names = [term.name for term in self.objective.terms]
+        parts = [values[name] if name in values else loss.new_zeros(()) for name in names]
+        self.last_parts = torch.stack([part.detach() for part in (loss, *parts)])
+        return loss * (self.world_size * self.accumulation_steps)
 
     def _look_at_gradient(self, gradient: torch.Tensor) -> None:
         self.last_gradient_is_finite = gradient.isfinite().all()
 
-    def distillation_losses(
-        self, outputs: ModelOutputs, batch: MicroBatch, targets: ModelOutputs, loss_scale: float
-    ) -> LossParts:
-        weights = self.objective
-        real = batch.document_ids != PADDING_DOCUMENT
-        labels, soft_mask, soft_normalizer = batch.labels, real, batch.real_tokens
-        if weights.restrict_ce_to_mask:
-            labels = labels.flatten()[batch.masked_places]
-            soft_mask, soft_normalizer = labels != IGNORE_INDEX, batch.masked_tokens
-        fused = weighted_distillation_loss(
-            outputs.logits,
-            targets.logits,
-            labels,
-            soft_weight=weights.alpha_ce,
-            hard_weight=weights.alpha_mlm,
+    def losses(self, outputs: Outputs, loss_scale: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The weighted sum of the computed terms, and the value of each by its name."""
+        weighted: list[torch.Tensor] = []
+        values: dict[str, torch.Tensor] = {}
+        if self.fused:
             # The engine divides by the accumulation steps, which forward has multiplied by.
-            loss_scale=self.world_size * loss_scale,
-            temperature=weights.temperature,
-            soft_mask=soft_mask,
-            soft_normalizer=soft_normalizer,
-            hard_normalizer=batch.masked_tokens,
-            vocab_size=self.vocab_size,
-            inplace=True,
-        )
-        cos = cosine_loss(
-            outputs.hidden_states, targets.hidden_states, mask=real, normalizer=batch.real_tokens
-        )
-        return LossParts(fused.loss + weights.alpha_cos * cos, fused.kl, fused.hard_ce, cos)
-
-    def mlm_loss(self, outputs: ModelOutputs, batch: MicroBatch) -> LossParts:
-        logits = outputs.logits[:, : self.vocab_size]
-        labels = batch.labels.flatten()[batch.masked_places]
-        total = nn.functional.cross_entropy(
-            logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum"
-        )
-        mlm, zero = total / batch.masked_tokens, total.new_zeros(())
-        return LossParts(self.objective.alpha_mlm * mlm, zero, mlm, zero)
+            scale = self.world_size * loss_scale
+            loss, values = fused_losses(self.fused, outputs, scale, inplace=not self.keeps_logits)
+            weighted.append(loss)
+        for term in self.alone:
+            values[term.name] = term.loss(outputs, self.own[term.name])
+            weighted.append(term.weight * values[term.name])
+        return reduce(torch.add, weighted), values

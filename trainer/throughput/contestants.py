@@ -27,7 +27,7 @@ from distilspeed.trainer.job.ranks import joined_job
 from distilspeed.trainer.models.flops import measure_matmul_flops
 from distilspeed.trainer.throughput.eager_recipe import BucketedPieces, EagerRecipe
 from distilspeed.trainer.training.run import Run, settle_attention
-from distilspeed.trainer.training.step import TrainingStep, objective_of
+from distilspeed.trainer.training.step import TrainingStep
 
 OURS, EAGER = "ours", "eager"
 # So many rows of the corpus are cut into pieces for the eager recipe: enough for real variety of lengths.
@@ -108,7 +108,6 @@ class Eager:
             nn.Module.to(run.student, device).train(),
             nn.Module.to(run.teacher, device).eval(),
             BucketedPieces(run.corpus, rows, tokens, run.arguments.seed),
-            objective_of(run.arguments),
             run.batch.gradient_accumulation_steps,
             device,
             dtype,

@@ -28,7 +28,9 @@ from distilspeed.trainer.data.masking import (
     MaskingRule,
 )
 from distilspeed.trainer.engine.config import ADAM_BETAS, ADAM_EPS, GRADIENT_CLIPPING, LEARNING_RATE
-from distilspeed.trainer.objective.objective import Objective
+from distilspeed.trainer.objective.hidden_cosine import HiddenCosine
+from distilspeed.trainer.objective.masked_lm import MaskedLM
+from distilspeed.trainer.objective.soft_targets import SoftTargets
 
 # Lengths within this many tokens of each other share batches.
 LENGTH_BUCKET = 4
@@ -102,14 +104,12 @@ class EagerRecipe:
         student: PreTrainedModel,
         teacher: PreTrainedModel,
         pieces: BucketedPieces,
-        objective: Objective,
         accumulation_steps: int,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.student = student
         self.teacher = teacher
-        self.objective = objective
         self.accumulation_steps = accumulation_steps
         self.device = device
         self.batches = pieces.batches()
@@ -143,7 +143,7 @@ class EagerRecipe:
 
     def loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
         """The weighted sum over one micro-batch, every mean over this micro-batch alone."""
-        weights = self.objective
+        soft, mlm, cosine = SoftTargets(), MaskedLM(), HiddenCosine()  # with the published weights
         arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "output_hidden_states": True}
         student = self.student(**arguments)
         with torch.no_grad():
@@ -152,9 +152,9 @@ class EagerRecipe:
         over_logits = attention_mask[:, :, None].expand_as(student.logits)
         student_logits = student.logits.masked_select(over_logits).view(-1, vocab_size)
         teacher_logits = teacher.logits.masked_select(over_logits).view(-1, vocab_size)
-        loss_ce = weights.temperature**2 * nn.functional.kl_div(
-            nn.functional.log_softmax(student_logits / weights.temperature, dim=-1),
-            nn.functional.softmax(teacher_logits / weights.temperature, dim=-1),
+        loss_ce = soft.temperature**2 * nn.functional.kl_div(
+            nn.functional.log_softmax(student_logits / soft.temperature, dim=-1),
+            nn.functional.softmax(teacher_logits / soft.temperature, dim=-1),
             reduction="batchmean",
         )
         loss_mlm = nn.functional.cross_entropy(student.logits.view(-1, vocab_size), labels.view(-1))
@@ -168,7 +168,7 @@ class EagerRecipe:
             teacher_states.float(),
             torch.ones(len(student_states), device=self.device),
         )
-        parts = ((weights.alpha_ce, loss_ce), (weights.alpha_mlm, loss_mlm), (weights.alpha_cos, loss_cos))
+        parts = ((soft.weight, loss_ce), (mlm.weight, loss_mlm), (cosine.weight, loss_cos))
         for _, part in parts:
             part.item()  # the recipe logs each of them for each micro-batch
         return torch.stack([weight * part for weight, part in parts]).sum()

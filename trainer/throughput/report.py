@@ -78,7 +78,7 @@ class BenchmarkReport:
                 "precision": run.precision,
                 "zero_stage": run.deepspeed_config.get("zero_optimization", {}).get("stage", 0),
                 "compile": run.arguments.compile,
-                "restrict_ce_to_mask": run.arguments.restrict_ce_to_mask,
+                "restrict_ce_to_mask": run.objective.settings()["restrict_ce_to_mask"],
                 "padding_of_corpus": round(run.corpus.manifest.padding_fraction, 4),
             }
             | ({"limited_to": "V100"} if is_limited_to_v100() else {}),

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from distilspeed.trainer.errors import UserError
 
-WEIGHTS = ("alpha_ce", "alpha_mlm", "alpha_cos")
-
 
 @dataclass(frozen=True)
 class TrainArguments:
-    """The command line of ``launch/train.py``; the DeepSpeed config holds batch, optimiser, schedule and precision."""
+    """The command line of ``launch/train.py`` without the losses, whose flags are the fields of ``objective/``'s terms.
+
+    The DeepSpeed config holds batch, optimiser, schedule and precision.
+    """
 
     deepspeed_config: Path
     teacher: str
@@ -26,11 +27,6 @@ class TrainArguments:
     train_batch_size: int | None = None
     per_device_train_batch_size: int | None = None
     learning_rate: float | None = None
-    temperature: float = 2.0
-    alpha_ce: float = 5.0
-    alpha_mlm: float = 2.0
-    alpha_cos: float = 1.0
-    restrict_ce_to_mask: bool = False
     seed: int = 0
     save_steps: int = 500
     save_total_limit: int = 2
@@ -49,23 +45,12 @@ class TrainArguments:
         for name in (
             "num_train_epochs",
             "learning_rate",
-            "temperature",
             "ddp_timeout",
             "gpu_memory",
-            *WEIGHTS,
         ):
             if not math.isfinite(getattr(self, name) or 0.0):
                 raise UserError(f"--{name} is {getattr(self, name)}; give a finite number")
         checks = [
-            (self.temperature > 0, "--temperature must be above 0"),
-            (
-                min(self.alpha_ce, self.alpha_mlm, self.alpha_cos) >= 0,
-                "the loss weights must not be negative",
-            ),
-            (
-                self.alpha_mlm > 0 or (has_teacher and self.alpha_ce + self.alpha_cos > 0),
-                "no loss is left to train on; give one of --alpha_ce, --alpha_mlm, --alpha_cos a value above 0",
-            ),
             (self.max_steps is None or self.max_steps > 0, "--max_steps must be above 0"),
             (self.num_train_epochs > 0, "--num_train_epochs must be above 0"),
             (0 <= self.seed < 1 << 32, "--seed must be from 0 to 2^32 - 1"),

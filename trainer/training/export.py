@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from distilspeed.trainer.corpus.format import Corpus
 from distilspeed.trainer.evaluation.quality import MaskedTokenQuality
 from distilspeed.trainer.files import folder_written_whole
+from distilspeed.trainer.objective.term import Term
 from distilspeed.trainer.training.arguments import TrainArguments
 from distilspeed.trainer.training.metrics import StepMetrics
 
@@ -40,6 +41,7 @@ class TrainingRecord:
     """What the model card says of the run."""
 
     arguments: TrainArguments
+    terms: Sequence[Term]  # of which the metrics have values
     deepspeed_config: dict[str, Any]
     corpus: Corpus
     layers: Sequence[int]
@@ -89,6 +91,7 @@ def model_card(record: TrainingRecord) -> str:
     """The model card: teacher, data, losses, hyper-parameters, results."""
     arguments, config, last = record.arguments, record.deepspeed_config, record.last_step
     optimizer = config["optimizer"]
+    parts = ", ".join(f"{term.shown.short} {last.losses[term.name]:.4f}" for term in record.terms)
     rows: list[tuple[str, object]] = []
     if arguments.has_teacher:
         rows += [
@@ -97,12 +100,7 @@ def model_card(record: TrainingRecord) -> str:
                 Path(arguments.teacher).name if Path(arguments.teacher).exists() else arguments.teacher,
             ),
             ("Starts from the teacher's layers", ", ".join(map(str, record.layers))),
-            (
-                "Soft targets",
-                f"{arguments.alpha_ce:g} × T² KL, temperature {arguments.temperature:g}, {_ce_tokens(arguments)}",
-            ),
-            ("Masked language modelling", f"{arguments.alpha_mlm:g} × cross-entropy of the masked tokens"),
-            ("Hidden states", f"{arguments.alpha_cos:g} × (1 − cosine), last layer"),
+            *((term.shown.card, f"{term.weight:g} × {term.described()}") for term in record.terms),
         ]
     else:
         rows += [("Teacher", "none: masked language modelling from random weights")]
@@ -122,7 +120,7 @@ def model_card(record: TrainingRecord) -> str:
         ("Seed", arguments.seed),
         (
             "Final training loss",
-            f"{last.loss:.4f} (soft {last.loss_ce:.4f}, MLM {last.loss_mlm:.4f}, cosine {last.loss_cos:.4f})",
+            f"{last.loss:.4f} ({parts})",
         ),
         (
             "Held-out rows",
@@ -148,7 +146,3 @@ Load it with `AutoModelForMaskedLM.from_pretrained`.
 |---|---|
 {table}
 """
-
-
-def _ce_tokens(arguments: TrainArguments) -> str:
-    return "masked tokens only" if arguments.restrict_ce_to_mask else "all real tokens"

@@ -218,20 +218,11 @@ def _start_metrics(
         batches,
         progress_bar,
         run.arguments.logging_steps,
+        terms=[term.name for term in run.objective.terms],
         flops_per_token=run.flops_per_token(),
         peak_flops=measure_matmul_flops(run.process.device, DTYPES[run.precision]) * run.process.world_size,
         first=progress,
     )
-
-
-def _loss_weights(run: Run) -> dict[str, float]:
-    """By the names of the parts in the metrics; without a teacher there is masked language modelling alone."""
-    arguments, has_teacher = run.arguments, run.teacher is not None
-    return {
-        "loss_ce": arguments.alpha_ce * has_teacher,
-        "loss_mlm": arguments.alpha_mlm,
-        "loss_cos": arguments.alpha_cos * has_teacher,
-    }
 
 
 def _finish(run: Run, engine: deepspeed.DeepSpeedEngine) -> None:
@@ -240,11 +231,12 @@ def _finish(run: Run, engine: deepspeed.DeepSpeedEngine) -> None:
         return
     with writing(run.arguments.output_dir):
         metrics = read_metrics(run.arguments.output_dir / "metrics.jsonl")
-        plot_losses(metrics, run.arguments.output_dir / "loss.png", _loss_weights(run))
+        plot_losses(metrics, run.arguments.output_dir / "loss.png", run.objective.trained)
         student = whole_student(run.student, weights)
         changed = read_record(run.arguments.output_dir)
         record = TrainingRecord(
             arguments=run.arguments,
+            terms=run.objective.terms,
             deepspeed_config=run.deepspeed_config,
             corpus=run.corpus,
             layers=run.layers,

@@ -14,7 +14,6 @@ from typing import Any
 
 from distilspeed.kernels.implementation.distillation_loss_chunked import BLOCK_BYTES
 from distilspeed.trainer.data.batch_equation import BatchEquation
-from distilspeed.trainer.data.masking import MASKED_FRACTION
 from distilspeed.trainer.engine.config import accumulates_in_fp32
 from distilspeed.trainer.families.shape import ModelShape
 
@@ -31,7 +30,7 @@ ATTENTION_ACTIVATIONS, FEED_FORWARD_ACTIVATIONS, OTHER_ACTIVATIONS = 9, 2, 6
 # precision as float32 and with the products' own copies.
 KEPT_PROBABILITIES = {4: 3 * 4, 2: 4 * 4}
 # Student's and teacher's; the gradient is written over the student's. Without a teacher: logits, float32 copy and
-# gradient, of the masked tokens.
+# gradient.
 DISTILLATION_LOGITS = 2
 MLM_LOGITS = 3
 # What the losses work in on a CPU: three buffers, and copies of the labelled rows of one. A GPU needs none.
@@ -66,13 +65,14 @@ def estimate_memory(
     deepspeed_config: Mapping[str, Any],
     *,
     teacher_zero3: bool = False,
-    restrict_ce_to_mask: bool = False,
+    head_share: float = 1.0,
     on_cpu: bool = False,
     attention_dropout: float = 0.0,
 ) -> MemoryPlan:
     """Estimate the memory of one rank from shapes, ZeRO stage, offload and micro-batch.
 
     Args:
+        head_share: of the tokens, those that have logits.
         on_cpu: where attention with dropout keeps its probabilities, and the losses work in buffers of their own.
         attention_dropout: of the student.
     """
@@ -111,10 +111,7 @@ def estimate_memory(
     activations = width * (student.layers * per_layer + OTHER_ACTIVATIONS * student.hidden_size)
     if on_cpu and attention_dropout > 0:
         activations += student.layers * student.heads * seq_length * KEPT_PROBABILITIES[width]
-    if teacher is None:
-        logits = MASKED_FRACTION * MLM_LOGITS
-    else:
-        logits = DISTILLATION_LOGITS * (MASKED_FRACTION if restrict_ce_to_mask else 1.0)
+    logits = head_share * (DISTILLATION_LOGITS if teacher else MLM_LOGITS)
     return MemoryPlan(
         weights=share(student.parameters * width, 3, "offload_param"),
         gradients=share(student.parameters * kept_gradients, 2),

@@ -4,9 +4,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import deepspeed
 import numpy as np
@@ -20,7 +20,7 @@ from distilspeed.trainer.engine.checkpoint import Progress
 from distilspeed.trainer.engine.student import loss_scale
 from distilspeed.trainer.errors import NumericalError
 from distilspeed.trainer.files import write_text, writing
-from distilspeed.trainer.objective.objective import LossParts
+from distilspeed.trainer.objective.term import Term
 from distilspeed.trainer.training.step import StepResult
 
 if TYPE_CHECKING:  # importing matplotlib takes a second, and only the end of a run draws
@@ -35,7 +35,8 @@ FEW_STEPS = 50  # each of which is a dot in loss.png
 class StepMetrics:
     """One line of ``metrics.jsonl``: an optimiser step of the whole job.
 
-    Losses are means over the global batch. ``tokens`` are real (non-padding) tokens seen so far,
+    ``loss`` is the weighted sum, ``losses`` the terms' values by their names, ``loss_NAME`` in the file; they are means
+    over the global batch. ``tokens`` are real (non-padding) tokens seen so far,
     ``tokens_per_s`` and ``mfu`` averages over the logging interval, ``time`` seconds since the epoch.
     ``skipped`` counts the batches that were left out because fp16 overflowed: they are no steps, and have no line.
     """
@@ -44,9 +45,7 @@ class StepMetrics:
     epoch: float
     tokens: int
     loss: float
-    loss_ce: float
-    loss_mlm: float
-    loss_cos: float
+    losses: Mapping[str, float]
     lr: float
     grad_norm: float | None
     loss_scale: float
@@ -54,6 +53,20 @@ class StepMetrics:
     tokens_per_s: float
     mfu: float
     time: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The line's names and values."""
+        line: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            line |= {f"loss_{term}": of for term, of in value.items()} if name == "losses" else {name: value}
+        return line
+
+    @classmethod
+    def from_json(cls, line: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`to_json`."""
+        names = {field.name for field in fields(cls)}
+        losses = {name.removeprefix("loss_"): of for name, of in line.items() if name not in names}
+        return cls(losses=losses, **{name: value for name, value in line.items() if name in names})
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,7 @@ class Metrics:
         path: ``metrics.jsonl``; lines after ``first.step`` are dropped (a resumed run makes them again).
         batches: which rows a fault came from.
         progress_bar: rank 0's, or a disabled one.
+        terms: the names of the losses, in the order of a step's parts.
         flops_per_token: of the whole step, per real token.
         peak_flops: FLOP/s of all ranks together, for MFU.
         first: where the run starts or goes on.
@@ -85,6 +99,7 @@ class Metrics:
         batches: MicroBatches,
         progress_bar: "tqdm[int]",
         logging_steps: int,
+        terms: Sequence[str],
         flops_per_token: float,
         peak_flops: float,
         first: Progress,
@@ -94,6 +109,7 @@ class Metrics:
         self.batches = batches
         self.progress_bar = progress_bar
         self.logging_steps = logging_steps
+        self.terms = terms
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
         self.is_writer = torch.distributed.get_rank() == 0
@@ -140,7 +156,8 @@ class Metrics:
                 step=step.progress.step,
                 epoch=round(step.epoch, 4),
                 tokens=step.progress.tokens,
-                **dict(zip(LossParts._fields, parts, strict=True)),
+                loss=parts[0],
+                losses=dict(zip(self.terms, parts[1:], strict=True)),
                 lr=step.lr,
                 grad_norm=grad_norm,
                 loss_scale=step.loss_scale,
@@ -185,7 +202,7 @@ class Metrics:
 
     def _write(self, lines: Sequence[StepMetrics]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(line)) + "\n" for line in lines)
+            file.writelines(json.dumps(line.to_json()) + "\n" for line in lines)
         last = lines[-1]
         shown = {"loss": f"{last.loss:.4f}", "tokens_per_s": f"{last.tokens_per_s:,.0f}"}
         if last.skipped:
@@ -196,7 +213,7 @@ class Metrics:
                 [
                     (f"Train/{name}", value, line.step)
                     for line in lines
-                    for name, value in asdict(line).items()
+                    for name, value in line.to_json().items()
                     if name not in ("step", "time") and value is not None
                 ]
             )
@@ -222,7 +239,7 @@ def _step_of(line: str) -> float:
 
 def read_metrics(path: Path) -> list[StepMetrics]:
     """Read ``metrics.jsonl``."""
-    return [StepMetrics(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [StepMetrics.from_json(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 # --- loss.png -------------------------------------------------------------------------------------------
@@ -232,7 +249,7 @@ def read_metrics(path: Path) -> list[StepMetrics]:
 class _Panel:
     """A curve of ``loss.png``: a value of :class:`StepMetrics`, its title with unit, and its colour."""
 
-    name: str
+    value: Callable[[StepMetrics], float]
     title: str
     in_short: Callable[[NDArray[np.float64]], str]
     colour: str  # Okabe & Ito 2008: told apart with every common colour blindness, and in grey
@@ -243,16 +260,17 @@ def _first_and_last(curve: NDArray[np.float64]) -> str:
     return f"{curve[0]:.3g} → {curve[-1]:.3g}"
 
 
-_LOSS_PANELS = (
-    _Panel("loss", "weighted sum of the losses", _first_and_last, "#000000"),
-    _Panel("loss_ce", "soft targets, T² KL in nats", _first_and_last, "#0072B2"),
-    _Panel("loss_mlm", "MLM, cross-entropy in nats", _first_and_last, "#D55E00"),
-    _Panel("loss_cos", "hidden states, 1 − cosine", _first_and_last, "#009E73"),
-)
+_SUM_PANEL = _Panel(lambda line: line.loss, "weighted sum of the losses", _first_and_last, "#000000")
 _OTHER_PANELS = (
-    _Panel("lr", "learning rate", lambda curve: f"peak {curve.max():.3g}", "#555555", is_loss=False),
     _Panel(
-        "tokens_per_s",
+        lambda line: line.lr,
+        "learning rate",
+        lambda curve: f"peak {curve.max():.3g}",
+        "#555555",
+        is_loss=False,
+    ),
+    _Panel(
+        lambda line: line.tokens_per_s,
         "real tokens per second",
         lambda curve: f"median {np.median(curve):,.0f}",
         "#555555",
@@ -261,29 +279,25 @@ _OTHER_PANELS = (
 )
 
 
-def plot_losses(
-    metrics: Sequence[StepMetrics], path: Path, weights: Mapping[str, float] | None = None
-) -> None:
+def _panel_of(term: Term) -> _Panel:
+    return _Panel(lambda line: line.losses[term.name], term.shown.panel, _first_and_last, term.shown.colour)
+
+
+def plot_losses(metrics: Sequence[StepMetrics], path: Path, terms: Sequence[Term]) -> None:
     """Write :func:`loss_figure` as PNG, whole or not at all."""
     import matplotlib
 
     beside = path.with_name(f".{path.name}.incomplete")
     with matplotlib.rc_context({"agg.path.chunksize": 10_000}):  # or Agg refuses lines of very many points
-        loss_figure(metrics, weights).savefig(beside, dpi=120, format="png")
+        loss_figure(metrics, terms).savefig(beside, dpi=120, format="png")
     beside.replace(path)
 
 
-def loss_figure(metrics: Sequence[StepMetrics], weights: Mapping[str, float] | None = None) -> "Figure":
-    """Each loss, their sum, learning rate and throughput over the steps, in a panel of its own.
-
-    Args:
-        weights: of ``loss_ce``, ``loss_mlm`` and ``loss_cos``; a loss of weight 0 is left out. None leaves out
-            those that are 0 throughout.
-    """
+def loss_figure(metrics: Sequence[StepMetrics], terms: Sequence[Term]) -> "Figure":
+    """The loss of each of ``terms``, their sum, learning rate and throughput over the steps, each in a panel."""
     from matplotlib.figure import Figure
 
-    shown = {"loss": 1.0, **(weights or {name: max(_values(metrics, name)) for name in LossParts._fields})}
-    panels = [*(panel for panel in _LOSS_PANELS if shown[panel.name]), *_OTHER_PANELS]
+    panels = [_SUM_PANEL, *map(_panel_of, terms), *_OTHER_PANELS]
     columns = 2 if len(panels) <= 4 else 3
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.4 * columns, 0.8 + 2.5 * rows))
@@ -295,10 +309,6 @@ def loss_figure(metrics: Sequence[StepMetrics], weights: Mapping[str, float] | N
     return figure
 
 
-def _values(metrics: Sequence[StepMetrics], name: str) -> NDArray[np.float64]:
-    return np.array([getattr(line, name) for line in metrics], dtype=np.float64)
-
-
 def _headline(metrics: Sequence[StepMetrics]) -> str:
     last = metrics[-1]
     skipped = f", {last.skipped:,} batches skipped after fp16 overflows" if last.skipped else ""
@@ -308,7 +318,8 @@ def _headline(metrics: Sequence[StepMetrics]) -> str:
 def _draw(axes: "Axes", panel: _Panel, metrics: Sequence[StepMetrics]) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    steps, values = _values(metrics, "step"), _values(metrics, panel.name)
+    steps = np.array([line.step for line in metrics])
+    values = np.array([panel.value(line) for line in metrics], dtype=np.float64)
     curve = smoothed(values) if panel.is_loss else values
     if curve is not values:
         axes.plot(steps, values, color=panel.colour, alpha=0.25, linewidth=0.7)

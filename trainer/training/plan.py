@@ -48,7 +48,7 @@ def plan_memory(run: Run, batch: BatchEquation) -> MemoryPlan:
         run.precision,
         run.deepspeed_config,
         teacher_zero3=run.arguments.teacher_zero3,
-        restrict_ce_to_mask=run.arguments.restrict_ce_to_mask,
+        head_share=run.objective.head_share,
         on_cpu=on_cpu,
         attention_dropout=family_of(config).attention_dropout(config),
     )

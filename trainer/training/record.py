@@ -100,8 +100,9 @@ def find_changes(
     Raises:
         UserError: something differs that cannot be changed; names it.
     """
-    for name, value in identity.items():
-        before = record.identity.get(name)
+    # What is in one of them alone is the setting of an optional term.
+    for name in [*identity, *(record.identity.keys() - identity.keys())]:
+        before, value = record.identity.get(name), identity.get(name)
         if name != TOTAL_STEPS and before != value:
             raise _refusal(name, before, value)
     before_config = record.started.deepspeed_config

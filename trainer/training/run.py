@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -38,6 +39,10 @@ from distilspeed.trainer.models.loading import (
     warn_without_tokenizer,
 )
 from distilspeed.trainer.objective.kernel_check import check_kernels
+from distilspeed.trainer.objective.objective import Objective
+from distilspeed.trainer.objective.outputs import Models
+from distilspeed.trainer.objective.registry import check_terms, take_terms
+from distilspeed.trainer.objective.term import Term
 from distilspeed.trainer.training.arguments import TrainArguments
 from distilspeed.trainer.training.record import read_record, write_record
 
@@ -58,6 +63,7 @@ class Run:
     teacher: PreTrainedModel | None
     layers: tuple[int, ...]
     student: PreTrainedModel
+    objective: Objective
 
     def models(self) -> dict[str, PreTrainedModel]:
         """Student and, if there is one, teacher, by these names."""
@@ -76,15 +82,20 @@ class Run:
     def flops_per_token(self) -> float:
         """FLOPs of a training step per token of a row."""
         seq_length = self.corpus.manifest.seq_length
-        return flops_per_token(*self.shapes(), seq_length, self.arguments.restrict_ce_to_mask)
+        return flops_per_token(*self.shapes(), seq_length, self.objective.head_share)
 
 
-def prepare_run(arguments: TrainArguments) -> Run:
+def prepare_run(arguments: TrainArguments, terms: Sequence[Term] | None = None) -> Run:
     """Check every argument against every other and load the models.
+
+    Args:
+        terms: of the objective, one of each registered class; None: with their defaults.
 
     Raises:
         UserError: for anything the caller can put right; nothing has been written then.
     """
+    terms = take_terms({}) if terms is None else tuple(terms)
+    check_terms(terms, arguments.has_teacher)
     process = this_process()
     config = read_deepspeed_config(arguments.deepspeed_config)
     # The choice of all machines; that of this job's is made when its ranks can agree on it (settle_optimizer).
@@ -136,8 +147,19 @@ def prepare_run(arguments: TrainArguments) -> Run:
         open_corpus(arguments.data_dir, verify_checksums=True)
     if process.rank == 0 and teacher:
         warn_without_tokenizer("teacher", arguments.teacher)
+    objective = Objective(terms, Models(student.config, teacher.config if teacher else None, layers))
     return Run(
-        arguments, process, corpus, batch, precision, deepspeed_config, steps, teacher, layers, student
+        arguments,
+        process,
+        corpus,
+        batch,
+        precision,
+        deepspeed_config,
+        steps,
+        teacher,
+        layers,
+        student,
+        objective,
     )
 
 
@@ -208,7 +230,8 @@ def record_run(run: Run, identity: dict[str, Any], attention: dict[str, str]) ->
         run.arguments.output_dir,
         {
             "identity": identity,
-            "arguments": {name: _plain(value) for name, value in asdict(run.arguments).items()},
+            "arguments": {name: _plain(value) for name, value in asdict(run.arguments).items()}
+            | run.objective.settings(),
             "deepspeed_config": run.deepspeed_config,
             "student_layers": run.layers,
             "attention": attention,
@@ -221,7 +244,6 @@ def record_run(run: Run, identity: dict[str, Any], attention: dict[str, str]) ->
 
 def identity_of(run: Run) -> dict[str, Any]:
     """What must not change when a run is resumed; reads all weights of the teacher."""
-    arguments = run.arguments
     return {
         "teacher": _weights_hash(run.teacher) if run.teacher else None,
         "student": asdict(run.shapes()[0]),
@@ -233,11 +255,8 @@ def identity_of(run: Run) -> dict[str, Any]:
         "precision": run.precision,
         "zero_stage": run.deepspeed_config.get("zero_optimization", {}).get("stage", 0),
         "optimizer": run.deepspeed_config.get("optimizer", {}).get("type"),
-        "temperature": arguments.temperature,
-        "alphas": [arguments.alpha_ce, arguments.alpha_mlm, arguments.alpha_cos],
-        "restrict_ce_to_mask": arguments.restrict_ce_to_mask,
-        "seed": arguments.seed,
-    }
+        "seed": run.arguments.seed,
+    } | run.objective.identity()
 
 
 def _weights_hash(model: PreTrainedModel) -> str:

@@ -12,8 +12,7 @@ from distilspeed.trainer.engine.student import DTYPES, backward, loss_scale, opt
 from distilspeed.trainer.engine.teacher import make_teacher
 from distilspeed.trainer.errors import OverflowAtLowestScale
 from distilspeed.trainer.families.vocabulary import pad_vocabulary
-from distilspeed.trainer.objective.objective import Distillation, Objective
-from distilspeed.trainer.training.arguments import TrainArguments
+from distilspeed.trainer.objective.objective import Distillation
 from distilspeed.trainer.training.run import Run
 
 # fp16: batches skipped in a row, at one loss scale and beyond its "hysteresis", after which it is taken not to fall.
@@ -24,9 +23,8 @@ DEFAULT_HYSTERESIS = 2  # DeepSpeed's
 class StepResult(NamedTuple):
     """One rank's part of an optimiser step."""
 
-    parts: (
-        torch.Tensor
-    )  # float32 [accumulation steps, 4] on the device, its shares of the loss parts (LossParts)
+    # float32 [accumulation steps, 1 + terms] on the device, its shares of the loss and the terms
+    parts: torch.Tensor
     gradients_are_finite: (
         torch.Tensor
     )  # bool [accumulation steps] on the device, on their way into the layers
@@ -51,11 +49,13 @@ class TrainingStep:
         hysteresis = run.deepspeed_config.get("fp16", {}).get("hysteresis", DEFAULT_HYSTERESIS)
         self.skips_allowed = SKIPS_AT_ONE_SCALE + hysteresis
         self.last_scale, self.skips_at_last_scale = 0.0, 0
-        self.objective = objective_of(arguments)
+        self.objective = run.objective
         for model in run.models().values():
             pad_vocabulary(model)
             if arguments.compile:
                 model.base_model.compile()
+        # The terms' own parameters start the same on every rank, and each time.
+        torch.manual_seed(arguments.seed)
         self.distillation = Distillation(
             run.student, self.objective, batch.world_size, batch.gradient_accumulation_steps
         )
@@ -86,12 +86,15 @@ class TrainingStep:
                 batch = next(micro_batches)
             seed_dropout(self.seed, index, self.batch.micro_batch_number(accumulation_step, self.rank))
             with phase(TEACHER):
-                targets = self.teacher(batch, self.objective.scored_places(batch)) if self.teacher else None
+                targets = None
+                if self.teacher:
+                    places, layers = self.objective.places(batch), self.objective.needs.teacher_layers
+                    targets = self.teacher(batch, places, layers)
             scale = loss_scale(self.engine)
             loss = self.engine(batch, targets, scale)
             with phase(BACKWARD):
                 backward(self.engine, loss)
-            parts.append(torch.stack(self.distillation.last_parts))
+            parts.append(self.distillation.last_parts)
             are_finite.append(self.distillation.last_gradient_is_finite)
             with phase(UPDATE):
                 grad_norm = optimizer_step(self.engine)
@@ -108,16 +111,6 @@ class TrainingStep:
         self.skips_at_last_scale += not is_update
         if self.skips_at_last_scale == self.skips_allowed:
             raise OverflowAtLowestScale(scale)
-
-
-def objective_of(arguments: TrainArguments) -> Objective:
-    return Objective(
-        arguments.alpha_ce,
-        arguments.alpha_mlm,
-        arguments.alpha_cos,
-        arguments.temperature,
-        arguments.restrict_ce_to_mask,
-    )
 
 
 def seed_dropout(seed: int, batch: int, micro_batch: int) -> None:

@@ -59,7 +59,7 @@ class Oracle:
     def __call__(self, model: nn.Module, batch: MicroBatch) -> ModelOutputs:
         self.seen.append(batch.input_ids)
         logits = 30.0 * nn.functional.one_hot(self.truth[batch.row_ids], self.vocab_size)
-        return ModelOutputs(logits, logits)
+        return ModelOutputs(logits, logits, {})
 
 
 def test_quality_is_that_of_every_document_scored_alone_in_float64(corpus: Corpus) -> None:

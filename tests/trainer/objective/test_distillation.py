@@ -1,22 +1,25 @@
 """The objective: documents of a packed row are apart, the losses are the definitions, means are global."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
-from transformers import BertForMaskedLM
+from transformers import BertForMaskedLM, PreTrainedModel
 
 from distilspeed.trainer.corpus.format import Corpus, open_corpus, read_rows
 from distilspeed.trainer.data.batch_equation import BatchEquation
 from distilspeed.trainer.data.batches import MicroBatch, MicroBatches, document_layout
 from distilspeed.trainer.models.loading import load_teacher, make_student
 from distilspeed.trainer.models.packed_forward import forward_packed
-from distilspeed.trainer.objective.objective import Distillation, LossParts, Objective
+from distilspeed.trainer.objective.objective import Distillation, Objective
+from distilspeed.trainer.objective.outputs import Models
+from distilspeed.trainer.objective.registry import take_terms
 
 ROWS = 12
-OBJECTIVE = Objective(alpha_ce=5, alpha_mlm=2, alpha_cos=1, temperature=2, restrict_ce_to_mask=False)
+LAYERS = (0, 3)
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +80,15 @@ def test_a_packed_row_gives_the_hidden_states_of_its_documents_alone(
     teacher.float()
 
 
+def objective_of(student: PreTrainedModel, teacher: BertForMaskedLM | None, **settings: Any) -> Objective:
+    models = Models(student.config, teacher.config if teacher else None, LAYERS)
+    return Objective(take_terms(settings), models)
+
+
 def losses_by_definition(
     student: torch.nn.Module, teacher: BertForMaskedLM, batch: MicroBatch, restrict: bool
-) -> LossParts:
-    """The losses of a whole global batch, on selected tokens, with torch's own functions."""
+) -> torch.Tensor:
+    """Their sum and the losses of a whole global batch, on selected tokens, with torch's own functions."""
     ours, theirs = forward_packed(student, batch), forward_packed(teacher, batch)
     real, masked = batch.document_ids >= 0, batch.labels >= 0
     where = masked if restrict else real
@@ -92,7 +100,7 @@ def losses_by_definition(
     hard = functional.cross_entropy(ours.logits[masked], batch.labels[masked])
     ones = torch.ones(int(real.sum()))
     cosine = functional.cosine_embedding_loss(ours.hidden_states[real], theirs.hidden_states[real], ones)
-    return LossParts(5 * 4 * soft + 2 * hard + cosine, 4 * soft, hard, cosine)
+    return torch.stack([5 * 4 * soft + 2 * hard + cosine, 4 * soft, hard, cosine])
 
 
 @pytest.mark.parametrize("restrict", [False, True])
@@ -101,22 +109,22 @@ def test_loss_and_gradient_are_the_definitions_over_the_global_batch(
     teacher: BertForMaskedLM, corpus: Corpus, micro: int, world: int, restrict: bool
 ) -> None:
     (whole,) = micro_batches(corpus, ROWS, 1)
-    reference = make_student(teacher, (0, 3))
+    reference = make_student(teacher, LAYERS)
     expected = losses_by_definition(reference, teacher, whole, restrict)
-    expected.loss.backward()
+    expected[0].backward()
 
     shares = ROWS // micro
-    objective = Objective(5, 2, 1, 2, restrict_ce_to_mask=restrict)
-    student = make_student(teacher, (0, 3))
+    student = make_student(teacher, LAYERS)
+    objective = objective_of(student, teacher, restrict_ce_to_mask=restrict)
     module = Distillation(student, objective, world, accumulation_steps=shares // world)
     parts = torch.zeros(4)
     for batch in micro_batches(corpus, micro, world):
         with torch.no_grad():
-            targets = forward_packed(teacher, batch, objective.scored_places(batch))
+            targets = forward_packed(teacher, batch, objective.places(batch))
         (module(batch, targets) / shares).backward()  # DeepSpeed's average over ranks and accumulation steps
-        parts += torch.stack(module.last_parts)
+        parts += module.last_parts
 
-    torch.testing.assert_close(parts, torch.stack(expected).detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(parts, expected.detach(), rtol=1e-5, atol=1e-6)
     found, wanted = (flat_gradient(model) for model in (module.student, reference))
     assert (found - wanted).norm() < 1e-5 * wanted.norm()
 
@@ -128,7 +136,8 @@ def flat_gradient(model: torch.nn.Module) -> torch.Tensor:
 def test_the_module_returns_one_scalar(teacher: BertForMaskedLM, corpus: Corpus) -> None:
     # More than one output tensor is what DeepSpeed 0.18.3 to 0.18.9 scales wrongly.
     (batch,) = micro_batches(corpus, ROWS, 1)
-    module = Distillation(make_student(teacher, (0, 3)), OBJECTIVE, world_size=1, accumulation_steps=1)
+    student = make_student(teacher, LAYERS)
+    module = Distillation(student, objective_of(student, teacher), world_size=1, accumulation_steps=1)
     loss = module(batch, forward_packed(teacher, batch))
     assert isinstance(loss, torch.Tensor)
     assert loss.shape == ()
@@ -139,10 +148,10 @@ def test_without_a_teacher_the_loss_is_masked_language_modelling(
     teacher: BertForMaskedLM, corpus: Corpus
 ) -> None:
     (batch,) = micro_batches(corpus, ROWS, 1)
-    student = make_student(teacher, (0, 3))
-    module = Distillation(student, Objective(5, 2, 1, 2, False), world_size=1, accumulation_steps=1)
+    student = make_student(teacher, LAYERS)
+    module = Distillation(student, objective_of(student, None), world_size=1, accumulation_steps=1)
     masked = batch.labels >= 0
     logits = forward_packed(student, batch).logits
     expected = 2 * functional.cross_entropy(logits[masked], batch.labels[masked])
     torch.testing.assert_close(module(batch, None), expected)
-    assert module.last_parts.loss_ce == module.last_parts.loss_cos == 0
+    assert module.last_parts.tolist() == [expected.item(), 0, expected.item() / 2, 0]

@@ -16,12 +16,13 @@ from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.models.loading import load_teacher, make_student
 from distilspeed.trainer.models.packed_forward import forward_packed
 from distilspeed.trainer.objective.objective import Distillation, Objective
+from distilspeed.trainer.objective.outputs import Models
+from distilspeed.trainer.objective.registry import take_terms
 from distilspeed.trainer.throughput.eager_recipe import BucketedPieces, EagerRecipe, PaddedBatch, mask_batch
 from distilspeed.trainer.throughput.report import BenchmarkReport, check_against
 
 STORED = Path(__file__).parents[3] / "launch" / "benchmarks"
 ROWS = 40
-OBJECTIVE = Objective(5, 2, 1, 2, restrict_ce_to_mask=False)
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +78,7 @@ def test_its_loss_is_the_one_that_the_trainer_minimises(corpus: Corpus, teacher:
     """On rows of one document each, without padding to speak of, both ways define the same loss."""
     student = make_student(teacher, (0, 3)).eval()
     pieces = BucketedPieces(corpus, ROWS, tokens_per_batch=256, seed=0)
-    recipe = EagerRecipe(
-        student, teacher, pieces, OBJECTIVE, accumulation_steps=1, device=torch.device("cpu")
-    )
+    recipe = EagerRecipe(student, teacher, pieces, accumulation_steps=1, device=torch.device("cpu"))
     batch: PaddedBatch = next(recipe.batches)
     torch.manual_seed(0)
     ids, labels = mask_batch(batch, recipe.weights, recipe.rule)
@@ -99,7 +98,8 @@ def test_its_loss_is_the_one_that_the_trainer_minimises(corpus: Corpus, teacher:
     )
     with torch.no_grad():
         targets = forward_packed(teacher, packed)
-    ours = Distillation(student, OBJECTIVE, world_size=1, accumulation_steps=1)(packed, targets)
+    objective = Objective(take_terms({}), Models(student.config, teacher.config, (0, 3)))
+    ours = Distillation(student, objective, world_size=1, accumulation_steps=1)(packed, targets)
     torch.testing.assert_close(eager, ours, rtol=1e-5, atol=1e-5)
 
 
@@ -108,7 +108,7 @@ def test_in_half_precision_it_learns(corpus: Corpus, teacher: BertForMaskedLM, d
     torch.manual_seed(0)
     student = make_student(teacher, (0, 3)).train()
     pieces = BucketedPieces(corpus, ROWS, tokens_per_batch=512, seed=0)
-    recipe = EagerRecipe(student, teacher, pieces, OBJECTIVE, 2, torch.device("cpu"), dtype)
+    recipe = EagerRecipe(student, teacher, pieces, 2, torch.device("cpu"), dtype)
     losses = [recipe.step()[1] for _ in range(40)]
     assert all(weight.dtype == torch.float32 for weight in student.parameters())
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])

@@ -1,0 +1,58 @@
+"""Soft targets and masked language modelling in one pass over the logits, with their gradient.
+
+The kernel computes what the two terms compute alone. It reads both models' logits once, and may write the gradient
+over the student's.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from distilspeed.kernels.weighted_distillation_loss import weighted_distillation_loss
+from distilspeed.trainer.objective.masked_lm import MaskedLM
+from distilspeed.trainer.objective.outputs import Outputs
+from distilspeed.trainer.objective.soft_targets import SoftTargets
+from distilspeed.trainer.objective.term import Term
+
+
+class FusedTerms(NamedTuple):
+    """The two terms of one kernel call."""
+
+    soft: SoftTargets
+    hard: MaskedLM
+
+
+def fused_terms(terms: Sequence[Term]) -> FusedTerms | None:
+    """The pair among ``terms``; None where one of them is missing."""
+    soft = next((term for term in terms if isinstance(term, SoftTargets)), None)
+    hard = next((term for term in terms if isinstance(term, MaskedLM)), None)
+    return FusedTerms(soft, hard) if soft and hard else None
+
+
+def fused_losses(
+    terms: FusedTerms, outputs: Outputs, loss_scale: float, inplace: bool
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The weighted sum of the two, and the value of each by its name; only the sum has a gradient.
+
+    Args:
+        loss_scale: the gradient that will arrive at the sum.
+        inplace: write the gradient over the student's logits, which no other term may then read.
+    """
+    soft, hard = terms
+    rows = soft.rows(outputs)
+    losses = weighted_distillation_loss(
+        outputs.student.logits,
+        outputs.teacher.logits,
+        outputs.labels,
+        soft_weight=soft.weight,
+        hard_weight=hard.weight,
+        loss_scale=loss_scale,
+        temperature=soft.temperature,
+        soft_mask=rows.mask,
+        soft_normalizer=rows.normalizer,
+        hard_normalizer=outputs.batch.masked_tokens,
+        vocab_size=outputs.vocab_size,
+        inplace=inplace,
+    )
+    return losses.loss, {soft.name: losses.kl, hard.name: losses.hard_ce}

@@ -1,0 +1,36 @@
+"""Hidden states: L_cos = mean over real tokens of 1 - cos(h_student, h_teacher), last layers (Sanh et al. 2019)."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from distilspeed.trainer.objective.term import Needs, Shown, Term
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from distilspeed.trainer.objective.outputs import Models, Outputs
+
+
+@dataclass(frozen=True)
+class HiddenCosine(Term):
+    name = "cos"
+    shown = Shown("cosine", "Hidden states", "hidden states, 1 − cosine", "#009E73")
+
+    alpha_cos: float = field(default=1.0, metadata={"help": "weight of the hidden-state cosine loss"})
+
+    def needs(self, models: "Models") -> Needs:
+        return Needs()
+
+    def loss(self, outputs: "Outputs", own: "nn.Module") -> "torch.Tensor":
+        from distilspeed.kernels.cosine_loss import cosine_loss
+
+        return cosine_loss(
+            outputs.student.hidden_states,
+            outputs.teacher.hidden_states,
+            mask=outputs.is_real,
+            normalizer=outputs.batch.real_tokens,
+        )
+
+    def described(self) -> str:
+        return "(1 − cosine), last layer"

@@ -1,0 +1,70 @@
+"""Soft targets: T² KL of the teacher's and the student's distributions at temperature T (Hinton et al. 2015).
+
+    L_ce = T^2 * mean over real tokens of KL(softmax(u / T) || softmax(z / T))
+
+with student logits z and teacher logits u. ``fused.py`` computes it together with masked language modelling.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.objective.term import Logits, Needs, Shown, Term
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from distilspeed.trainer.objective.outputs import Models, Outputs
+
+
+class SoftRows(NamedTuple):
+    """The tokens that soft targets count at, and their number in the global batch."""
+
+    mask: "torch.Tensor"  # bool, in the shape of the labels
+    normalizer: "torch.Tensor"  # float32 []
+
+
+@dataclass(frozen=True)
+class SoftTargets(Term):
+    """``restrict_ce_to_mask`` limits it to masked tokens: another objective, not comparable with the default."""
+
+    name = "ce"
+    shown = Shown("soft", "Soft targets", "soft targets, T² KL in nats", "#0072B2")
+
+    temperature: float = field(default=2.0, metadata={"help": "of the soft targets"})
+    alpha_ce: float = field(default=5.0, metadata={"help": "weight of the soft-target loss"})
+    restrict_ce_to_mask: bool = field(
+        default=False, metadata={"help": "soft targets on masked tokens only (another objective)"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature <= 0:
+            raise UserError("--temperature must be above 0")
+
+    def needs(self, models: "Models") -> Needs:
+        return Needs(Logits.MASKED if self.restrict_ce_to_mask else Logits.EVERYWHERE)
+
+    def rows(self, outputs: "Outputs") -> SoftRows:
+        """Where it counts."""
+        if self.restrict_ce_to_mask:
+            return SoftRows(outputs.is_labelled, outputs.batch.masked_tokens)
+        return SoftRows(outputs.is_real, outputs.batch.real_tokens)
+
+    def loss(self, outputs: "Outputs", own: "nn.Module") -> "torch.Tensor":
+        from distilspeed.kernels.distillation_loss import distillation_loss
+
+        rows = self.rows(outputs)
+        return distillation_loss(
+            outputs.student.logits,
+            outputs.teacher.logits,
+            temperature=self.temperature,
+            soft_mask=rows.mask,
+            soft_normalizer=rows.normalizer,
+            vocab_size=outputs.vocab_size,
+        ).kl
+
+    def described(self) -> str:
+        tokens = "masked tokens only" if self.restrict_ce_to_mask else "all real tokens"
+        return f"T² KL, temperature {self.temperature:g}, {tokens}"
