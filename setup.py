@@ -28,6 +28,7 @@ setup(
     # Links to the folders of the same names; launch/ and ds_configs/ are found beside the code that needs them.
     packages=find_namespace_packages(include=["distilspeed", "distilspeed.*"]),
     package_data={"": ["*.json", "*.sh", "*.sbatch", "py.typed"]},
+    entry_points={"console_scripts": ["distilspeed=distilspeed.launch.command:main"]},
     python_requires=">=3.11",
     # The losses need no more; the extra "train" is the rest.
     install_requires=["torch>=2.10", "triton>=3.6; platform_system == 'Linux'"],

@@ -116,7 +116,12 @@ def _build_parser() -> argparse.ArgumentParser:
         prog="launch/benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--deepspeed_config", type=Path, required=True, help="precision, ZeRO stage, optimiser")
+    add(
+        "--deepspeed_config",
+        type=Path,
+        required=True,
+        help="as for training: precision, ZeRO stage, optimiser",
+    )
     add("--teacher", required=True, help="hub id or folder of a BERT masked language model")
     add("--data_dir", type=Path, required=True, help="corpus made by launch/prepare_data.py")
     add("--train_batch_size", type=int, help='rows per optimiser step, where the config says "auto"')

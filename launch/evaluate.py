@@ -9,6 +9,7 @@ Writes report.json, report.md and report.png, and prints the table.
 import argparse
 import logging
 from pathlib import Path
+from typing import Any
 
 from distilspeed.trainer.job.command import CommandParser, quiet_libraries, run_command
 
@@ -25,7 +26,7 @@ def main() -> None:
     print(evaluate(arguments).table())
 
 
-def _parse_arguments() -> dict[str, object]:
+def _parse_arguments() -> dict[str, Any]:
     """The options given, by their names in ``EvaluateArguments``; those left out keep its defaults."""
     parser = CommandParser(
         prog="launch/evaluate.py",

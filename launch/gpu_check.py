@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.files import check_unoccupied, write_text, writing
@@ -59,7 +59,7 @@ class Sizes:
     micro_batches: Mapping[int, int] = field(default_factory=lambda: {128: 128, 512: 32})
     accumulation: int = 4
     rounds: int = 3
-    measured: Mapping[str, int] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
     v100_batch: int = 128
     teacher_steps: int = 800
     steps: int = 400
@@ -138,7 +138,7 @@ class Plan:
         pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         in_parallel = ["-n", TEST_PROCESSES] if find_spec("xdist") else []
         # Calls that fail and are dealt with, as PyTorch's and Triton's do, are no error of memory.
-        memcheck = ["compute-sanitizer", "--tool", "memcheck", "--report-api-errors", "no"]
+        memcheck: list[object] = ["compute-sanitizer", "--tool", "memcheck", "--report-api-errors", "no"]
         memcheck += ["--error-exitcode", 1, *pytest, "-m", "gpu and memcheck", kernels]
         # An allocation of its own for every tensor, so that reading beyond one is found.
         no_pool = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

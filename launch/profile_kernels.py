@@ -13,6 +13,7 @@ timing for the GPU of this machine, by the compiler's figures for all others; en
 import argparse
 import logging
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,10 +75,12 @@ def _tune(vocab_size: int = 30522, **others: Any) -> None:
 
 
 def _profile_to_folder(settings: "ProfileSettings", output_dir: Path, trace: bool) -> None:
-    """Profile, print the table, and write the files: a folder that cannot be made is known before measuring."""
+    """Profile, print the table, and write the files: what keeps them from being written is known before measuring."""
     from distilspeed.kernels.profiling.profile import profile_kernels
     from distilspeed.kernels.profiling.report import write_profile
 
+    if find_spec("matplotlib") is None:
+        raise UserError("roofline.png is drawn by matplotlib; install it, or leave out --output_dir")
     check_unoccupied(output_dir)
     with parents_made(output_dir), folder_written_whole(output_dir) as folder:
         profile = profile_kernels(settings, trace_file=folder / "trace.json" if trace else None)

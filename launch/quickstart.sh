@@ -39,7 +39,7 @@ while [ $# -gt 0 ]; do
 done
 [ -z "$teacher" ] && [ ${#text[@]} -gt 0 ] && fail "--dataset and --text go with --teacher; give one, or leave them out"
 [ -n "$teacher" ] && [ ${#text[@]} -eq 0 ] && fail "--teacher needs text; give --dataset or --text"
-[ -z "$config" ] || [ -f "$config" ] || fail "there is no DeepSpeed config $config; see ds_configs/"
+[ -z "$config" ] || [ -f "$config" ] || [ -f "ds_configs/$config.json" ] || fail "there is no DeepSpeed config $config; see ds_configs/"
 [[ $epochs =~ ^[0-9]*\.?[0-9]*$ && $epochs =~ [1-9] ]] || fail "--num_train_epochs is '$epochs'; it must be a number above 0"
 mkdir -p -- "$out" 2>/dev/null || fail "cannot make the folder $out; choose another --output_dir"
 out=$(cd -- "$out" && pwd)

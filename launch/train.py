@@ -37,7 +37,12 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--deepspeed_config", type=Path, required=True, help='DeepSpeed config; "auto" values are filled in')
+    add(
+        "--deepspeed_config",
+        type=Path,
+        required=True,
+        help='DeepSpeed config: a file, or one that ships, for example v100x8_fp16; "auto" values are filled in',
+    )
     add(
         "--teacher",
         required=True,

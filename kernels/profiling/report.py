@@ -4,8 +4,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
-import numpy as np
+import torch
 
 from distilspeed.kernels.profiling.machine import Machine
 from distilspeed.kernels.profiling.measurement import GIGA, Case, Laps
@@ -38,17 +39,18 @@ class PhaseReport:
     def of(
         cls, seconds: Sequence[float], our_seconds: Sequence[float], floor: int, roof: float
     ) -> "PhaseReport":
-        first, median, third = np.percentile(seconds, [25, 50, 75]).tolist()
-        rate = floor / median / GIGA if floor else None
+        quarters = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+        first, second, third = torch.tensor(seconds, dtype=torch.float64).quantile(quarters).tolist()
+        rate = floor / second / GIGA if floor else None
         return cls(
-            median_ms=1000 * median,
+            median_ms=1000 * second,
             min_ms=1000 * min(seconds),
             first_quartile_ms=1000 * first,
             third_quartile_ms=1000 * third,
             floor=floor,
             rate=rate,
             share_of_roof=None if rate is None else rate / roof,
-            ratio_to_ours=float(np.median(np.divide(seconds, our_seconds))),
+            ratio_to_ours=median(time / ours for time, ours in zip(seconds, our_seconds, strict=True)),
         )
 
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForMaskedLM, AutoTokenizer, TrainingArguments
 
 from distilspeed.kernels.distillation_loss import distillation_loss
 
@@ -13,7 +12,7 @@ from distilspeed.kernels.distillation_loss import distillation_loss
 class DistillationTrainer(transformers.Trainer):
     """Takes the same step however a batch is split over micro-batches and ranks."""
 
-    def __init__(self, *args: Any, teacher: transformers.PreTrainedModel, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, teacher: torch.nn.Module, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
         self.teacher = teacher.to(self.args.device, dtype)  # Trainer's autocast is around the student alone
@@ -28,27 +27,29 @@ class DistillationTrainer(transformers.Trainer):
             counts += torch.stack((batch["attention_mask"].sum(), (batch["labels"] != -100).sum())).to(device)
         return batches, self.accelerator.reduce(counts, "mean").clamp(min=1 / self.args.world_size)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         ids, labels, mask = inputs["input_ids"], inputs["labels"], inputs["attention_mask"].bool()
         outputs = model(ids, attention_mask=mask)
         with torch.no_grad():
             teacher_logits = self.teacher(ids, attention_mask=mask).logits.to(outputs.logits.dtype)
         tokens, labelled = num_items_in_batch if model.training else (None, None)
-        counts = {"soft_normalizer": tokens, "hard_normalizer": labelled}
+        counts: dict[str, Any] = {"soft_normalizer": tokens, "hard_normalizer": labelled}
         losses = distillation_loss(outputs.logits, teacher_logits, labels, soft_mask=mask, **counts)
         loss = 5 * losses.kl + 2 * losses.hard_ce
         return (loss, outputs) if return_outputs else loss
 
 
 if __name__ == "__main__":
-    parser = transformers.HfArgumentParser(TrainingArguments, description=__doc__)
+    parser = transformers.HfArgumentParser(transformers.TrainingArguments, description=__doc__)  # type: ignore[arg-type]
     parser.set_defaults(max_steps=100, learning_rate=5e-4, save_strategy="no")
     for name in ("--teacher", "--student", "--text"):
         parser.add_argument(name, required=True)
     settings, args = parser.parse_args_into_dataclasses()
-    teacher = AutoModelForMaskedLM.from_pretrained(args.teacher, dtype=torch.float32)
-    student = AutoModelForMaskedLM.from_pretrained(args.student, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(args.teacher)
+    teacher = transformers.AutoModelForMaskedLM.from_pretrained(args.teacher, dtype=torch.float32)
+    student = transformers.AutoModelForMaskedLM.from_pretrained(args.student, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.teacher)
     lines = [line for line in Path(args.text).read_text(encoding="utf-8").splitlines() if line.strip()]
     ids = tokenizer(lines, truncation=True, max_length=student.config.max_position_embeddings)["input_ids"]
     rows = [{"input_ids": row} for row in ids]

@@ -2,10 +2,10 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
-from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BatchEncoding, DataCollatorForLanguageModeling
 
@@ -18,12 +18,12 @@ class DistillationModule(lightning.LightningModule):
     Where it must not, take manual optimisation and the normalizers of plain_pytorch.py.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+    def __init__(self, student: torch.nn.Module, teacher: torch.nn.Module) -> None:
         super().__init__()
         self.student = student.train()  # it is loaded in evaluation mode, which Lightning keeps
         self.teacher = teacher.requires_grad_(False)
 
-    def training_step(self, batch: BatchEncoding, batch_index: int) -> Tensor:
+    def training_step(self, batch: BatchEncoding, batch_index: int) -> torch.Tensor:
         ids, labels, mask = batch["input_ids"], batch["labels"], batch["attention_mask"].bool()
         with torch.no_grad():
             teacher_logits = self.teacher(ids, attention_mask=mask).logits
@@ -49,7 +49,7 @@ if __name__ == "__main__":
     tokenizer = AutoTokenizer.from_pretrained(args.teacher)
     lines = [line for line in Path(args.text).read_text(encoding="utf-8").splitlines() if line.strip()]
     ids = tokenizer(lines, truncation=True, max_length=student.config.max_position_embeddings)["input_ids"]
-    rows = [{"input_ids": row} for row in ids]
+    rows: Any = [{"input_ids": row} for row in ids]
     collator = DataCollatorForLanguageModeling(tokenizer)
     loader = DataLoader(rows, args.batch_size, shuffle=True, collate_fn=collator)
     trainer = lightning.Trainer(max_steps=args.max_steps, logger=False, enable_checkpointing=False)

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ def accumulate_gradient(student: nn.Module, teacher: nn.Module, micro_batches: l
     # The whole batch's counts: in a mean of micro-batch means, tokens of shorter micro-batches weigh more.
     tokens = torch.stack([batch["attention_mask"].sum() for batch in micro_batches]).sum()
     labelled = torch.stack([(batch["labels"] != -100).sum() for batch in micro_batches]).sum().clamp(min=1)
-    counts = {"soft_normalizer": tokens, "hard_normalizer": labelled}
+    counts: dict[str, Any] = {"soft_normalizer": tokens, "hard_normalizer": labelled}
     total = torch.zeros((), device=tokens.device)
     for batch in micro_batches:
         ids, labels, mask = batch["input_ids"], batch["labels"], batch["attention_mask"].bool()
@@ -45,7 +46,7 @@ if __name__ == "__main__":
     tokenizer = AutoTokenizer.from_pretrained(args.teacher)
     lines = [line for line in Path(args.text).read_text(encoding="utf-8").splitlines() if line.strip()]
     ids = tokenizer(lines, truncation=True, max_length=student.config.max_position_embeddings)["input_ids"]
-    rows = [{"input_ids": row} for row in ids]
+    rows: Any = [{"input_ids": row} for row in ids]
     sampler = RandomSampler(rows, num_samples=args.max_steps * args.accumulation_steps * args.batch_size)
     collator = DataCollatorForLanguageModeling(tokenizer)
     micro_batches = iter(DataLoader(rows, args.batch_size, sampler=sampler, collate_fn=collator))

@@ -37,7 +37,7 @@ COMMANDS = {
     "profile_kernels.py": [],
     "train.py": ["--deepspeed_config", "none", *FOLDERS],
 }
-WITHOUT_TORCH = {"prepare_data.py", "quickstart_data.py"}
+WITHOUT_TORCH = {"command.py", "prepare_data.py", "quickstart_data.py"}
 
 
 def test_every_command_is_looked_at() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distilspeed.trainer.data.batch_equation import BatchEquation
+from distilspeed.trainer.engine.shipped_configs import find_config, shipped_configs
 from distilspeed.trainer.errors import UserError
 
 AUTO = "auto"
@@ -35,12 +36,15 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 def read_deepspeed_config(path: Path) -> dict[str, Any]:
     """Read a DeepSpeed config file (JSON).
 
+    Args:
+        path: the file, or the name of a config that ships with the package, such as "cpu".
+
     Raises:
         UserError: the file is missing, is not JSON, repeats a key or holds a number that is not finite; it holds no
             object, or one of the sections that are read here is none.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = find_config(path).read_text(encoding="utf-8")
         config = json.loads(
             text,
             object_pairs_hook=_without_repeats,
@@ -50,7 +54,8 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
         )
     except OSError as error:
         raise UserError(
-            f"cannot read the DeepSpeed config {path}: {error.strerror}; see ds_configs/"
+            f"cannot read the DeepSpeed config {path}: {error.strerror}; "
+            f"give a file, or one that ships: {', '.join(shipped_configs())}"
         ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"the DeepSpeed config {path} is not valid JSON: {error}; see ds_configs/") from error

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from distilspeed.trainer.errors import (
     CommandError,
@@ -29,8 +29,12 @@ class CommandParser(argparse.ArgumentParser):
     It expands ``~`` in every path and string (no hub id begins with it): after an ``=`` no shell does.
     """
 
+    # What the person typed instead of a script's name, "distilspeed train" for example.
+    typed: ClassVar[str | None] = None
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.prog = self.typed or self.prog
         self.register("type", None, os.path.expanduser)
         # Path.expanduser raises where there is no such user.
         self.register("type", Path, lambda text: Path(os.path.expanduser(text)))  # noqa: PTH111

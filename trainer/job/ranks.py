@@ -135,7 +135,9 @@ def _share_cores(process: Process) -> None:
     if "OMP_NUM_THREADS" in os.environ:
         return
     cores = sorted(os.sched_getaffinity(0))
-    ranks_here = int(os.environ.get("LOCAL_SIZE", process.world_size))
+    # DeepSpeed's launcher tells it by the first name, torchrun by the second.
+    told = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE")
+    ranks_here = int(told or process.world_size)
     each = len(cores) // ranks_here
     if ranks_here > 1 and each:
         os.sched_setaffinity(0, cores[process.local_rank * each : (process.local_rank + 1) * each])

@@ -28,6 +28,29 @@ from distilspeed.trainer.training.plan import RESERVE_BYTES
 CONFIGS = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_config_is_found_by_its_name(path: Path) -> None:
+    assert read_deepspeed_config(Path(path.stem)) == json.loads(path.read_text())
+
+
+def test_a_file_comes_before_the_shipped_config_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpu_bf16").mkdir()  # is not a file
+    assert read_deepspeed_config(Path("gpu_bf16"))["bf16"]["enabled"]
+    (tmp_path / "cpu").write_text('{"gradient_clipping": 1.0}')
+    assert read_deepspeed_config(Path("cpu")) == {"gradient_clipping": 1.0}
+
+
+@pytest.mark.parametrize("path", ["v100", "nowhere/cpu", "cpu.json"])
+def test_an_unknown_name_is_refused_and_the_shipped_ones_are_listed(path: str) -> None:
+    with pytest.raises(
+        UserError, match=f"{path}: No such file .*: cpu, gpu_bf16, v100x8_fp16, zero3_offload$"
+    ):
+        read_deepspeed_config(Path(path))
+
+
 @pytest.mark.parametrize(
     ("stated", "world_size", "expected"),
     [

@@ -3,9 +3,10 @@
 import os
 
 import pytest
+import torch
 
 from distilspeed.trainer.errors import UserError
-from distilspeed.trainer.job.ranks import Process, joined_job, this_process
+from distilspeed.trainer.job.ranks import Process, _share_cores, joined_job, this_process
 from distilspeed.trainer.job.scheduler import first_host, take_place_from_scheduler
 
 STEP = {
@@ -142,6 +143,27 @@ def test_ranks_that_could_not_find_each_other_do_not_wait(
     process: Process = this_process()
     with pytest.raises(UserError, match=f"2 ranks need {missing}, which is not set"), joined_job(process):
         pass
+
+
+@pytest.mark.parametrize(
+    ("given", "cores", "threads"),
+    [
+        ({"LOCAL_SIZE": "2"}, [2, 3], 2),  # deepspeed
+        ({"LOCAL_WORLD_SIZE": "2"}, [2, 3], 2),  # torchrun on each of two hosts
+        ({}, [1], 1),
+        ({"LOCAL_SIZE": "2", "OMP_NUM_THREADS": "4"}, None, None),
+    ],
+)
+def test_ranks_of_a_host_share_its_cores(
+    given: dict[str, str], cores: list[int] | None, threads: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared: dict[str, object] = {"cores": None, "threads": None}
+    monkeypatch.setattr(os, "environ", given)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: shared.update(cores=cores))
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: shared.update(threads=number))
+    _share_cores(Process(rank=3, local_rank=1, world_size=4, device=torch.device("cpu")))
+    assert shared == {"cores": cores, "threads": threads}
 
 
 @pytest.mark.parametrize(
