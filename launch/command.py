@@ -69,7 +69,8 @@ def _run() -> None:
     try:
         if command == "train":
             _launch_training(options)
-        _run_script(command, options)
+        else:
+            _run_script(command, options)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in ("", "distilspeed"):

@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = sorted(path for path in (ROOT / "launch").glob("*.py") if path.stem != "quickstart_data")
-# Flags of launchers, sbatch and srun that the pages name (--kill-on-bad-exit, up to its first hyphen).
+# Flags of launchers, sbatch, srun (--kill-on-bad-exit, up to its first hyphen) and launch/test.sh.
 OF_OTHERS = {"--num_gpus", "--array", "--nodes", "--hostfile", "--kill", "--module", "--nproc_per_node"}
-OF_OTHERS |= {"--max_restarts", "--multi_gpu", "--num_processes"}
+OF_OTHERS |= {"--max_restarts", "--multi_gpu", "--num_processes", "--full"}
 # Left of the bar: flags of the project that the reader comes from.
 MIGRATION_ROW = re.compile(r"^\|.*?\|")
 

@@ -17,8 +17,11 @@ ACCELERATE = [BESIDE / "accelerate", "launch", "--multi_gpu", "--num_processes",
 
 @pytest.mark.parametrize(
     ("launcher", "program"),
-    [(TORCHRUN, SCRIPT), (TORCHRUN, MODULE), (ACCELERATE, SCRIPT)],
-    ids=["torchrun", "torchrun -m", "accelerate"],
+    [
+        pytest.param(TORCHRUN, SCRIPT, id="torchrun"),
+        pytest.param(TORCHRUN, MODULE, id="torchrun -m", marks=pytest.mark.full),
+        pytest.param(ACCELERATE, SCRIPT, id="accelerate", marks=pytest.mark.full),
+    ],
 )
 def test_other_launchers_train_on_two_ranks_and_refuse_bad_input(
     launcher: list[object],

@@ -17,6 +17,8 @@ from distilspeed.trainer.models.loading import load_teacher, make_student
 from distilspeed.trainer.objective import registry
 from distilspeed.trainer.training.metrics import StepMetrics, loss_figure, plot_losses, read_metrics
 
+pytestmark = pytest.mark.xdist_group("own term")
+
 JOB = Path(__file__).with_name("middle_layers_job.py")
 STEPS, SAVE_STEPS, WEIGHT = 6, 3, 4.0
 OWN = ("own.middle.weight", "own.middle.bias")
@@ -87,6 +89,7 @@ def test_its_weight_is_in_the_runs_identity(
     assert f"started with alpha_middle {WEIGHT}, not none" in line
 
 
+@pytest.mark.full
 def test_its_panel_is_in_the_plot_and_its_line_in_the_model_card(run: Path, tmp_path: Path) -> None:
     metrics = read_metrics(run / "metrics.jsonl")
     terms = [*registry.take_terms({}), MiddleLayers(WEIGHT)]
@@ -127,6 +130,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.full
 def test_with_all_weights_in_pieces_on_two_ranks_it_is_the_same_loss(
     tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
 ) -> None:

@@ -30,7 +30,7 @@ CASES = [
         *([(1, "fp16")] if CPU_HAS_FP16 else []),
     ]
 ]
-STRONG_RESUMES, STRONG_MOVES = {(1, "fp32", 2), (2, "bf16", 2)}, {(1, "fp32", 1)}
+STRONG_RESUMES, STRONG_MOVES = {(2, "bf16", 2)}, {(1, "fp32", 1)}
 # Of the way that the weights have come: Adam divides by the size of gradients, and so amplifies their rounding.
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1, "fp16": 0.02}
 # In the first epoch, and after its end.

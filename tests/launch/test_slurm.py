@@ -105,7 +105,8 @@ def test_a_refusal_of_the_trainer_is_one_line_and_the_jobs_status(
     ]
 
 
-@pytest.mark.parametrize("command", ["srun", pytest.param("mpirun", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("command", ["srun", "mpirun"])
 def test_tasks_are_the_ranks_of_one_job(
     command: str, uninterrupted_run: Path, tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
 ) -> None:
