@@ -13,5 +13,6 @@ if [ "${1:-}" = --full ]; then
 fi
 setup_venv "[test]"
 choose_accelerator
-# Two at a time: most tests wait for processes that start. Arguments of your own come after, and count.
-exec .venv/bin/python -m pytest -n 2 --dist loadgroup -m "$selection" "$@"
+# Two files at a time: most tests wait for processes that start, and those of a file share what was costly to make.
+# Arguments of your own come after, and count.
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$selection" "$@"

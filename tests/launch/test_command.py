@@ -200,6 +200,7 @@ def test_a_signal_ends_the_job_as_under_deepspeed(
     assert [line for line in errors.splitlines() if line.startswith("stopped: ")], errors[-3000:]
 
 
+@pytest.mark.full
 def test_it_trains_on_two_ranks_and_keeps_the_status_of_bad_input(
     tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
 ) -> None:

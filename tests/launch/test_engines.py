@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from launcher import deepspeed
 
-pytestmark = [pytest.mark.full, pytest.mark.xdist_group("engines")]
+pytestmark = pytest.mark.full
 
 RANKS = 2
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, linear, log_softmax
 
-pytestmark = [pytest.mark.full, pytest.mark.xdist_group("linear loss")]
+pytestmark = pytest.mark.full
 
 STAGES = (1, 3)
 

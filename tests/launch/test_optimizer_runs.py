@@ -15,7 +15,7 @@ from distilspeed.trainer.engine.student import DTYPES
 from distilspeed.trainer.models.loading import load_teacher, make_student
 from distilspeed.trainer.training.metrics import read_metrics
 
-pytestmark = [pytest.mark.full, pytest.mark.xdist_group("optimizer runs")]
+pytestmark = pytest.mark.full
 
 STEPS, SAVE_STEPS, BATCH, LAYERS, LEARNING_RATE = 4, 2, 8, (0, 3), 0.01
 LAMB = {"optimizer": {"type": "Lamb", "params": {"lr": LEARNING_RATE, "betas": [0.9, 0.98], "eps": 1e-6}}}

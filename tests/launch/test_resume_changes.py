@@ -19,7 +19,7 @@ from distilspeed.trainer.engine.config_check import learning_rates
 from distilspeed.trainer.training.metrics import read_metrics
 from distilspeed.trainer.training.record import read_record
 
-pytestmark = [pytest.mark.full, pytest.mark.xdist_group("resume changes")]
+pytestmark = pytest.mark.full
 
 BATCH, MICRO_BATCH, STEPS, LEARNING_RATE = 8, 4, 2, 0.01
 SECONDS = 1200
