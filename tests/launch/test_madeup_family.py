@@ -27,7 +27,6 @@ from distilspeed.trainer.models.loading import (
 )
 from distilspeed.trainer.models.packed_forward import forward_packed
 
-
 JOB = Path(__file__).with_name("madeup_family.py")
 LAYERS, STEPS = (1, 3), 2
 

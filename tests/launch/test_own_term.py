@@ -17,7 +17,6 @@ from distilspeed.trainer.models.loading import load_teacher, make_student
 from distilspeed.trainer.objective import registry
 from distilspeed.trainer.training.metrics import StepMetrics, loss_figure, plot_losses, read_metrics
 
-
 JOB = Path(__file__).with_name("middle_layers_job.py")
 STEPS, SAVE_STEPS, WEIGHT = 6, 3, 4.0
 OWN = ("own.middle.weight", "own.middle.bias")

@@ -17,7 +17,6 @@ from distilspeed.trainer.corpus.format import open_corpus
 from distilspeed.trainer.models.loading import load_teacher, make_student, select_teacher_layers
 from distilspeed.trainer.training.metrics import read_metrics
 
-
 STEPS, SAVE_STEPS, BATCH, MICRO_BATCH = 6, 2, 24, 4
 CHARACTERS = 17_000  # about 80 rows: an epoch ends in the fourth step
 # ZeRO stage, precision, ranks that it is resumed on. fp16 is slow on CPUs.

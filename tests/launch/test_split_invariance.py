@@ -23,7 +23,6 @@ from distilspeed.trainer.models.loading import load_teacher, make_student
 from distilspeed.trainer.models.packed_forward import forward_packed
 from distilspeed.trainer.training.metrics import read_metrics
 
-
 BATCH, STEPS, LEARNING_RATE, LAYERS = 12, 2, 0.05, (0, 3)
 SGD = {
     "optimizer": {"type": "SGD", "params": {"lr": LEARNING_RATE}},

@@ -19,7 +19,6 @@ from distilspeed.trainer.corpus.format import open_corpus, tokenizer_hash
 from distilspeed.trainer.models.loading import check_fits_corpus, load_masked_language_model
 from distilspeed.trainer.training.metrics import read_metrics
 
-
 TRAIN = ROOT / "launch" / "train.py"
 STEPS, SAVE_STEPS, BATCH = 12, 4, 16
 MEASURED = ("time", "tokens_per_s", "mfu")
