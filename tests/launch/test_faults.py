@@ -1,4 +1,4 @@
-"""What ends a run, and that it can be gone on with: signals, ranks that hang, numbers that are none, full disks."""
+"""What ends a run, and that it can be resumed: signals, ranks that hang, NaN losses, full disks."""
 
 import itertools
 import os

@@ -120,7 +120,7 @@ def estimate_memory(
         teacher=teacher.parameters * width // (batch.world_size if teacher_zero3 else 1) if teacher else 0,
         activations=tokens * activations,
         logits=round(tokens * student.vocab_size * width * logits),
-        loss_buffers=LOSS_BUFFERS * min(BLOCK_BYTES, tokens * student.vocab_size * 4)
+        loss_buffers=LOSS_BUFFERS * min(BLOCK_BYTES, tokens * student.vocab_size * BYTES["fp32"])
         if on_cpu and teacher
         else 0,
     )

@@ -1,4 +1,4 @@
-"""Builds that are killed and gone on with."""
+"""Builds that are killed and resumed."""
 
 import gzip
 import json
