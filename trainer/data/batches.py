@@ -1,4 +1,4 @@
-"""Which rows make a global batch, and the tensors of each rank's micro-batches.
+"""Which rows make a global batch and each rank's micro-batches, and the loader that reads ahead.
 
 The rows of all epochs form one endless sequence: epoch e is a permutation of the training rows keyed
 by (seed, e). Global batch s is rows [s B, (s + 1) B) of it, whatever the split, and the place to
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Generator, Iterable
 from functools import lru_cache
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,83 +19,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from distilspeed.trainer.corpus.format import Corpus, read_rows
 from distilspeed.trainer.data.batch_equation import BatchEquation
-from distilspeed.trainer.data.masking import (
-    IGNORE_INDEX,
-    MASKED_FRACTION,
-    MaskingRule,
-    mask_row,
-    masked_token_count,
-    masking_rule,
-    philox,
-)
+from distilspeed.trainer.data.masking import MaskingRule, masked_token_count, masking_rule, philox
+from distilspeed.trainer.data.micro_batch import MicroBatch, masked_micro_batch
 from distilspeed.trainer.job.processes import STOP_SIGNALS, children_deaf_to
 
 # Random streams beside masking's, which is 0.
 ROW_ORDER_STREAM, DROPOUT_STREAM = 1, 2
-PADDING_DOCUMENT = -1
 # Micro-batches that each worker process has ready: a step of the original's recipe is tens of them long.
 PREFETCH_FACTOR = 4
 # While a rank masks its own micro-batches it launches nothing on its GPU.
 WORKERS_PER_GPU = 2
-
-
-class MicroBatch(NamedTuple):
-    """One rank's rows of one accumulation step, packed and masked.
-
-    ``real_tokens`` and ``masked_tokens`` count the whole global batch (all ranks, all accumulation
-    steps): the denominators of the losses.
-    """
-
-    input_ids: torch.Tensor  # int64 [rows, length], masked
-    labels: torch.Tensor  # int64 [rows, length], -100 where not masked
-    document_ids: torch.Tensor  # int64 [rows, length], numbered within the row, -1 on padding
-    position_ids: torch.Tensor  # int64 [rows, length], from 0 in each document
-    row_ids: torch.Tensor  # int64 [rows], numbers of the corpus's training rows
-    real_tokens: torch.Tensor  # float32 []
-    masked_tokens: torch.Tensor  # float32 []
-    masked_places: torch.Tensor  # int64 [rows x 15 % of the length, rounded up], see masked_places()
-
-    def to(self, device: torch.device) -> "MicroBatch":
-        return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
-
-
-def document_layout(
-    document_lengths: list[NDArray[np.integer]], row_length: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Document number and position of every token of packed rows.
-
-    Args:
-        document_lengths: per row the lengths of its documents, in order; what they leave is padding.
-
-    Returns:
-        document_ids (-1 on padding) and position_ids (0 on padding), int64 [rows, row_length].
-    """
-    document_ids = np.full((len(document_lengths), row_length), PADDING_DOCUMENT, dtype=np.int64)
-    position_ids = np.zeros_like(document_ids)
-    for row, lengths in enumerate(document_lengths):
-        real = int(np.sum(lengths))
-        starts = np.cumsum(lengths) - lengths
-        document_ids[row, :real] = np.repeat(np.arange(len(lengths)), lengths)
-        position_ids[row, :real] = np.arange(real) - np.repeat(starts, lengths)
-    return document_ids, position_ids
-
-
-def masked_places(labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where the masked tokens of a micro-batch are, and a few others up to a number that depends on its shape alone.
-
-    Constant shapes: nothing waits for a device to count, and no kernel is chosen or compiled anew.
-
-    Args:
-        labels: int64 [rows, length]; 15 % of a row's tokens, rounded up, or fewer carry one.
-
-    Returns:
-        places in the flattened rows, int64 [rows x 15 % of the length, rounded up].
-    """
-    rows, length = labels.shape
-    most = rows * math.ceil(MASKED_FRACTION * length)
-    is_masked = labels.ravel() != IGNORE_INDEX
-    masked = np.flatnonzero(is_masked)
-    return np.concatenate([masked, np.flatnonzero(~is_masked)[: most - len(masked)]])
 
 
 def total_steps(num_rows: int, train_batch_size: int, max_steps: int | None, num_train_epochs: float) -> int:
@@ -170,23 +103,14 @@ class MicroBatches(Dataset[MicroBatch]):
         epochs, rows = self.global_batch(step)
         mine = self._places(accumulation_step)
 
-        stored = read_rows(self.rows, rows[mine])
-        document_ids, position_ids = document_layout(stored.document_lengths, self.row_length)
-        masked = [
-            mask_row(ids, int(self.real_tokens[row]), self.rule, self.seed, int(epoch), int(row))
-            for ids, epoch, row in zip(stored.input_ids, epochs[mine], rows[mine], strict=True)
-        ]
-        labels = np.stack([labels for _, labels in masked])
-        return MicroBatch(
-            input_ids=torch.from_numpy(np.stack([ids for ids, _ in masked])),
-            labels=torch.from_numpy(labels),
-            document_ids=torch.from_numpy(document_ids),
-            position_ids=torch.from_numpy(position_ids),
-            row_ids=torch.from_numpy(rows[mine]),
-            real_tokens=torch.tensor(self.real_tokens[rows].sum(), dtype=torch.float32),
-            # At least 1: rows of nothing but special tokens have no masked ones, and a loss of 0, not 0 / 0.
-            masked_tokens=torch.tensor(max(1, self.masked_tokens[rows].sum()), dtype=torch.float32),
-            masked_places=torch.from_numpy(masked_places(labels)),
+        return masked_micro_batch(
+            read_rows(self.rows, rows[mine]),
+            rows[mine],
+            epochs[mine],
+            self.rule,
+            self.seed,
+            real_tokens=int(self.real_tokens[rows].sum()),
+            masked_tokens=int(self.masked_tokens[rows].sum()),
         )
 
     def loader(self, first_batch: int, last_batch: int | None, num_workers: int) -> DataLoader[MicroBatch]:

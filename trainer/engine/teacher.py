@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from distilspeed.trainer.data.batches import MicroBatch
+from distilspeed.trainer.data.micro_batch import MicroBatch
 from distilspeed.trainer.models.packed_forward import ModelOutputs, forward_packed
 
 

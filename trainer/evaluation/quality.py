@@ -1,4 +1,4 @@
-"""What is measured of a masked language model: quality on held-out rows, size, latency."""
+"""The quality of a masked language model on held-out rows."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,8 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from distilspeed.trainer.corpus.format import Corpus, read_rows
-from distilspeed.trainer.data.batches import MicroBatch, corpus_masking_rule, document_layout, masked_places
-from distilspeed.trainer.data.masking import IGNORE_INDEX, mask_row
+from distilspeed.trainer.data.batches import corpus_masking_rule
+from distilspeed.trainer.data.masking import IGNORE_INDEX, masked_token_count
+from distilspeed.trainer.data.micro_batch import MicroBatch, masked_micro_batch
 from distilspeed.trainer.errors import NumericalError
 from distilspeed.trainer.evaluation.report import MaskedTokenQuality
 from distilspeed.trainer.models.packed_forward import forward_packed
@@ -18,9 +19,6 @@ from distilspeed.trainer.models.packed_forward import forward_packed
 ROWS_PER_BATCH = 8
 # Added to the seed: a key that no training run's masks are drawn with, whose seeds are below 2^32.
 EVALUATION_STREAM = 1 << 62
-
-
-# --- masked tokens of held-out rows ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -79,27 +77,16 @@ def predict_masked_tokens(
 
 def held_out_batches(corpus: Corpus, max_rows: int, batch_size: int, seed: int) -> Iterator[MicroBatch]:
     """The first held-out rows, masked; the last batch may be smaller."""
-    rule = corpus_masking_rule(corpus)
-    rows = np.arange(min(max_rows, len(corpus.held_out)))
-    for first in range(0, len(rows), batch_size):
-        of_batch = rows[first : first + batch_size]
-        stored = read_rows(corpus.held_out, of_batch)
-        masked = [
-            mask_row(ids, int(lengths.sum()), rule, EVALUATION_STREAM + seed, epoch=0, row=int(row))
-            for ids, lengths, row in zip(stored.input_ids, stored.document_lengths, of_batch, strict=True)
-        ]
-        labels = np.stack([labels for _, labels in masked])
-        document_ids, position_ids = document_layout(stored.document_lengths, corpus.manifest.seq_length)
-        yield MicroBatch(
-            input_ids=torch.from_numpy(np.stack([ids for ids, _ in masked])),
-            labels=torch.from_numpy(labels),
-            document_ids=torch.from_numpy(document_ids),
-            position_ids=torch.from_numpy(position_ids),
-            row_ids=torch.from_numpy(of_batch),
-            real_tokens=torch.tensor(np.concatenate(stored.document_lengths).sum(), dtype=torch.float32),
-            masked_tokens=torch.tensor((labels != IGNORE_INDEX).sum(), dtype=torch.float32),
-            masked_places=torch.from_numpy(masked_places(labels)),
+    rule, held_out = corpus_masking_rule(corpus), corpus.held_out
+    rows = np.arange(min(max_rows, len(held_out)))
+    for row_ids in np.split(rows, range(batch_size, len(rows), batch_size)):
+        of_batch = held_out.select(row_ids).with_format("numpy")
+        yield masked_micro_batch(
+            read_rows(held_out, row_ids),
+            row_ids,
+            np.zeros_like(row_ids),
+            rule,
+            EVALUATION_STREAM + seed,
+            real_tokens=of_batch["real_tokens"].sum(),
+            masked_tokens=masked_token_count(of_batch["real_tokens"], of_batch["maskable_tokens"]).sum(),
         )
-
-
-# --- size and latency -----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from distilspeed.trainer.data.batches import MicroBatch
+from distilspeed.trainer.data.micro_batch import MicroBatch
 from distilspeed.trainer.families.registry import family_of
 
 

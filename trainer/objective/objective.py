@@ -22,8 +22,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from distilspeed.trainer.data.batches import MicroBatch
 from distilspeed.trainer.data.masking import MASKED_FRACTION
+from distilspeed.trainer.data.micro_batch import MicroBatch
 from distilspeed.trainer.engine.phases import LOSSES, STUDENT, phase
 from distilspeed.trainer.models.packed_forward import ModelOutputs, forward_packed
 from distilspeed.trainer.objective.fused import fused_losses, fused_terms

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedConfig
 
-from distilspeed.trainer.data.batches import PADDING_DOCUMENT, MicroBatch
 from distilspeed.trainer.data.masking import IGNORE_INDEX
+from distilspeed.trainer.data.micro_batch import PADDING_DOCUMENT, MicroBatch
 from distilspeed.trainer.models.packed_forward import ModelOutputs
 
 

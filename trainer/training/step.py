@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import torch
 
-from distilspeed.trainer.data.batches import DROPOUT_STREAM, MicroBatch
+from distilspeed.trainer.data.batches import DROPOUT_STREAM
 from distilspeed.trainer.data.masking import philox
+from distilspeed.trainer.data.micro_batch import MicroBatch
 from distilspeed.trainer.engine.phases import BACKWARD, DATA, TEACHER, UPDATE, phase
 from distilspeed.trainer.engine.student import DTYPES, backward, loss_scale, optimizer_step, student_engine
 from distilspeed.trainer.engine.teacher import make_teacher

@@ -12,8 +12,9 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
 from distilspeed.trainer.corpus.format import Corpus, open_corpus, read_rows
-from distilspeed.trainer.data.batches import MicroBatch, corpus_masking_rule
+from distilspeed.trainer.data.batches import corpus_masking_rule
 from distilspeed.trainer.data.masking import mask_row
+from distilspeed.trainer.data.micro_batch import MicroBatch
 from distilspeed.trainer.errors import NumericalError
 from distilspeed.trainer.evaluation import quality
 from distilspeed.trainer.evaluation.latency import count_parameters, measure_latency, weights_bytes

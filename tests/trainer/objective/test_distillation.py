@@ -11,7 +11,8 @@ from transformers import BertForMaskedLM, PreTrainedModel
 
 from distilspeed.trainer.corpus.format import Corpus, open_corpus, read_rows
 from distilspeed.trainer.data.batch_equation import BatchEquation
-from distilspeed.trainer.data.batches import MicroBatch, MicroBatches, document_layout
+from distilspeed.trainer.data.batches import MicroBatches
+from distilspeed.trainer.data.micro_batch import MicroBatch, document_layout
 from distilspeed.trainer.models.loading import load_teacher, make_student
 from distilspeed.trainer.models.packed_forward import forward_packed
 from distilspeed.trainer.objective.objective import Distillation, Objective

@@ -13,7 +13,8 @@ from transformers import BertForMaskedLM
 
 from distilspeed.trainer.corpus.format import open_corpus
 from distilspeed.trainer.data.batch_equation import BatchEquation
-from distilspeed.trainer.data.batches import MicroBatch, MicroBatches
+from distilspeed.trainer.data.batches import MicroBatches
+from distilspeed.trainer.data.micro_batch import MicroBatch
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.models.loading import load_teacher, make_student
 from distilspeed.trainer.models.packed_forward import forward_packed

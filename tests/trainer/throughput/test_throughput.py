@@ -10,8 +10,9 @@ import torch
 from transformers import BertForMaskedLM
 
 from distilspeed.trainer.corpus.format import Corpus, open_corpus, read_rows
-from distilspeed.trainer.data.batches import MicroBatch, corpus_masking_rule, document_layout, masked_places
+from distilspeed.trainer.data.batches import corpus_masking_rule
 from distilspeed.trainer.data.masking import IGNORE_INDEX
+from distilspeed.trainer.data.micro_batch import MicroBatch, document_layout, masked_places
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.models.loading import load_teacher, make_student
 from distilspeed.trainer.models.packed_forward import forward_packed

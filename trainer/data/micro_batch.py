@@ -1,0 +1,110 @@
+"""The tensors of a micro-batch: rows that are packed from documents, and masked."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from distilspeed.trainer.corpus.format import RowBatch
+from distilspeed.trainer.data.masking import IGNORE_INDEX, MASKED_FRACTION, MaskingRule, mask_row
+
+PADDING_DOCUMENT = -1
+
+
+class MicroBatch(NamedTuple):
+    """One rank's rows of one accumulation step, packed and masked.
+
+    ``real_tokens`` and ``masked_tokens`` count the whole global batch (all ranks, all accumulation
+    steps): the denominators of the losses.
+    """
+
+    input_ids: torch.Tensor  # int64 [rows, length], masked
+    labels: torch.Tensor  # int64 [rows, length], -100 where not masked
+    document_ids: torch.Tensor  # int64 [rows, length], numbered within the row, -1 on padding
+    position_ids: torch.Tensor  # int64 [rows, length], from 0 in each document
+    row_ids: torch.Tensor  # int64 [rows], numbers of the corpus's training rows
+    real_tokens: torch.Tensor  # float32 []
+    masked_tokens: torch.Tensor  # float32 []
+    masked_places: torch.Tensor  # int64 [rows x 15 % of the length, rounded up], see masked_places()
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+def document_layout(
+    document_lengths: list[NDArray[np.integer]], row_length: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Document number and position of every token of packed rows.
+
+    Args:
+        document_lengths: per row the lengths of its documents, in order; what they leave is padding.
+
+    Returns:
+        document_ids (-1 on padding) and position_ids (0 on padding), int64 [rows, row_length].
+    """
+    document_ids = np.full((len(document_lengths), row_length), PADDING_DOCUMENT, dtype=np.int64)
+    position_ids = np.zeros_like(document_ids)
+    for row, lengths in enumerate(document_lengths):
+        real = int(np.sum(lengths))
+        starts = np.cumsum(lengths) - lengths
+        document_ids[row, :real] = np.repeat(np.arange(len(lengths)), lengths)
+        position_ids[row, :real] = np.arange(real) - np.repeat(starts, lengths)
+    return document_ids, position_ids
+
+
+def masked_places(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where the masked tokens of a micro-batch are, padded with unmasked ones to a length that the shape decides.
+
+    A constant length: nothing waits for a device to count, and no kernel is chosen or compiled anew.
+
+    Args:
+        labels: int64 [rows, length]; 15 % of a row's tokens, rounded up, or fewer carry one.
+
+    Returns:
+        places in the flattened rows, int64 [rows x 15 % of the length, rounded up].
+    """
+    rows, length = labels.shape
+    most = rows * math.ceil(MASKED_FRACTION * length)
+    is_masked = labels.ravel() != IGNORE_INDEX
+    masked = np.flatnonzero(is_masked)
+    return np.concatenate([masked, np.flatnonzero(~is_masked)[: most - len(masked)]])
+
+
+def masked_micro_batch(
+    stored: RowBatch,
+    row_ids: NDArray[np.int64],
+    epochs: NDArray[np.int64],
+    rule: MaskingRule,
+    seed: int,
+    real_tokens: int,
+    masked_tokens: int,
+) -> MicroBatch:
+    """Mask rows and lay out their documents.
+
+    Args:
+        stored: the rows.
+        row_ids: their numbers, int64 [rows]; with ``epochs`` (int64 [rows]) and ``seed`` they decide the masks.
+        real_tokens: of the global batch.
+        masked_tokens: of the global batch.
+    """
+    document_ids, position_ids = document_layout(stored.document_lengths, stored.input_ids.shape[1])
+    masked = [
+        mask_row(ids, int(lengths.sum()), rule, seed, int(epoch), int(row))
+        for ids, lengths, epoch, row in zip(
+            stored.input_ids, stored.document_lengths, epochs, row_ids, strict=True
+        )
+    ]
+    labels = np.stack([labels for _, labels in masked])
+    return MicroBatch(
+        input_ids=torch.from_numpy(np.stack([ids for ids, _ in masked])),
+        labels=torch.from_numpy(labels),
+        document_ids=torch.from_numpy(document_ids),
+        position_ids=torch.from_numpy(position_ids),
+        row_ids=torch.from_numpy(row_ids),
+        real_tokens=torch.tensor(real_tokens, dtype=torch.float32),
+        # At least 1: rows of nothing but special tokens have no masked ones, and a loss of 0, not 0 / 0.
+        masked_tokens=torch.tensor(max(1, masked_tokens), dtype=torch.float32),
+        masked_places=torch.from_numpy(masked_places(labels)),
+    )
