@@ -78,15 +78,18 @@ def predict_masked_tokens(
 def held_out_batches(corpus: Corpus, max_rows: int, batch_size: int, seed: int) -> Iterator[MicroBatch]:
     """The first held-out rows, masked; the last batch may be smaller."""
     rule, held_out = corpus_masking_rule(corpus), corpus.held_out
+    real_tokens, maskable_tokens = (
+        held_out.data.column(name).to_numpy() for name in ("real_tokens", "maskable_tokens")
+    )
+    masked_tokens = masked_token_count(real_tokens, maskable_tokens)
     rows = np.arange(min(max_rows, len(held_out)))
     for row_ids in np.split(rows, range(batch_size, len(rows), batch_size)):
-        of_batch = held_out.select(row_ids).with_format("numpy")
         yield masked_micro_batch(
             read_rows(held_out, row_ids),
             row_ids,
             np.zeros_like(row_ids),
             rule,
             EVALUATION_STREAM + seed,
-            real_tokens=of_batch["real_tokens"].sum(),
-            masked_tokens=masked_token_count(of_batch["real_tokens"], of_batch["maskable_tokens"]).sum(),
+            real_tokens=int(real_tokens[row_ids].sum()),
+            masked_tokens=int(masked_tokens[row_ids].sum()),
         )

@@ -14,15 +14,9 @@ import torch
 
 from distilspeed.trainer.corpus.format import Corpus, open_corpus
 from distilspeed.trainer.data.batch_equation import BatchEquation
-from distilspeed.trainer.data.batches import (
-    MicroBatch,
-    MicroBatches,
-    _start_worker,
-    document_layout,
-    resolve_num_workers,
-    total_steps,
-)
+from distilspeed.trainer.data.batches import MicroBatches, _start_worker, resolve_num_workers, total_steps
 from distilspeed.trainer.data.masking import IGNORE_INDEX
+from distilspeed.trainer.data.micro_batch import MicroBatch, document_layout
 from distilspeed.trainer.job.processes import STOP_SIGNALS
 
 SPLITS = [(24, 1, 1), (12, 2, 1), (6, 2, 2), (2, 4, 3), (1, 24, 1), (8, 1, 3)]
