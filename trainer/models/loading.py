@@ -190,7 +190,8 @@ def make_with_head(role: str, name: str, head: Head) -> PreTrainedModel:
     Raises:
         UserError: the config makes no such model.
     """
-    config = _load(AutoConfig, role, name, num_labels=head.num_labels, problem_type=head.problem_type)
+    config = _load(AutoConfig, role, name)
+    config.problem_type, config.num_labels = head.problem_type, head.num_labels
     try:
         return head.model_class.from_config(config, dtype=torch.float32)
     except Exception as error:  # a config is checked by what its values lead to

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
@@ -74,7 +74,7 @@ class JsonLinesClassification(Task):
         return (Path(name) / "train.jsonl").exists()
 
     @classmethod
-    def read(cls, name: str) -> "JsonLinesClassification":
+    def read(cls, name: str) -> Self:
         """Read ``train.jsonl`` and ``dev.jsonl`` of the folder ``name``.
 
         Raises:
