@@ -29,7 +29,7 @@ class Similarity(Task):
     @classmethod
     def read(cls, name: str) -> "Similarity":
         folder = Path(name)
-        return cls(folder.name, read_pairs(folder / "train.tsv"), read_pairs(folder / "dev.tsv"))
+        return cls(folder.resolve().name, read_pairs(folder / "train.tsv"), read_pairs(folder / "dev.tsv"))
 
     def features(
         self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, max_length: int

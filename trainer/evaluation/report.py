@@ -21,7 +21,7 @@ STUDENT_COLOURS = ("#0072B2", "#E69F00")
 
 
 def percent_of(value: float, teacher: float) -> float | None:
-    """``value`` in % of the teacher's; None where the teacher's is 0, or as a correlation can be, negative."""
+    """``value`` in % of the teacher's; None unless the teacher's is above 0."""
     return 100 * value / teacher if teacher > 0 else None
 
 
@@ -67,7 +67,8 @@ class TaskScore:
     @classmethod
     def of(cls, task: str, scores: Sequence[Scores], teacher_scores: Sequence[Scores]) -> "TaskScore":
         """From the scores of each seed, of this model and of the teacher; metrics in the task's order."""
-        first, *_ = of_metrics = {metric: tuple(seed[metric] for seed in scores) for metric in scores[0]}
+        of_metrics = {metric: tuple(seed[metric] for seed in scores) for metric in scores[0]}
+        first = next(iter(of_metrics))
         mean, deviation = mean_and_deviation(of_metrics[first])
         teacher_mean = statistics.fmean(seed[first] for seed in teacher_scores)
         return cls(task, of_metrics, mean, deviation, percent_of(mean, teacher_mean))

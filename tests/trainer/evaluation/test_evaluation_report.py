@@ -79,7 +79,7 @@ def test_a_task_score_is_mean_sample_deviation_and_share_of_the_teachers_mean() 
 
 
 def test_the_first_of_several_metrics_decides_retention_and_all_are_in_the_table(report: Report) -> None:
-    teacher: list[Scores] = [{"f1": 0.8, "accuracy": 0.9}, {"f1": 0.8, "accuracy": 0.7}]
+    teacher: list[Scores] = [{"f1": 0.8, "accuracy": 0.9}, {"f1": 0.8, "accuracy": 0.9}]
     student: list[Scores] = [{"f1": 0.5, "accuracy": 0.6}, {"f1": 0.7, "accuracy": 0.6}]
     score = TaskScore.of("mrpc", student, teacher)
     assert (score.mean, score.retention_percent) == (pytest.approx(0.6), pytest.approx(75.0))
