@@ -50,10 +50,15 @@ def _parse_arguments() -> dict[str, Any]:
         help="folder with train.jsonl and dev.jsonl: label, and text or text_a and text_b; repeat for more",
     )
     add("--max_rows", type=int, metavar="N", help="held-out rows to measure on (default 1000)")
-    add("--task_epochs", type=int, metavar="N", help="passes over a task's training examples (default 3)")
+    add(
+        "--task_epochs",
+        type=int,
+        metavar="N",
+        help="passes over a task's training examples (default: the task's, 3)",
+    )
     add("--task_seeds", type=int, metavar="N", help="fine-tuning runs per model and task (default 3)")
-    add("--task_learning_rate", type=float, help="peak learning rate (default 5e-5)")
-    add("--task_batch_size", type=int, metavar="N", help="examples per step (default 32)")
+    add("--task_learning_rate", type=float, help="peak learning rate (default: the task's, 5e-5)")
+    add("--task_batch_size", type=int, metavar="N", help="examples per step (default: the task's, 32)")
     add("--device", choices=("auto", "cpu", "cuda"), help="default auto: the GPU where there is one")
     add("--seed", type=int, help="of the masks; the first of the tasks' (default 0)")
     add("--debug", action="store_true", help="show the traceback of an error")

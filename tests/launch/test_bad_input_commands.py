@@ -224,7 +224,7 @@ EVALUATE_OPTIONS = [
     ("--teacher decoder", "the teacher decoder has is_decoder"),
     (
         "--baseline head_dropout --task tasks/good",
-        "the baseline head_dropout makes no classifier: dropout probability",
+        "the baseline head_dropout makes no AutoModelForSequenceClassification: dropout probability",
     ),
     ("--student no_vocabulary", "the tokenizer no_vocabulary has no vocabulary"),
     ("--data_dir nowhere", "nowhere is not a prepared corpus"),

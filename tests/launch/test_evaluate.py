@@ -46,7 +46,7 @@ def test_the_command_writes_a_report_and_prints_its_table(
     report = json.loads((output / "report.json").read_text())
     assert [model["role"] for model in report["models"]] == ["teacher", "student", "baseline"]
     assert [score["task"] for score in report["models"][1]["tasks"]] == ["words"]
-    assert len(report["models"][1]["tasks"][0]["accuracies"]) == 2
+    assert len(report["models"][1]["tasks"][0]["scores"]["accuracy"]) == 2
     assert done.stdout.strip() in (output / "report.md").read_text()
     assert len(done.stdout.strip().splitlines()) == 5
     assert (output / "report.png").read_bytes().startswith(b"\x89PNG")

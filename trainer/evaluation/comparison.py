@@ -17,6 +17,7 @@ from transformers import (
 
 from distilspeed.trainer.corpus.format import Corpus, open_corpus, read_rows
 from distilspeed.trainer.errors import UserError, show_warning
+from distilspeed.trainer.evaluation.fine_tuning import fine_tune
 from distilspeed.trainer.evaluation.latency import count_parameters, measure_latency, weights_bytes
 from distilspeed.trainer.evaluation.quality import ROWS_PER_BATCH, predict_masked_tokens
 from distilspeed.trainer.evaluation.report import (
@@ -25,24 +26,23 @@ from distilspeed.trainer.evaluation.report import (
     Machine,
     ModelReport,
     Report,
-    TaskConditions,
     TaskScore,
     percent_of,
     write_report,
 )
-from distilspeed.trainer.evaluation.tasks import FineTuning, Task, fine_tune, read_task
+from distilspeed.trainer.evaluation.tasks.registry import read_tasks
+from distilspeed.trainer.evaluation.tasks.task import FineTuning, Scores, Task
 from distilspeed.trainer.files import check_unoccupied, folder_written_whole, parents_made
 from distilspeed.trainer.models.flops import model_shape
 from distilspeed.trainer.models.loading import (
     check_fits_corpus,
     load_masked_language_model,
-    make_classifier,
+    make_with_head,
     warn_without_tokenizer,
 )
 
 logger = logging.getLogger(__name__)
 
-TASK_MAX_LENGTH = 128
 SHOWN_PARTS = 2  # of a model's path, in the report
 LONGEST_NAME = 60
 
@@ -58,19 +58,20 @@ class EvaluateArguments:
     baseline: str | None = None
     task: tuple[Path, ...] = ()
     max_rows: int = 1000
-    task_epochs: int = 3
+    task_epochs: int | None = None  # None, as of rate and batch size: the task's own
     task_seeds: int = 3
-    task_learning_rate: float = 5e-5
-    task_batch_size: int = 32
+    task_learning_rate: float | None = None
+    task_batch_size: int | None = None
     device: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "task_epochs", "task_seeds", "task_batch_size"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1")
+        rate = self.task_learning_rate
         checks = [
-            (0 < self.task_learning_rate < 1, "--task_learning_rate must be between 0 and 1"),
+            (rate is None or 0 < rate < 1, "--task_learning_rate must be between 0 and 1"),
             (0 <= self.seed < 1 << 32, "--seed must be from 0 to 2^32 - 1"),
             (self.device in ("auto", "cpu", "cuda"), "--device must be auto, cpu or cuda"),
         ]
@@ -114,28 +115,21 @@ def evaluate(arguments: EvaluateArguments) -> Report:
     """
     device = choose_device(arguments.device)
     _check_output_dir(arguments.output_dir)
-    tasks = [read_task(folder) for folder in arguments.task]
-    if len({task.name for task in tasks}) < len(tasks):
-        raise UserError(
-            "two --task folders have the same name; the report could not tell them apart, rename one"
-        )
+    tasks = read_tasks([str(name) for name in arguments.task])
     corpus = open_corpus(arguments.data_dir)
     models = [load_masked_language_model(role, name) for role, name in arguments.models.items()]
     for (role, name), model in zip(arguments.models.items(), models, strict=True):
         check_fits_corpus(role, name, model, corpus)
-        if tasks:
+        for task in tasks:
             with torch.device("meta"):
-                make_classifier(role, name, num_labels=2)
+                make_with_head(role, name, task.head)
     for role, name in arguments.models.items():
         warn_without_tokenizer(role, name)
     for task in tasks:
-        _warn_of_unlabelled(task)
-    settings = FineTuning(
-        epochs=arguments.task_epochs,
-        learning_rate=arguments.task_learning_rate,
-        batch_size=arguments.task_batch_size,
-        max_length=min([TASK_MAX_LENGTH, *(model_shape(model.config).positions for model in models)]),
-    )
+        for warning in task.warnings():
+            show_warning(warning)
+    positions = min(model_shape(model.config).positions for model in models)
+    settings = [_fine_tuning(arguments, task, positions) for task in tasks]
     report = Report(
         models=tuple(_measure(arguments, corpus, models, tasks, settings, device)),
         conditions=Conditions(
@@ -143,9 +137,8 @@ def evaluate(arguments: EvaluateArguments) -> Report:
             held_out_rows=min(arguments.max_rows, len(corpus.held_out)),
             seq_length=corpus.manifest.seq_length,
             seed=arguments.seed,
-            tasks=tuple(TaskConditions.of(task) for task in tasks),
+            tasks=tuple(task.conditions(how) for task, how in zip(tasks, settings, strict=True)),
             task_seeds=arguments.task_seeds,
-            fine_tuning=settings,
         ),
         machine=Machine.here(device),
     )
@@ -154,12 +147,15 @@ def evaluate(arguments: EvaluateArguments) -> Report:
     return report
 
 
-def _warn_of_unlabelled(task: Task) -> None:
-    for file, count in task.unlabelled.items():
-        if count:
-            show_warning(
-                f"{count:,} examples in {file} of the task {task.name} are unlabelled (-1 or -) and left out"
-            )
+def _fine_tuning(arguments: EvaluateArguments, task: Task, positions: int) -> FineTuning:
+    """What the command says, or else the task; inputs that every model has positions for."""
+    own = task.fine_tuning
+    return FineTuning(
+        epochs=arguments.task_epochs or own.epochs,
+        learning_rate=arguments.task_learning_rate or own.learning_rate,
+        batch_size=arguments.task_batch_size or own.batch_size,
+        max_length=min(own.max_length, positions),
+    )
 
 
 def _measure(
@@ -167,7 +163,7 @@ def _measure(
     corpus: Corpus,
     models: Sequence[PreTrainedModel],
     tasks: Sequence[Task],
-    settings: FineTuning,
+    settings: Sequence[FineTuning],
     device: torch.device,
 ) -> Iterator[ModelReport]:
     """One report a model, in the order of ``arguments.models``."""
@@ -179,7 +175,10 @@ def _measure(
             predict_masked_tokens(model, corpus, arguments.max_rows, ROWS_PER_BATCH, arguments.seed)
         )
     qualities = [prediction.quality() for prediction in predictions]
-    scores = [_fine_tune_all(arguments, task, corpus, settings, device) for task in tasks]
+    scores = [
+        _fine_tune_all(arguments, task, corpus, how, device)
+        for task, how in zip(tasks, settings, strict=True)
+    ]
     names = shown_names(list(arguments.models.values()))
     for index, (role, name) in enumerate(arguments.models.items()):
         parameters = count_parameters(models[index])
@@ -216,13 +215,13 @@ def _fine_tune_all(
 ) -> list[TaskScore]:
     """The task's score of each model, every model with the same seeds."""
     tokenizer = corpus.load_tokenizer()
-    accuracies: list[list[float]] = []
+    scores: list[list[Scores]] = []
     for role, name in arguments.models.items():
-        accuracies.append([])
+        scores.append([])
         for seed in range(arguments.seed, arguments.seed + arguments.task_seeds):
             logger.info("%s: fine-tuning the %s, seed %d", task.name, role, seed)
-            accuracies[-1].append(fine_tune(name, task, tokenizer, settings, seed, device))
-    return [TaskScore.of(task.name, of_model, accuracies[0]) for of_model in accuracies]
+            scores[-1].append(fine_tune(name, task, tokenizer, settings, seed, device))
+    return [TaskScore.of(task.name, of_model, scores[0]) for of_model in scores]
 
 
 def shown_names(names: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,15 +14,15 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from distilspeed.trainer.evaluation.tasks import FineTuning, Task
+from distilspeed.trainer.evaluation.tasks.task import Scores, TaskConditions
 
 # Okabe & Ito 2008: told apart with every common colour blindness, and in grey.
 STUDENT_COLOURS = ("#0072B2", "#E69F00")
 
 
 def percent_of(value: float, teacher: float) -> float | None:
-    """``value`` in % of the teacher's; None where the teacher's is 0."""
-    return 100 * value / teacher if teacher else None
+    """``value`` in % of the teacher's; None unless the teacher's is above 0."""
+    return 100 * value / teacher if teacher > 0 else None
 
 
 @dataclass(frozen=True)
@@ -53,24 +53,30 @@ class Latency:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Accuracy (0 to 1) on a task's dev examples over seeds; the deviation is the sample's, None for one seed."""
+    """Scores on a task's dev examples: each metric's over seeds, and what follows from the first metric's.
+
+    The deviation is the sample's, None for one seed.
+    """
 
     task: str
-    accuracies: tuple[float, ...]
+    scores: Mapping[str, tuple[float, ...]]
     mean: float
     standard_deviation: float | None
     retention_percent: float | None
 
     @classmethod
-    def of(cls, task: str, accuracies: Sequence[float], teacher_accuracies: Sequence[float]) -> "TaskScore":
-        mean = statistics.fmean(accuracies)
-        return cls(
-            task=task,
-            accuracies=tuple(accuracies),
-            mean=mean,
-            standard_deviation=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-            retention_percent=percent_of(mean, statistics.fmean(teacher_accuracies)),
-        )
+    def of(cls, task: str, scores: Sequence[Scores], teacher_scores: Sequence[Scores]) -> "TaskScore":
+        """From the scores of each seed, of this model and of the teacher; metrics in the task's order."""
+        of_metrics = {metric: tuple(seed[metric] for seed in scores) for metric in scores[0]}
+        first = next(iter(of_metrics))
+        mean, deviation = mean_and_deviation(of_metrics[first])
+        teacher_mean = statistics.fmean(seed[first] for seed in teacher_scores)
+        return cls(task, of_metrics, mean, deviation, percent_of(mean, teacher_mean))
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean, and the sample's standard deviation; None for one value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -97,21 +103,6 @@ class ModelReport:
 
 
 @dataclass(frozen=True)
-class TaskConditions:
-    """A task's size, and the accuracy of always answering dev's most frequent class."""
-
-    name: str
-    train_examples: int
-    dev_examples: int
-    classes: int
-    majority_accuracy: float
-
-    @classmethod
-    def of(cls, task: Task) -> "TaskConditions":
-        return cls(task.name, len(task.train), len(task.dev), len(task.labels), task.majority_accuracy)
-
-
-@dataclass(frozen=True)
 class Conditions:
     """What was measured on, and how."""
 
@@ -121,7 +112,6 @@ class Conditions:
     seed: int
     tasks: tuple[TaskConditions, ...]
     task_seeds: int
-    fine_tuning: FineTuning
 
 
 @dataclass(frozen=True)
@@ -173,7 +163,7 @@ class Report:
         headings = ["", "parameters", "weights", "held-out MLM loss", "MLM accuracy", "retention"]
         headings += ["same token as teacher"]
         headings += [f"{latency.device} latency (speed-up)" for latency in teacher.latencies]
-        headings += [f"{score.task} (retention)" for score in teacher.tasks]
+        headings += [f"{score.task} {' / '.join(score.scores)} (retention)" for score in teacher.tasks]
         rows = [headings, ["---", *["---:"] * (len(headings) - 1)], *map(_cells, self.models)]
         return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
@@ -187,22 +177,21 @@ class Report:
             f"Held-out rows: {conditions.held_out_rows} of the corpus {conditions.corpus}, "
             f"{conditions.seq_length} tokens each; {teacher.quality.masked_tokens:,} masked tokens, drawn as in "
             f"training, the same for every model (seed {conditions.seed}). Loss in nats per masked token.",
-            "Retention: accuracy in % of the teacher's. Parameters: each shared one once, the MLM head included. "
-            "Weights: their files, in the precision they are stored in.",
+            "Retention: accuracy, or a task's first metric, in % of the teacher's. Parameters: each shared one "
+            "once, the MLM head included. Weights: their files, in the precision they are stored in.",
             f"Latency: forward pass of the encoder without a head, batch 1, {conditions.seq_length} tokens, "
             f"float32, models taking turns; median [quartiles] of {teacher.latencies[0].repetitions} on the CPU, "
             f"PyTorch threads: {machine.threads}. Speed-up: the teacher's median over the model's.",
         ]
         if conditions.tasks:
-            fine_tuning = conditions.fine_tuning
             lines.append(
-                f"Tasks: dev accuracy in %, mean ± standard deviation over {conditions.task_seeds} seeds, after "
-                f"{fine_tuning.epochs} epochs of AdamW, learning rate {fine_tuning.learning_rate:g}, "
-                f"batch {fine_tuning.batch_size}, at most {fine_tuning.max_length} tokens."
+                f"Tasks: scores on dev in %, mean ± standard deviation over {conditions.task_seeds} seeds, after "
+                "fine-tuning with AdamW."
             )
         lines += [
-            f"{task.name}: {task.train_examples:,} training and {task.dev_examples:,} dev examples, "
-            f"{task.classes} classes; the most frequent one alone gives {100 * task.majority_accuracy:.1f} %."
+            f"{task.name}: {' and '.join(task.metrics)}; {task.fine_tuning.epochs} epochs, learning rate "
+            f"{task.fine_tuning.learning_rate:g}, batch {task.fine_tuning.batch_size}, at most "
+            f"{task.fine_tuning.max_length} tokens; {task.described()}."
             for task in conditions.tasks
         ]
         gpu = f"; {machine.gpu}" if machine.gpu else ""
@@ -227,7 +216,10 @@ def _cells(model: ModelReport) -> list[str]:
             f"({latency.speed_up:.2f}×)"
             for latency in model.latencies
         ),
-        *(f"{_mean_and_deviation(score)} ({_percent(score.retention_percent)})" for score in model.tasks),
+        *(
+            f"{' / '.join(map(_score, score.scores.values()))} ({_percent(score.retention_percent)})"
+            for score in model.tasks
+        ),
     ]
 
 
@@ -235,9 +227,9 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f} %"
 
 
-def _mean_and_deviation(score: TaskScore) -> str:
-    deviation = "" if score.standard_deviation is None else f" ± {100 * score.standard_deviation:.1f}"
-    return f"{100 * score.mean:.1f}{deviation}"
+def _score(of_seeds: Sequence[float]) -> str:
+    mean, deviation = mean_and_deviation(of_seeds)
+    return f"{100 * mean:.1f}" if deviation is None else f"{100 * mean:.1f} ± {100 * deviation:.1f}"
 
 
 def write_report(report: Report, folder: Path) -> None:
@@ -261,7 +253,7 @@ def draw_report(report: Report, path: Path) -> None:
 
     figure = Figure(figsize=(10, 2.8 + 0.55 * max(len(costs), len(worth))), layout="constrained")
     panels = figure.subplots(1, 2)
-    titles = ("cost: lower is better", "accuracy: higher is better")
+    titles = ("cost: lower is better", "quality: higher is better")
     for axes, title, groups in zip(panels, titles, (costs, worth), strict=True):
         places = np.arange(len(groups))
         height = 0.7 / len(others)

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoModelForSequenceClassification,
     PreTrainedModel,
 )
 
@@ -167,29 +167,46 @@ def model_from_config(name: str, seed: int) -> PreTrainedModel:
         ) from error
 
 
-def make_classifier(role: str, name: str, num_labels: int) -> PreTrainedModel:
-    """A sequence classifier with a model's config and random weights, float32; one class an example.
+@dataclass(frozen=True)
+class Head:
+    """What a task puts on a pre-trained encoder.
+
+    Attributes:
+        model_class: transformers' Auto class of encoder and head, for example AutoModelForSequenceClassification.
+        num_labels: the head's outputs: one a class, 1 for a number, 2 for the start and end of a span.
+        problem_type: transformers' name of the loss, for a class that has several ("regression").
+    """
+
+    model_class: Any
+    num_labels: int
+    problem_type: str | None = None
+
+
+def make_with_head(role: str, name: str, head: Head) -> PreTrainedModel:
+    """A model with a task's head, from a model's config and with random weights; float32.
 
     What the config says of another task (kind of problem, number and names of labels) does not count.
 
     Raises:
-        UserError: the config makes no classifier.
+        UserError: the config makes no such model.
     """
-    config = _load(AutoConfig, role, name, num_labels=num_labels, problem_type="single_label_classification")
+    config = _load(AutoConfig, role, name)
+    config.problem_type, config.num_labels = head.problem_type, head.num_labels
     try:
-        return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        return head.model_class.from_config(config, dtype=torch.float32)
     except Exception as error:  # a config is checked by what its values lead to
         raise UserError(
-            f"the {role} {name} makes no classifier: {first_line(error)}; correct its config.json"
+            f"the {role} {name} makes no {head.model_class.__name__}: {first_line(error)}; correct its config.json"
         ) from error
 
 
-def load_classifier(name: str, num_labels: int) -> PreTrainedModel:
-    """A model's pre-trained encoder with a new classification head, whether or not the model comes with one."""
-    classifier = make_classifier("model", name, num_labels)
-    encoder = _load(AutoModel, "model", name, dtype=torch.float32, use_safetensors=True)
-    classifier.base_model.load_state_dict(encoder.state_dict())
-    return classifier
+def load_with_head(name: str, head: Head) -> PreTrainedModel:
+    """A model's pre-trained encoder with a new head, whether or not the model comes with one."""
+    model = make_with_head("model", name, head)
+    encoder = _load(AutoModel, "model", name, dtype=torch.float32, use_safetensors=True).state_dict()
+    # AutoModel gives BERT a pooler, which heads on tokens have no use for.
+    model.base_model.load_state_dict({weight: encoder[weight] for weight in model.base_model.state_dict()})
+    return model
 
 
 def check_fits_corpus(role: str, name: str, model: PreTrainedModel, corpus: Corpus) -> None:

@@ -17,6 +17,7 @@ from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.evaluation import comparison
 from distilspeed.trainer.evaluation.comparison import EvaluateArguments, choose_device, evaluate, shown_names
 from distilspeed.trainer.evaluation.quality import masked_token_quality
+from distilspeed.trainer.evaluation.tasks.task import Scores
 from distilspeed.trainer.models.loading import load_teacher, make_student
 
 TINY: dict[str, Any] = {
@@ -76,9 +77,9 @@ def test_student_and_baseline_are_measured_against_the_teacher(
 
     def recorded_fine_tune(
         name: str, task: Any, tokenizer: Any, settings: Any, seed: int, device: Any
-    ) -> float:
+    ) -> Scores:
         given.append((Path(name).name, seed))
-        return {arguments.teacher: 0.8, arguments.student: 0.6}[name] + 0.1 * (seed - 5)
+        return {"accuracy": {arguments.teacher: 0.8, arguments.student: 0.6}[name] + 0.1 * (seed - 5)}
 
     monkeypatch.setattr(comparison, "fine_tune", recorded_fine_tune)
     whole = replace(arguments, baseline=arguments.student, task=(tiny_task(tmp_path / "words"),))

@@ -15,12 +15,18 @@ from distilspeed.trainer.evaluation.report import (
     MaskedTokenQuality,
     ModelReport,
     Report,
-    TaskConditions,
     TaskScore,
     percent_of,
     write_report,
 )
-from distilspeed.trainer.evaluation.tasks import FineTuning
+from distilspeed.trainer.evaluation.tasks.jsonl_classification import ClassificationConditions
+from distilspeed.trainer.evaluation.tasks.task import FineTuning, Scores
+
+FINE_TUNING = FineTuning(epochs=3, learning_rate=5e-5, batch_size=32, max_length=64)
+
+
+def of_seeds(accuracies: list[float]) -> list[Scores]:
+    return [{"accuracy": accuracy} for accuracy in accuracies]
 
 
 def model_report(role: str, accuracy: float, milliseconds: float, task: list[float]) -> ModelReport:
@@ -34,7 +40,7 @@ def model_report(role: str, accuracy: float, milliseconds: float, task: list[flo
         mlm_retention_percent=percent_of(accuracy, 0.5),
         teacher_agreement=0.75,
         latencies=(Latency.of("CPU", np.full(5, milliseconds), np.full(5, 20.0)),),
-        tasks=(TaskScore.of("rte", task, [0.8, 0.8]),),
+        tasks=(TaskScore.of("rte", of_seeds(task), of_seeds([0.8, 0.8])),),
     )
 
 
@@ -51,9 +57,8 @@ def report() -> Report:
             held_out_rows=10,
             seq_length=64,
             seed=0,
-            tasks=(TaskConditions("rte", 100, 20, 2, 0.55),),
+            tasks=(ClassificationConditions("rte", ("accuracy",), 100, 20, FINE_TUNING, 2, 0.55),),
             task_seeds=2,
-            fine_tuning=FineTuning(epochs=3, learning_rate=5e-5, batch_size=32, max_length=64),
         ),
         machine=Machine.here(torch.device("cpu")),
     )
@@ -66,15 +71,27 @@ def test_speed_up_is_the_ratio_of_the_medians() -> None:
 
 
 def test_a_task_score_is_mean_sample_deviation_and_share_of_the_teachers_mean() -> None:
-    score = TaskScore.of("rte", [0.7, 0.9], [0.9, 1.0, 1.1])
+    score = TaskScore.of("rte", of_seeds([0.7, 0.9]), of_seeds([0.9, 1.0, 1.1]))
     assert score.mean == pytest.approx(0.8)
     assert score.standard_deviation == pytest.approx(0.02**0.5)
     assert score.retention_percent == pytest.approx(80.0)
-    assert TaskScore.of("rte", [0.7], [0.7]).standard_deviation is None
+    assert TaskScore.of("rte", of_seeds([0.7]), of_seeds([0.7])).standard_deviation is None
 
 
-def test_no_retention_where_the_teacher_has_nothing() -> None:
-    assert percent_of(0.3, 0.0) is None
+def test_the_first_of_several_metrics_decides_retention_and_all_are_in_the_table(report: Report) -> None:
+    teacher: list[Scores] = [{"f1": 0.8, "accuracy": 0.9}, {"f1": 0.8, "accuracy": 0.9}]
+    student: list[Scores] = [{"f1": 0.5, "accuracy": 0.6}, {"f1": 0.7, "accuracy": 0.6}]
+    score = TaskScore.of("mrpc", student, teacher)
+    assert (score.mean, score.retention_percent) == (pytest.approx(0.6), pytest.approx(75.0))
+    assert score.scores == {"f1": (0.5, 0.7), "accuracy": (0.6, 0.6)}
+    table = replace(report, models=(replace(report.models[0], tasks=(score,)),)).table()
+    assert "| mrpc f1 / accuracy (retention) |" in table
+    assert "| 60.0 ± 14.1 / 60.0 ± 0.0 (75.0 %) |" in table
+
+
+@pytest.mark.parametrize("teacher", [0.0, -0.1])
+def test_no_retention_where_the_teacher_has_nothing(teacher: float) -> None:
+    assert percent_of(0.3, teacher) is None
 
 
 def test_the_table_has_a_row_a_model(report: Report) -> None:
@@ -96,10 +113,19 @@ def test_the_folder_holds_numbers_table_conditions_and_plot(report: Report, tmp_
     found = json.loads((tmp_path / "report.json").read_text())
     student = found["models"][1]
     assert (student["mlm_retention_percent"], student["latencies"][0]["speed_up"]) == (90.0, 2.5)
-    assert student["tasks"][0]["accuracies"] == [0.7, 0.9]
+    assert student["tasks"][0]["scores"] == {"accuracy": [0.7, 0.9]}
     markdown = (tmp_path / "report.md").read_text()
     assert report.table() in markdown
-    for condition in ("64 tokens", "2 seeds", "learning rate 5e-05", "55.0 %", torch.__version__):
+    (task,) = found["conditions"]["tasks"]
+    assert (task["metrics"], task["majority_accuracy"]) == (["accuracy"], 0.55)
+    for condition in (
+        "rte: accuracy",
+        "64 tokens",
+        "2 seeds",
+        "learning rate 5e-05",
+        "55.0 %",
+        torch.__version__,
+    ):
         assert condition in markdown
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 

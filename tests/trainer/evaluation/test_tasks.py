@@ -4,18 +4,33 @@ import inspect
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, BertForSequenceClassification
+from torch import nn
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    BertForSequenceClassification,
+)
+from transformers.utils import ModelOutput
 
-from distilspeed.trainer.evaluation.tasks import Example, FineTuning, encode, fine_tune, read_task
+from distilspeed.trainer.errors import NumericalError
+from distilspeed.trainer.evaluation.fine_tuning import fine_tune, model_inputs
+from distilspeed.trainer.evaluation.tasks.jsonl_classification import JsonLinesClassification
+from distilspeed.trainer.evaluation.tasks.registry import read_tasks
+from distilspeed.trainer.evaluation.tasks.sentences import Example, encode
+from distilspeed.trainer.evaluation.tasks.task import Batch, Feature, FineTuning, Predictions, Scores
 from distilspeed.trainer.models.loading import (
-    load_classifier,
+    Head,
     load_masked_language_model,
     load_teacher,
+    load_with_head,
     make_student,
 )
 
@@ -39,6 +54,12 @@ def write_task(folder: Path, train: Sequence[object], dev: Sequence[object]) -> 
         lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
         (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return folder
+
+
+def read_task(folder: Path) -> JsonLinesClassification:
+    (task,) = read_tasks([str(folder)])
+    assert isinstance(task, JsonLinesClassification)
+    return task
 
 
 def separable_task(folder: Path, train: int = 192, dev: int = 64) -> Path:
@@ -101,10 +122,11 @@ def test_a_model_gets_only_the_inputs_it_takes_whatever_the_tokenizer_was_saved_
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
     teacher = load_teacher(str(tiny_teacher_dir))
     examples = (Example("the list", "a class " * 50, 1),)
-    (of_bert,) = encode(examples, tokenizer, teacher, max_length=16)
-    (of_distilbert,) = encode(examples, tokenizer, make_student(teacher, (0, 3)), max_length=16)
+    features = encode(examples, tokenizer, max_length=16)
+    (of_bert,) = model_inputs(teacher, features)
+    (of_distilbert,) = model_inputs(make_student(teacher, (0, 3)), features)
     assert of_bert.keys() - of_distilbert.keys() == {"token_type_ids"}
-    assert of_distilbert.keys() == {"input_ids", "attention_mask", "label"}
+    assert of_distilbert.keys() == {"input_ids", "attention_mask", "labels"}
     assert len(of_bert["input_ids"]) == 16
     assert set(of_bert["token_type_ids"]) == {0, 1}
 
@@ -120,7 +142,40 @@ def test_a_separable_task_is_learned(
     task = read_task(separable_task(tmp_path / "task"))
     settings = FineTuning(epochs=6, learning_rate=2e-3, batch_size=16, max_length=32)
     tokenizer = AutoTokenizer.from_pretrained(small_tokenizer_dir)
-    assert fine_tune(str(model_dir), task, tokenizer, settings, seed=0, device=CPU) > 0.95
+    assert fine_tune(str(model_dir), task, tokenizer, settings, seed=0, device=CPU)["accuracy"] > 0.95
+
+
+@dataclass(frozen=True)
+class Contrary(JsonLinesClassification):
+    """The same examples; of two classes, the other one is to be learned."""
+
+    def loss(self, outputs: ModelOutput, batch: Batch) -> torch.Tensor:
+        return nn.functional.cross_entropy(outputs["logits"], 1 - batch["labels"])
+
+
+@dataclass(frozen=True)
+class Broken(JsonLinesClassification):
+    def score(self, features: Sequence[Feature], predictions: Predictions) -> Scores:
+        return {"accuracy": float("nan")}
+
+
+def test_a_tasks_own_loss_is_what_is_trained(
+    tmp_path: Path, tiny_teacher_dir: Path, small_tokenizer_dir: Path
+) -> None:
+    task = Contrary.read(str(separable_task(tmp_path / "task")))
+    settings = FineTuning(epochs=6, learning_rate=2e-3, batch_size=16, max_length=32)
+    tokenizer = AutoTokenizer.from_pretrained(small_tokenizer_dir)
+    assert fine_tune(str(tiny_teacher_dir), task, tokenizer, settings, seed=0, device=CPU)["accuracy"] < 0.05
+
+
+def test_a_score_that_is_no_number_ends_the_evaluation(
+    tmp_path: Path, tiny_teacher_dir: Path, small_tokenizer_dir: Path
+) -> None:
+    task = Broken.read(str(separable_task(tmp_path / "task", train=16, dev=8)))
+    settings = FineTuning(epochs=1, learning_rate=1e-3, batch_size=8, max_length=32)
+    tokenizer = AutoTokenizer.from_pretrained(small_tokenizer_dir)
+    with pytest.raises(NumericalError, match="on the task task with seed 3, has accuracy nan"):
+        fine_tune(str(tiny_teacher_dir), task, tokenizer, settings, seed=3, device=CPU)
 
 
 # What a config may have left over from another use.
@@ -130,11 +185,20 @@ LEFT_OVER: dict[str, dict[str, object]] = {
     "a kind of problem of its own": {"problem_type": "mine"},
     "three labels": {"id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": {"a": 0, "b": 1, "c": 2}},
     "names of labels that do not exist": {"label2id": {"x": 7}},
+    "one label an example": {"problem_type": "single_label_classification"},
     "another architecture": {"architectures": ["BertForTokenClassification"]},
     "outputs as tuples": {"return_dict": False},
     "more outputs": {"output_hidden_states": True, "output_attentions": True},
     "chunks": {"chunk_size_feed_forward": 7},
 }
+
+
+HEADS = [
+    Head(AutoModelForSequenceClassification, 2, "single_label_classification"),
+    Head(AutoModelForSequenceClassification, 1, "regression"),
+    Head(AutoModelForTokenClassification, 9),
+    Head(AutoModelForQuestionAnswering, 2),
+]
 
 
 def with_left_overs(folder: Path, config: dict[str, object], head: torch.Tensor | None = None) -> None:
@@ -164,7 +228,19 @@ def test_what_a_model_has_left_over_from_another_use_changes_nothing(
         model = load_masked_language_model("model", str(folder))
         assert torch.equal(model(ids).logits, expected(ids).logits), name
         settings = FineTuning(epochs=1, learning_rate=1e-3, batch_size=8, max_length=32)
-        assert 0 <= fine_tune(str(folder), task, tokenizer, settings, seed=0, device=CPU) <= 1, name
+        assert 0 <= fine_tune(str(folder), task, tokenizer, settings, 0, CPU)["accuracy"] <= 1, name
+
+
+@pytest.mark.parametrize("left_over", LEFT_OVER)
+def test_every_head_goes_on_a_model_whatever_it_has_left_over(
+    tmp_path: Path, tiny_teacher_dir: Path, left_over: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_teacher_dir, folder)
+    with_left_overs(folder, LEFT_OVER[left_over])
+    for head in HEADS:
+        config = load_with_head(str(folder), head).config
+        assert (config.num_labels, config.problem_type) == (head.num_labels, head.problem_type)
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -175,9 +251,9 @@ def test_every_model_gets_a_new_head_whether_or_not_it_has_one(
     shutil.copytree(tiny_teacher_dir, with_head)
     with_left_overs(with_head, {}, head=torch.full((classes, 32), float("nan")))
     torch.manual_seed(0)
-    expected = load_classifier(str(tiny_teacher_dir), 2)
+    expected = load_with_head(str(tiny_teacher_dir), HEADS[0])
     torch.manual_seed(0)
-    found = load_classifier(str(with_head), 2)
+    found = load_with_head(str(with_head), HEADS[0])
     for (name, one), other in zip(expected.state_dict().items(), found.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
     layer = "bert.encoder.layer.3.output.dense.weight"

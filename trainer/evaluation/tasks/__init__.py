@@ -1,0 +1,1 @@
+"""Tasks to fine-tune on: one file per kind behind one protocol."""

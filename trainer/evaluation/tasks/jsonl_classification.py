@@ -1,0 +1,211 @@
+"""Sentence or sentence-pair classification from two JSON-lines files.
+
+train.jsonl, dev.jsonl   objects with ``label`` and either ``text`` or ``text_a`` and ``text_b``
+
+A label is a class: an integer, a string or a boolean, one kind throughout. Examples that are labelled as SNLI and GLUE
+label what has no label (-1, "-") are left out and counted.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.evaluation.tasks.sentences import Example, encode
+from distilspeed.trainer.evaluation.tasks.task import (
+    Feature,
+    FineTuning,
+    Predictions,
+    Scores,
+    Task,
+    TaskConditions,
+)
+from distilspeed.trainer.models.loading import Head
+
+Label = int | str  # bool is an int to Python
+Record = dict[str, Any]  # one line of a file
+
+# datasets gives the unlabelled examples of SNLI, and GLUE's test sets, the label -1; SNLI's own files have "-".
+UNLABELLED = (-1, "-1", "-")
+# SNLI has 0.1 % in train and 1.6 % in dev. Where there are more, -1 or "-" is a class, or the file a test set.
+UNLABELLED_FRACTION = 0.1
+_is_score = re.compile(r"\s*[+-]?(\d*\.\d+([eE][+-]?\d+)?|\d+[eE][+-]?\d+)\s*").fullmatch
+
+
+@dataclass(frozen=True)
+class ClassificationConditions(TaskConditions):
+    """Also the number of classes, and the accuracy of always answering dev's most frequent one."""
+
+    classes: int
+    majority_accuracy: float
+
+    def described(self) -> str:
+        return (
+            f"{super().described()}, {self.classes} classes; the most frequent one alone gives "
+            f"{100 * self.majority_accuracy:.1f} %"
+        )
+
+
+@dataclass(frozen=True)
+class JsonLinesClassification(Task):
+    """A folder with ``train.jsonl`` and ``dev.jsonl``.
+
+    Attributes:
+        labels: the classes of the training examples, sorted; an example's label is an index into them.
+        unlabelled: examples that were left out, by the name of their file.
+    """
+
+    train: tuple[Example, ...]
+    dev: tuple[Example, ...]
+    labels: tuple[Label, ...]
+    unlabelled: Mapping[str, int]
+
+    metrics = ("accuracy",)
+
+    @classmethod
+    def is_named(cls, name: str) -> bool:
+        return (Path(name) / "train.jsonl").exists()
+
+    @classmethod
+    def read(cls, name: str) -> Self:
+        """Read ``train.jsonl`` and ``dev.jsonl`` of the folder ``name``.
+
+        Raises:
+            UserError: a file is missing, empty or not JSON lines; a field is missing or of another type; a label is a
+                score; the two files do not have the same fields, or labels of one kind; more examples are unlabelled
+                than can be by chance; there are fewer than two classes, or dev has one that train lacks.
+        """
+        folder = Path(name)
+        files = {file: _read_records(folder / file) for file in ("train.jsonl", "dev.jsonl")}
+        fields = {_text_fields(record) for records in files.values() for record in records}
+        if len(fields) > 1:
+            raise UserError(
+                f'the task {folder} mixes "text" with "text_a", "text_b"; use one of the two throughout'
+            )
+        labelled = {file: _labelled(records, folder / file) for file, records in files.items()}
+        labels = _classes(folder, *labelled.values())
+        classes = {label: index for index, label in enumerate(labels)}
+        (text_fields,) = fields
+        train, dev = (
+            tuple(_example(record, text_fields, classes) for record in records)
+            for records in labelled.values()
+        )
+        unlabelled = {file: len(records) - len(labelled[file]) for file, records in files.items()}
+        return cls(folder.resolve().name, train, dev, labels, unlabelled)
+
+    @property
+    def head(self) -> Head:
+        return Head(AutoModelForSequenceClassification, len(self.labels), "single_label_classification")
+
+    def features(
+        self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, max_length: int
+    ) -> list[Feature]:
+        return encode(examples, tokenizer, max_length)
+
+    def score(self, features: Sequence[Feature], predictions: Predictions) -> Scores:
+        """Share of the examples whose class gets the highest logit."""
+        answers = torch.stack(predictions["logits"]).argmax(dim=-1)
+        labels = torch.tensor([feature["labels"] for feature in features])
+        return {"accuracy": int((answers == labels).sum()) / len(labels)}
+
+    def conditions(self, fine_tuning: FineTuning) -> ClassificationConditions:
+        general = super().conditions(fine_tuning)
+        return ClassificationConditions(
+            **vars(general), classes=len(self.labels), majority_accuracy=self.majority_accuracy
+        )
+
+    @property
+    def majority_accuracy(self) -> float:
+        """Accuracy on dev of always answering its most frequent class."""
+        return max(Counter(example.label for example in self.dev).values()) / len(self.dev)
+
+    def warnings(self) -> list[str]:
+        return [
+            f"{count:,} examples in {file} of the task {self.name} are unlabelled (-1 or -) and left out"
+            for file, count in self.unlabelled.items()
+            if count
+        ]
+
+
+def _labelled(records: Sequence[Record], path: Path) -> list[Record]:
+    labelled = [record for record in records if record["label"] not in UNLABELLED]
+    left_out = [record["label"] for record in records if record["label"] in UNLABELLED]
+    if len(left_out) > UNLABELLED_FRACTION * len(records):
+        raise UserError(
+            f"{len(left_out):,} of {len(records):,} examples in {path} have the label {json.dumps(left_out[0])}, which "
+            "SNLI and GLUE give to unlabelled ones; remove them, or name the class otherwise"
+        )
+    return labelled
+
+
+def _classes(folder: Path, train: Sequence[Record], dev: Sequence[Record]) -> tuple[Label, ...]:
+    one_of_kind = {type(record["label"]): record["label"] for record in (*train, *dev)}
+    if len(one_of_kind) > 1:
+        kinds = " and ".join(map(json.dumps, one_of_kind.values()))
+        raise UserError(
+            f"the task {folder} mixes labels of different kinds ({kinds}); use integers or strings throughout"
+        )
+    labels = tuple(sorted({record["label"] for record in train}))
+    if len(labels) < 2:
+        raise UserError(
+            f"all training examples of the task {folder} have the label {labels[0]!r}; give two or more"
+        )
+    unknown = sorted({str(record["label"]) for record in dev}.difference(map(str, labels)))
+    if unknown:
+        raise UserError(
+            f"dev.jsonl of the task {folder} has labels that train.jsonl lacks ({', '.join(unknown[:3])}); correct it"
+        )
+    return labels
+
+
+def _read_records(path: Path) -> list[Record]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            records = [_parse(line, f"{path}, line {number}") for number, line in enumerate(file, start=1)]
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path}: {error.strerror}; a task is a folder with train.jsonl and dev.jsonl"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8; convert it to UTF-8") from error
+    if not records:
+        raise UserError(f"{path} is empty; a task needs examples to train and to test on")
+    return records
+
+
+def _parse(line: str, where: str) -> Record:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON: {error}; a task has one object a line") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{where} is not an object; a task has one object a line")
+    texts, label = [record.get(field) for field in _text_fields(record)], record.get("label")
+    if isinstance(label, float) or (isinstance(label, str) and _is_score(label)):
+        raise UserError(
+            f"{where} has the label {json.dumps(label)}, a score, and tasks are classifications (regression is not "
+            "supported); give classes, as integers or names"
+        )
+    if not all(isinstance(text, str) for text in texts) or not isinstance(label, Label) or label == "":
+        raise UserError(
+            f'{where} needs "text", or "text_a" and "text_b", as strings and "label" as integer or name; correct it'
+        )
+    return record
+
+
+def _text_fields(record: Record) -> tuple[str, ...]:
+    return ("text",) if "text" in record else ("text_a", "text_b")
+
+
+def _example(record: Record, text_fields: tuple[str, ...], classes: dict[Label, int]) -> Example:
+    # JSON can spell half of a surrogate pair ("\ud83d"), which is no character and cannot be tokenised.
+    texts = [record[field].encode("utf-8", "replace").decode() for field in text_fields]
+    text, pair = (*texts, None)[:2]
+    return Example(text, pair, classes[record["label"]])
