@@ -8,14 +8,21 @@ of both, MFU against a matrix product measured in the same process, peak memory 
 goes.
 """
 
-import argparse
 import sys
 import tempfile
+from argparse import SUPPRESS
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 from distilspeed.trainer.errors import UserError
-from distilspeed.trainer.job.command import CommandParser, quiet_libraries, run_command
+from distilspeed.trainer.job.arguments import (
+    LauncherArguments,
+    setting,
+    whole_numbers,
+)
+from distilspeed.trainer.job.command import quiet_libraries, run_command
+from distilspeed.trainer.training.arguments import StepArguments, TrainArguments
 
 if TYPE_CHECKING:
     from distilspeed.trainer.throughput.report import BenchmarkReport
@@ -25,135 +32,109 @@ if TYPE_CHECKING:
 STEPS_OF_SCHEDULE = 1_000_000
 
 
-def rank_counts(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in text.split(","))
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkArguments(StepArguments):
+    """The command line of ``launch/benchmark.py``; ``contestant`` and ``laps`` are for the processes it starts."""
+
+    restrict_ce_to_mask: bool = setting(False, help="soft targets on masked tokens only, in our step")
+    as_v100: bool = setting(False, help="under the limits of a V100 of 16 GiB, on a newer GPU")
+    rounds: int = setting(5, at_least=1, help="turns of each")
+    ranks: tuple[int, ...] = setting(
+        (),
+        at_least=1,
+        parse=whole_numbers,
+        metavar="N,N",
+        help="also run on so many ranks of this machine",
+    )
+    output: Path | None = setting(None, metavar="FILE", help="write the results as JSON")
+    check: Path | None = setting(
+        None,
+        metavar="FILE",
+        help="fail if the ratio is more than 10 %% below that of this earlier --output",
+    )
+    contestant: Literal["ours", "eager"] | None = setting(None, help=SUPPRESS)
+    laps: str | None = setting(None, help=SUPPRESS)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher == "none":
+            raise UserError("a benchmark compares distillations; give a --teacher")
+
+    def training(self, output_dir: Path) -> TrainArguments:
+        of_step = {each.name: getattr(self, each.name) for each in fields(StepArguments)}
+        return TrainArguments(**of_step, output_dir=output_dir, max_steps=STEPS_OF_SCHEDULE)
 
 
 def main() -> None:
-    options = vars(_build_parser().parse_args())
-    rounds, ranks, output, check, contestant, laps = (
-        options.pop(name) for name in ("rounds", "ranks", "output", "check", "contestant", "laps")
+    from distilspeed.trainer.job.parser import CommandParser
+
+    parser = CommandParser(
+        BenchmarkArguments, LauncherArguments, prog="launch/benchmark.py", description=__doc__
     )
-    if options.pop("as_v100"):
+    arguments: BenchmarkArguments = parser.parse()[0]
+    if arguments.as_v100:
         from distilspeed.trainer.throughput.v100 import limit_to_v100
 
         limit_to_v100()
-    run = _prepare(options)
-    if contestant:
+    run = _prepare(arguments)
+    if arguments.contestant:
         from distilspeed.trainer.throughput.contestants import serve
 
-        serve(contestant, run, laps and laps.split(","))
+        serve(arguments.contestant, run, arguments.laps and arguments.laps.split(","))
         return
-    _check_before_measuring(run, rounds, ranks, output, check)
-    report = _measure(run, rounds, ranks)
+    _check_before_measuring(run, arguments)
+    report = _measure(run, arguments)
     print(report.table())
-    _keep(report, output, check)
+    _keep(report, arguments)
 
 
-def _prepare(options: dict[str, Any]) -> "Run":
-    for not_an_argument in ("debug", "local_rank"):
-        options.pop(not_an_argument)
+def _prepare(arguments: BenchmarkArguments) -> "Run":
     # After the parsing, because importing torch takes seconds.
     from distilspeed.trainer.objective.registry import take_terms
-    from distilspeed.trainer.training.arguments import TrainArguments
     from distilspeed.trainer.training.run import prepare_run
 
     quiet_libraries()
-    if options["teacher"] == "none":
-        raise UserError("a benchmark compares distillations; give a --teacher")
-    terms = take_terms(options)
+    terms = take_terms({"restrict_ce_to_mask": arguments.restrict_ce_to_mask})
     with tempfile.TemporaryDirectory() as folder:  # nothing is written there
-        arguments = TrainArguments(**options, output_dir=Path(folder), max_steps=STEPS_OF_SCHEDULE)
-        return prepare_run(arguments, terms)
+        return prepare_run(arguments.training(Path(folder)), terms)
 
 
-def _check_before_measuring(
-    run: "Run", rounds: int, ranks: tuple[int, ...], output: Path | None, check: Path | None
-) -> None:
+def _check_before_measuring(run: "Run", arguments: BenchmarkArguments) -> None:
     from distilspeed.trainer.engine.config import read_deepspeed_config, resolve_batch_equation
     from distilspeed.trainer.files import check_new_file
     from distilspeed.trainer.throughput.report import read_stored
 
-    for name, number in (("rounds", rounds), *(("ranks", count) for count in ranks)):
-        if number < 1:
-            raise UserError(f"--{name} {number} is below 1; give at least 1")
-    arguments = run.arguments
     config = read_deepspeed_config(arguments.deepspeed_config)
-    for count in ranks:
+    for count in arguments.ranks:
         resolve_batch_equation(
             config, count, arguments.train_batch_size, arguments.per_device_train_batch_size
         )
-    if output:
-        check_new_file(output)
-    if check:
-        read_stored(check)
+    if arguments.output:
+        check_new_file(arguments.output)
+    if arguments.check:
+        read_stored(arguments.check)
 
 
-def _measure(run: "Run", rounds: int, ranks: tuple[int, ...]) -> "BenchmarkReport":
+def _measure(run: "Run", arguments: BenchmarkArguments) -> "BenchmarkReport":
     from distilspeed.trainer.throughput.measurement import SECONDS_PER_TURN, compare, measure_scaling
     from distilspeed.trainer.throughput.report import BenchmarkReport
 
     seconds = SECONDS_PER_TURN[run.process.device.type]
-    comparison = compare([sys.executable, *sys.argv], rounds, seconds)
-    return BenchmarkReport.of(run, comparison, measure_scaling(sys.argv, ranks))
+    comparison = compare([sys.executable, *sys.argv], arguments.rounds, seconds)
+    return BenchmarkReport.of(run, comparison, measure_scaling(sys.argv, arguments.ranks))
 
 
-def _keep(report: "BenchmarkReport", output: Path | None, check: Path | None) -> None:
+def _keep(report: "BenchmarkReport", arguments: BenchmarkArguments) -> None:
     from distilspeed.trainer.files import write_text
     from distilspeed.trainer.throughput.report import check_against
 
-    if output:
+    if arguments.output:
         try:
-            write_text(output, report.to_json())
+            write_text(arguments.output, report.to_json())
         except OSError as error:
-            raise UserError(f"cannot write {output}: {error.strerror}; check --output") from error
-    if check:
-        check_against(check, report)
-
-
-def _build_parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        prog="launch/benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add(
-        "--deepspeed_config",
-        type=Path,
-        required=True,
-        help="as for training: precision, ZeRO stage, optimiser",
-    )
-    add("--teacher", required=True, help="hub id or folder of a BERT masked language model")
-    add("--data_dir", type=Path, required=True, help="corpus made by launch/prepare_data.py")
-    add("--train_batch_size", type=int, help='rows per optimiser step, where the config says "auto"')
-    add("--per_device_train_batch_size", type=int, help='rows per micro-batch, where the config says "auto"')
-    add(
-        "--dataloader_num_workers",
-        type=int,
-        help="processes that mask and collate; default 2 on a GPU, 0 on a CPU",
-    )
-    add("--restrict_ce_to_mask", action="store_true", help="soft targets on masked tokens only, in our step")
-    add("--compile", action="store_true", help="compile the encoders (torch.compile), in our step")
-    add("--as_v100", action="store_true", help="under the limits of a V100 of 16 GiB, on a newer GPU")
-    add("--rounds", type=int, default=5, help="turns of each; default 5")
-    add(
-        "--ranks",
-        type=rank_counts,
-        default=(),
-        metavar="N,N",
-        help="also run on so many ranks of this machine",
-    )
-    add("--output", type=Path, metavar="FILE", help="write the results as JSON")
-    add(
-        "--check",
-        type=Path,
-        metavar="FILE",
-        help="fail if the ratio is more than 10 %% below that of this earlier --output",
-    )
-    add("--debug", action="store_true", help="show the traceback of an error")
-    add("--contestant", choices=("ours", "eager"), help=argparse.SUPPRESS)
-    add("--laps", help=argparse.SUPPRESS)
-    add("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser
+            raise UserError(f"cannot write {arguments.output}: {error.strerror}; check --output") from error
+    if arguments.check:
+        check_against(arguments.check, report)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ memory is the highest sum of its processes' resident sets, looked at ten times a
 share counts in each.
 """
 
-import argparse
 import json
 import pickle
 import random
@@ -26,10 +25,23 @@ from pathlib import Path
 
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.files import check_new_file, write_text
-from distilspeed.trainer.job.command import CommandParser, run_command
+from distilspeed.trainer.job.arguments import Settings, setting
+from distilspeed.trainer.job.command import run_command
 
 SECONDS_BETWEEN_LOOKS = 0.1
 SMALL_TEXT_BYTES = 10_000_000  # the text whose memory is compared with that of all the text
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkPreparationArguments(Settings):
+    """The command line of ``launch/benchmark_preparation.py``."""
+
+    text: Path = setting(metavar="FILE", help="text, a document a line")
+    tokenizer: str = setting(metavar="ID_OR_DIR", help="BERT's: a hub name or a folder")
+    seq_length: int = setting(128, help="of our rows")
+    num_proc: int = setting(2, at_least=1, metavar="N", help="our processes")
+    rounds: int = setting(3, at_least=1, metavar="N", help="of both, in turns")
+    output: Path | None = setting(None, metavar="FILE", help="also write it as JSON")
 
 
 @dataclass(frozen=True)
@@ -155,36 +167,39 @@ def _memory_of_tree(pid: int) -> int:
     return pages * resource.getpagesize() + sum(map(_memory_of_tree, children))
 
 
-def check_input(options: argparse.Namespace) -> None:
+def check_input(arguments: BenchmarkPreparationArguments) -> None:
     """Raise UserError for what ours would refuse: the original does not check it."""
-    from distilspeed.trainer.corpus.build import CorpusArguments, open_input
+    from distilspeed.trainer.corpus.arguments import CorpusArguments
+    from distilspeed.trainer.corpus.build import open_input
 
     with tempfile.TemporaryDirectory() as work:  # nothing is written there
         open_input(
             CorpusArguments(
-                options.tokenizer,
-                Path(work) / "corpus",
-                text=(options.text,),
-                seq_length=options.seq_length,
-                num_proc=options.num_proc,
+                tokenizer=arguments.tokenizer,
+                output_dir=Path(work) / "corpus",
+                text=(arguments.text,),
+                seq_length=arguments.seq_length,
+                num_proc=arguments.num_proc,
             )
         )
 
 
-def compare(options: argparse.Namespace) -> list[Comparison]:
+def compare(arguments: BenchmarkPreparationArguments) -> list[Comparison]:
     with tempfile.TemporaryDirectory() as work:
         small = Path(work) / "small.txt"
-        with options.text.open("rb") as file:
+        with arguments.text.open("rb") as file:
             small.write_bytes(file.read(SMALL_TEXT_BYTES).rpartition(b"\n")[0] + b"\n")
-        texts = [small, options.text] if options.text.stat().st_size > SMALL_TEXT_BYTES else [options.text]
+        texts = (
+            [small, arguments.text] if arguments.text.stat().st_size > SMALL_TEXT_BYTES else [arguments.text]
+        )
         comparisons = [Comparison(text.stat().st_size, [], []) for text in texts]
-        for _ in range(options.rounds):
+        for _ in range(arguments.rounds):
             for text, comparison in zip(texts, comparisons, strict=True):
                 folder = Path(work) / "run"
                 folder.mkdir()
-                comparison.original.append(run_original(text, options.tokenizer, folder))
+                comparison.original.append(run_original(text, arguments.tokenizer, folder))
                 comparison.ours.append(
-                    run_ours(text, options.tokenizer, folder, options.seq_length, options.num_proc)
+                    run_ours(text, arguments.tokenizer, folder, arguments.seq_length, arguments.num_proc)
                 )
                 shutil.rmtree(folder)
     return comparisons
@@ -209,35 +224,28 @@ def table(comparisons: list[Comparison]) -> str:
 
 
 def main() -> None:
-    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--text", type=Path, required=True, metavar="FILE", help="text, a document a line")
-    add("--tokenizer", required=True, metavar="ID_OR_DIR", help="BERT's: a hub name or a folder")
-    add("--seq_length", type=int, default=128, help="of our rows (default 128)")
-    add("--num_proc", type=int, default=2, metavar="N", help="our processes (default 2)")
-    add("--rounds", type=int, default=3, metavar="N", help="of both, in turns (default 3)")
-    add("--output", type=Path, metavar="FILE", help="also write it as JSON")
-    add("--debug", action="store_true", help="show the traceback of an error")
-    options = parser.parse_args()
-    if options.rounds < 1:
-        raise UserError(f"--rounds {options.rounds} is below 1; give at least 1")
-    if options.output:
-        check_new_file(options.output)
+    from distilspeed.trainer.job.parser import CommandParser
+
+    (arguments,) = CommandParser(
+        BenchmarkPreparationArguments, prog="launch/benchmark_preparation.py", description=__doc__
+    ).parse()
+    if arguments.output:
+        check_new_file(arguments.output)
     # After the parsing, because importing torch takes seconds.
     import torch
 
     from distilspeed.kernels.profiling.machine import Machine
     from distilspeed.trainer.corpus.writer import installed_versions
 
-    check_input(options)
+    check_input(arguments)
     machine = Machine.here(torch.device("cpu"))
-    comparisons = compare(options)
+    comparisons = compare(arguments)
     print(f"{table(comparisons)}\n{machine.cpu}, {machine.cores} cores; {machine.date}")
-    if options.output:
+    if arguments.output:
         record = {
-            "text": options.text.name,
-            "seq_length": options.seq_length,
-            "num_proc": options.num_proc,
+            "text": arguments.text.name,
+            "seq_length": arguments.seq_length,
+            "num_proc": arguments.num_proc,
             "comparisons": [
                 asdict(comparison)
                 | {"ratio": comparison.ratio(), "ratio_without_counting": comparison.ratio_without_counting()}
@@ -248,7 +256,7 @@ def main() -> None:
             "versions": installed_versions(),
             "machine": asdict(machine) | {"command": _without_folders(machine.command)},
         }
-        write_text(options.output, json.dumps(record, indent=2) + "\n")
+        write_text(arguments.output, json.dumps(record, indent=2) + "\n")
 
 
 def _without_folders(command: str) -> str:

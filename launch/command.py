@@ -11,7 +11,7 @@ from typing import NamedTuple, NoReturn
 
 from distilspeed import __version__
 from distilspeed.trainer.errors import UserError
-from distilspeed.trainer.job.command import CommandParser, run_command
+from distilspeed.trainer.job.command import PlainParser, run_command
 
 
 class Command(NamedTuple):
@@ -55,7 +55,7 @@ def main() -> NoReturn:
 
 
 def _run() -> None:
-    parser = CommandParser(
+    parser = PlainParser(
         prog="distilspeed",
         usage="distilspeed COMMAND [options]",
         description="\n".join(f"{name:<12}{command.does}" for name, command in COMMANDS.items()),
@@ -65,7 +65,7 @@ def _run() -> None:
     parser.add_argument("--version", action="version", version=f"distilspeed {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     command, options = parser.parse_args(sys.argv[1:2]).command, sys.argv[2:]
-    CommandParser.typed = f"distilspeed {command}"
+    PlainParser.typed = f"distilspeed {command}"
     try:
         if command == "train":
             _launch_training(options)
@@ -76,7 +76,7 @@ def _run() -> None:
         if package in ("", "distilspeed"):
             raise
         raise UserError(
-            f"{CommandParser.typed} needs {package}, which is not installed; install distilspeed[train]"
+            f"{PlainParser.typed} needs {package}, which is not installed; install distilspeed[train]"
         ) from error
 
 
@@ -89,10 +89,10 @@ def _run_script(command: str, options: Sequence[str]) -> None:
 
 def _launch_training(given: Sequence[str]) -> NoReturn:
     """Become ``deepspeed --module distilspeed.launch.train``: so signals and statuses are those of ``deepspeed``."""
-    from distilspeed.launch.train import build_parser
-
     if find_spec("deepspeed") is None:
         raise ModuleNotFoundError(name="deepspeed")
+    from distilspeed.launch.train import build_parser
+
     for_launcher, options = split_options(given)
     parser = build_parser()
     parser.epilog = (

@@ -8,7 +8,6 @@ of yours or a small one that is trained first. A part that fails stops no other.
 report.json and the parts' own files. Status 1 if a part failed.
 """
 
-import argparse
 import json
 import os
 import signal
@@ -21,7 +20,8 @@ from typing import Any, NoReturn
 
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.files import check_unoccupied, write_text, writing
-from distilspeed.trainer.job.command import CommandParser, quiet_libraries, run_command
+from distilspeed.trainer.job.arguments import Settings, setting
+from distilspeed.trainer.job.command import quiet_libraries, run_command
 from distilspeed.trainer.job.processes import STOP_SIGNALS, stop_signals
 from distilspeed.trainer.throughput.check_runner import Part, Runner, file_name
 
@@ -32,6 +32,26 @@ MINUTES = 10.0
 SECONDS_OF_TESTS, SECONDS_OF_MEASUREMENT = 300.0, 120.0
 # So many test processes share the GPU: most of their time is compiling.
 TEST_PROCESSES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuCheckArguments(Settings):
+    """The command line of ``launch/gpu_check.sh``."""
+
+    output_dir: Path = setting(metavar="DIR", help="made by this command")
+    teacher: Path | None = setting(
+        None, metavar="DIR", help="to distil: a BERT masked language model with its tokenizer"
+    )
+    text: tuple[Path, ...] = setting((), metavar="FILE", help="to distil it on")
+    task: Path | None = setting(None, metavar="DIR", help="to fine-tune on, as for launch/evaluate.py")
+    parts: tuple[str, ...] = setting(GROUPS, action="store", choices=GROUPS, help="what to run; default all")
+    minutes: float = setting(MINUTES, above=0, at_most=24 * 60, help="after which what runs is ended")
+    smoke: bool = setting(False, help="everything in small, on a CPU, too: no measurements")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.teacher is None) != (not self.text):
+            raise UserError("--teacher and --text go together; give both, or neither")
 
 
 @dataclass(frozen=True)
@@ -98,14 +118,14 @@ SMOKE = Sizes(
 class Plan:
     """The parts of the check; all their files are in the output folder."""
 
-    def __init__(self, options: argparse.Namespace, sizes: Sizes) -> None:
-        self.out: Path = options.output_dir
-        self.sizes, self.task = sizes, options.task
-        self.makes_teacher = options.teacher is None
+    def __init__(self, arguments: GpuCheckArguments, sizes: Sizes) -> None:
+        self.out = arguments.output_dir
+        self.sizes, self.task = sizes, arguments.task
+        self.makes_teacher = arguments.teacher is None
         self.data = self.out / "data"
-        self.text = options.text or [self.data / "text.txt"]
-        self.tokenizer = options.teacher or self.data / "tokenizer"
-        self.teacher = options.teacher or self.out / "teacher" / "student"
+        self.text = arguments.text or (self.data / "text.txt",)
+        self.tokenizer = arguments.teacher or self.data / "tokenizer"
+        self.teacher = arguments.teacher or self.out / "teacher" / "student"
         self.measured_teacher = self.out / "measured_teacher"
 
     def write_inputs(self) -> None:
@@ -237,27 +257,29 @@ def stop(number: int, _frame: object) -> NoReturn:
 
 
 def main() -> None:
-    options = _build_parser().parse_args()
-    _check(options)
+    from distilspeed.trainer.job.parser import CommandParser
+
+    (arguments,) = CommandParser(GpuCheckArguments, prog="launch/gpu_check.sh", description=__doc__).parse()
+    _check(arguments)
     # After the parsing, because importing torch takes seconds.
     import torch
 
     from distilspeed.kernels.profiling.machine import Machine
 
     has_gpu = torch.cuda.is_available()
-    if not (options.smoke or has_gpu):
+    if not (arguments.smoke or has_gpu):
         raise UserError("PyTorch sees no GPU here; run it where there is one, or with --smoke")
-    sizes = SMOKE if options.smoke else Sizes()
+    sizes = SMOKE if arguments.smoke else Sizes()
     if has_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         sizes = replace(sizes, dtypes=("fp16",))
     quiet_libraries()
     for number in stop_signals():
         signal.signal(number, stop)
-    with writing(options.output_dir):
-        options.output_dir.mkdir(parents=True, exist_ok=True)
+    with writing(arguments.output_dir):
+        arguments.output_dir.mkdir(parents=True, exist_ok=True)
         machine = Machine.here(torch.device("cuda" if has_gpu else "cpu"))
-        runner = Runner(options.output_dir, machine, 60 * options.minutes, options.minutes / MINUTES)
-        run_all(Plan(options, sizes), runner, options.parts)
+        runner = Runner(arguments.output_dir, machine, 60 * arguments.minutes, arguments.minutes / MINUTES)
+        run_all(Plan(arguments, sizes), runner, arguments.parts)
     print(runner.report(), end="")
     sys.exit(0 if runner.all_passed else 1)
 
@@ -276,41 +298,16 @@ def run_all(plan: Plan, runner: Runner, groups: Sequence[str]) -> None:
     runner.run(*(plan.profiles() if KERNELS in groups else []), *training[first:])
 
 
-def _check(options: argparse.Namespace) -> None:
-    if (options.teacher is None) != (options.text is None):
-        raise UserError("--teacher and --text go together; give both, or neither")
+def _check(arguments: GpuCheckArguments) -> None:
     given = [
-        ("teacher", options.teacher),
-        ("task", options.task),
-        *(("text", path) for path in options.text or ()),
+        ("teacher", arguments.teacher),
+        ("task", arguments.task),
+        *(("text", path) for path in arguments.text),
     ]
     for flag, path in given:
         if path and not path.exists():
             raise UserError(f"there is no {path}; check --{flag}")
-    if not 0 < options.minutes <= 24 * 60:
-        raise UserError("--minutes must be above 0, and a day at the most")
-    check_unoccupied(options.output_dir)
-
-
-def _build_parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        prog="launch/gpu_check.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--output_dir", type=Path, required=True, metavar="DIR", help="made by this command")
-    add(
-        "--teacher",
-        type=Path,
-        metavar="DIR",
-        help="to distil: a BERT masked language model with its tokenizer",
-    )
-    add("--text", type=Path, nargs="+", metavar="FILE", help="to distil it on")
-    add("--task", type=Path, metavar="DIR", help="to fine-tune on, as for launch/evaluate.py")
-    add("--parts", nargs="+", choices=GROUPS, default=GROUPS, help="default all")
-    add("--minutes", type=float, default=MINUTES, help="after which what runs is ended; default 10")
-    add("--smoke", action="store_true", help="everything in small, on a CPU, too: no measurements")
-    add("--debug", action="store_true", help="show the traceback of an error")
-    return parser
+    check_unoccupied(arguments.output_dir)
 
 
 if __name__ == "__main__":

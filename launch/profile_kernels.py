@@ -13,20 +13,15 @@ timing for the GPU of this machine, by the compiler's figures for all others; en
 import argparse
 import logging
 import os
+from dataclasses import MISSING, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from distilspeed.kernels.profiling.settings import ProfileError, ProfileSettings
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.files import check_unoccupied, folder_written_whole, parents_made, write_text
-from distilspeed.trainer.job.command import CommandParser, run_command
-
-if TYPE_CHECKING:
-    from distilspeed.kernels.profiling.profile import ProfileSettings
-
-
-def peer_set(text: str) -> frozenset[str]:
-    return frozenset() if text == "none" else frozenset(text.split(","))
+from distilspeed.trainer.job.command import PlainParser, run_command, with_default
 
 
 def main() -> None:
@@ -40,7 +35,7 @@ def main() -> None:
     # PyTorch's profiler, which meters the memory, would write lines of its own to stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     # After the parsing, because importing torch takes seconds.
-    from distilspeed.kernels.profiling.profile import ProfileError, ProfileSettings, profile_kernels
+    from distilspeed.kernels.profiling.profile import profile_kernels
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("distilspeed").setLevel(logging.INFO)
@@ -54,7 +49,7 @@ def main() -> None:
         raise UserError(str(error)) from error
 
 
-def _tune(vocab_size: int = 30522, **others: Any) -> None:
+def _tune(vocab_size: int = ProfileSettings.vocab_size, **others: Any) -> None:
     if others:
         raise UserError(f"--tune goes with --vocab_size only; leave out --{next(iter(others))}")
     if vocab_size < 1:
@@ -74,7 +69,7 @@ def _tune(vocab_size: int = 30522, **others: Any) -> None:
         )
 
 
-def _profile_to_folder(settings: "ProfileSettings", output_dir: Path, trace: bool) -> None:
+def _profile_to_folder(settings: ProfileSettings, output_dir: Path, trace: bool) -> None:
     """Profile, print the table, and write the files: what keeps them from being written is known before measuring."""
     from distilspeed.kernels.profiling.profile import profile_kernels
     from distilspeed.kernels.profiling.report import write_profile
@@ -90,26 +85,18 @@ def _profile_to_folder(settings: "ProfileSettings", output_dir: Path, trace: boo
 
 def _parse_arguments() -> dict[str, Any]:
     """The options given, by their names in ``ProfileSettings``; those left out keep its defaults."""
-    parser = CommandParser(
+    # Not by HfArgumentParser: this command needs torch and triton alone.
+    parser = PlainParser(
         prog="launch/profile_kernels.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
-    add("--tokens", type=int, metavar="N", help="rows of the logits (default 4096)")
-    add("--vocab_size", type=int, metavar="N", help="columns of the logits (default 30522)")
-    add("--hidden_size", type=int, metavar="N", help="width of the hidden states (default 768)")
-    add("--temperature", type=float, help="of the soft targets (default 2)")
-    add("--dtype", choices=("fp16", "bf16", "fp32"), help="default fp16 on a GPU, fp32 on a CPU")
-    add("--device", choices=("auto", "cpu", "cuda"), help="default auto: the GPU where there is one")
-    add("--repeats", type=int, metavar="N", help="rounds to measure (default 50 on a GPU, 5 on a CPU)")
-    add(
-        "--peers",
-        type=peer_set,
-        metavar="NAME,NAME",
-        help="what to compare with, of eager,compile,liger (default: all), or none",
-    )
+    for each in fields(ProfileSettings):
+        options: dict[str, Any] = dict(each.metadata)
+        options["help"] = with_default(options["help"], None if each.default is MISSING else each.default)
+        add(f"--{each.name}", **options)
     add("--output_dir", type=Path, metavar="DIR", help="made by this command")
     add("--tune", action="store_true", help="write the table of launches instead of profiling")
     add("--trace", action="store_true", help="also write trace.json, a Chrome trace of one round")

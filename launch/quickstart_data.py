@@ -9,12 +9,13 @@ import json
 import re
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.files import check_unoccupied, folder_written_whole, parents_made
-from distilspeed.trainer.job.command import CommandParser, run_command
+from distilspeed.trainer.job.arguments import Settings, setting
+from distilspeed.trainer.job.command import run_command
 
 VOCABULARY = 2048
 SHORTEST_PARAGRAPH = 60  # characters
@@ -52,18 +53,24 @@ def prose_paragraphs(text: str) -> Iterator[str]:
             yield line
 
 
+@dataclass(frozen=True, kw_only=True)
+class QuickstartDataArguments(Settings):
+    """The command line of ``launch/quickstart_data.py``."""
+
+    output_dir: Path = setting(help="made by this command")
+    seq_length: int = setting(128, at_least=16, help="tokens a row, at most")
+
+
 def main() -> None:
-    parser = CommandParser(prog="launch/quickstart_data.py", description=__doc__)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--seq_length", type=int, default=128, help="tokens a row, at most; default 128")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    options = parser.parse_args()
-    output_dir: Path = options.output_dir
-    if options.seq_length < 16:
-        raise UserError(f"--seq_length {options.seq_length} is below 16; give at least 16")
+    from distilspeed.trainer.job.parser import CommandParser
+
+    (arguments,) = CommandParser(
+        QuickstartDataArguments, prog="launch/quickstart_data.py", description=__doc__
+    ).parse()
+    output_dir: Path = arguments.output_dir
     check_unoccupied(output_dir)
     with parents_made(output_dir), folder_written_whole(output_dir) as folder:
-        summary = write_data(folder, options.seq_length)
+        summary = write_data(folder, arguments.seq_length)
     print(f"{output_dir}: {summary}")
 
 

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, settings
 from tokenizers import BertWordPieceTokenizer
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertTokenizer
 
-from distilspeed.trainer.corpus.build import CorpusArguments, prepare_corpus
+from distilspeed.trainer.corpus.arguments import CorpusArguments
+from distilspeed.trainer.corpus.build import prepare_corpus
 
 SMALL_VOCABULARY = 1000
 SMALL_SEQ_LENGTH = 64

@@ -33,8 +33,9 @@ from distilspeed.kernels.profiling.problem import (
     random_labels,
     single_launch_floor_bytes,
 )
-from distilspeed.kernels.profiling.profile import ProfileError, ProfileSettings, report_group, warm_up
+from distilspeed.kernels.profiling.profile import report_group, warm_up
 from distilspeed.kernels.profiling.report import CaseReport
+from distilspeed.kernels.profiling.settings import ProfileError, ProfileSettings
 
 CPU = torch.device("cpu")
 MIB = 2**20

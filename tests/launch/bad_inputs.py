@@ -28,10 +28,11 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from distilspeed.trainer.corpus.build import CorpusArguments, prepare_corpus
-from distilspeed.trainer.corpus.format import Shard
+from distilspeed.trainer.corpus.arguments import CorpusArguments
+from distilspeed.trainer.corpus.build import prepare_corpus
 from distilspeed.trainer.corpus.lines import LONGEST_LINE
 from distilspeed.trainer.corpus.recognition import READ_BYTES
+from distilspeed.trainer.corpus.shard import Shard
 from distilspeed.trainer.models.loading import load_teacher, make_student
 
 LONG_NAME = "n" * 300

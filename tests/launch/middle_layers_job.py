@@ -1,12 +1,13 @@
 """``launch/train.py`` with a fourth loss, which has parameters of its own: a class, and its place in the registry."""
 
 import runpy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from distilspeed.trainer.job.arguments import setting
 from distilspeed.trainer.objective.outputs import Models, Outputs
 from distilspeed.trainer.objective.registry import TERMS
 from distilspeed.trainer.objective.term import Needs, Shown, Term
@@ -19,7 +20,7 @@ class MiddleLayers(Term):
     name = "middle"
     shown = Shown("middle", "First layers", "first layers, squared error", "#CC79A7")
 
-    alpha_middle: float = field(default=0.0, metadata={"help": "weight of the first layers' squared error"})
+    alpha_middle: float = setting(0.0, help="weight of the first layers' squared error")
 
     def needs(self, models: Models) -> Needs:
         return Needs(student_layers=(1,), teacher_layers=(models.layers[0] + 1,))

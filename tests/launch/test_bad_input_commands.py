@@ -20,7 +20,8 @@ import pytest
 from bad_inputs import LONG_NAME, SENTENCE, write_inputs
 from refusals import refusal, snapshot
 
-from distilspeed.trainer.corpus.build import CorpusArguments, prepare_corpus
+from distilspeed.trainer.corpus.arguments import CorpusArguments
+from distilspeed.trainer.corpus.build import prepare_corpus
 from distilspeed.trainer.corpus.recognition import READ_BYTES
 from distilspeed.trainer.corpus.writer import RowWriter
 
@@ -127,7 +128,7 @@ PREPARE_DATASET = [
 PREPARE = "--text good.txt --tokenizer tokenizer --seq_length 64 --num_proc 1 --output_dir out/corpus"
 PREPARE_OPTIONS = [
     ("--tokenizer nowhere", "the tokenizer nowhere cannot be loaded"),
-    ("--tokenizer ''", "the tokenizer"),
+    ("--tokenizer ''", "--tokenizer is missing;"),
     ("--tokenizer void", "the tokenizer void cannot be loaded"),
     ("--tokenizer good.txt", "the tokenizer good.txt cannot be loaded"),
     ("--tokenizer no_mask", "the tokenizer no_mask has no mask token"),
@@ -149,13 +150,13 @@ PREPARE_OPTIONS = [
     ("--tokenizer no_vocabulary", "the tokenizer no_vocabulary has no vocabulary"),
     ("--seq_length long", "argument --seq_length: invalid int value: 'long'"),
     ("--seq_length 64.5", "argument --seq_length: invalid int value: '64.5'"),
-    ("--held_out_fraction 0", "--held_out_fraction 0.0 is not between"),
-    ("--held_out_fraction 0.5", "--held_out_fraction 0.5 is not between"),
-    ("--held_out_fraction -0.1", "--held_out_fraction -0.1 is not between"),
-    ("--held_out_fraction nan", "--held_out_fraction nan is not between"),
+    ("--held_out_fraction 0", "--held_out_fraction must be above 0 and below 0.5"),
+    ("--held_out_fraction 0.5", "--held_out_fraction must be above 0 and below 0.5"),
+    ("--held_out_fraction -0.1", "--held_out_fraction must be above 0"),
+    ("--held_out_fraction nan", "--held_out_fraction is nan; give a finite number"),
     ("--held_out_fraction half", "argument --held_out_fraction: invalid float value"),
-    ("--num_proc 0", "--num_proc 0 is below 1"),
-    ("--num_proc -2", "--num_proc -2 is below 1"),
+    ("--num_proc 0", "--num_proc must be at least 1"),
+    ("--num_proc -2", "--num_proc must be at least 1"),
     ("--num_proc all", "argument --num_proc: invalid int value: 'all'"),
     ("--shard /", "--shard '/' is not I/N"),
     ("--shard 1", "--shard '1' is not I/N"),
@@ -266,10 +267,10 @@ EVALUATE_OPTIONS = [
     ("--task_epochs 0", "--task_epochs must be at least 1"),
     ("--task_seeds -1", "--task_seeds must be at least 1"),
     ("--task_batch_size 0", "--task_batch_size must be at least 1"),
-    ("--task_learning_rate nan", "--task_learning_rate must be between 0 and 1"),
-    ("--task_learning_rate 0", "--task_learning_rate must be between 0 and 1"),
-    ("--seed -1", "--seed must be from 0"),
-    ("--seed 4294967296", "--seed must be from 0"),
+    ("--task_learning_rate nan", "--task_learning_rate is nan; give a finite number"),
+    ("--task_learning_rate 0", "--task_learning_rate must be above 0 and below 1"),
+    ("--seed -1", "--seed must be at least 0 and at most 4,294,967,295"),
+    ("--seed 4294967296", "--seed must be at least 0"),
     ("--device tpu", "argument --device: invalid choice: 'tpu'"),
     ("--output_dir occupied", "occupied exists already"),
     ("--output_dir good.txt", "good.txt exists already"),
@@ -313,11 +314,11 @@ BENCHMARK_OPTIONS = [
     ("--deepspeed_config fp16_and_bf16.json", 'enables both "fp16" and "bf16"'),
     ("--train_batch_size 17", "train_batch_size 17 cannot be divided into micro-batch 8 x 1 ranks"),
     ("--train_batch_size 0", "--train_batch_size must be above 0"),
-    ("--rounds 0", "--rounds 0 is below 1"),
+    ("--rounds 0", "--rounds must be at least 1"),
     ("--rounds few", "argument --rounds: invalid int value: 'few'"),
-    ("--ranks 0", "--ranks 0 is below 1"),
+    ("--ranks 0", "--ranks must be at least 1"),
     ("--ranks 1,3", "train_batch_size 16 cannot be divided into micro-batch 8 x 3 ranks"),
-    ("--ranks two", "argument --ranks: invalid rank_counts value: 'two'"),
+    ("--ranks two", "argument --ranks: invalid whole_numbers value: 'two'"),
     ("--output result.json", "result.json exists already"),
     ("--output occupied", "occupied exists already"),
     ("--output loop", "loop exists already"),
@@ -338,8 +339,8 @@ BENCHMARK_PREPARATION = [
     ("--tokenizer nowhere", "the tokenizer nowhere cannot be loaded"),
     ("--tokenizer no_mask", "the tokenizer no_mask has no mask token"),
     ("--seq_length 15", "--seq_length 15 is not between 16"),
-    ("--num_proc 0", "--num_proc 0 is below 1"),
-    ("--rounds 0", "--rounds 0 is below 1"),
+    ("--num_proc 0", "--num_proc must be at least 1"),
+    ("--rounds 0", "--rounds must be at least 1"),
     ("--output result.json", "result.json exists already"),
     ("--output nowhere/result.json", "nowhere/result.json cannot be made"),
 ]
@@ -348,7 +349,7 @@ QUICKSTART_DATA = [
     ("--output_dir good.txt", "good.txt exists already"),
     ("--output_dir loop", "loop exists already"),
     ("--output_dir good.txt/data", "cannot write good.txt/data"),
-    ("--output_dir out/data --seq_length 15", "--seq_length 15 is below 16"),
+    ("--output_dir out/data --seq_length 15", "--seq_length must be at least 16"),
 ]
 GPU_CHECK = [
     ("--output_dir occupied", "occupied exists already"),
@@ -360,7 +361,7 @@ GPU_CHECK = [
     ("--teacher teacher --text nowhere.txt", "there is no nowhere.txt; check --text"),
     ("--task nowhere", "there is no nowhere; check --task"),
     ("--minutes 0", "--minutes must be above 0"),
-    ("--minutes nan", "--minutes must be above 0"),
+    ("--minutes nan", "--minutes is nan; give a finite number"),
     ("--parts speed", "argument --parts: invalid choice: 'speed'"),
 ]
 NOTHING_GIVEN = [
@@ -461,7 +462,11 @@ def interrupted(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
         with pytest.raises(KeyboardInterrupt):
             prepare_corpus(
                 CorpusArguments(
-                    "tokenizer", Path("half/corpus"), (Path("good.txt"),), seq_length=64, num_proc=1
+                    text=(Path("good.txt"),),
+                    tokenizer="tokenizer",
+                    seq_length=64,
+                    output_dir=Path("half/corpus"),
+                    num_proc=1,
                 )
             )
     yield inputs / "half" / "corpus.incomplete"

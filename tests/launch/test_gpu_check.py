@@ -1,6 +1,5 @@
 """launch/gpu_check.sh in small, where there is no GPU; that its parts can fail is tested in test_checks.py."""
 
-import argparse
 import json
 import os
 import runpy
@@ -67,8 +66,8 @@ def test_every_part_runs(tiny_teacher_dir: Path, reference_text: Path, tmp_path:
 def test_its_own_teacher_and_text_do_for_the_longest_rows(tmp_path: Path) -> None:
     gpu_check = runpy.run_path(str(ROOT / "launch" / "gpu_check.py"))
     sizes = replace(gpu_check["Sizes"](), measured=gpu_check["SMOKE"].measured)
-    options = argparse.Namespace(output_dir=tmp_path, teacher=None, text=None, task=None)
-    plan = gpu_check["Plan"](options, sizes)
+    arguments = gpu_check["GpuCheckArguments"](output_dir=tmp_path)
+    plan = gpu_check["Plan"](arguments, sizes)
     plan.write_inputs()
     (trains_teacher, *_) = plan.distillation().commands
     for command in [*plan.preparation().commands, [*trains_teacher, "--plan"]]:

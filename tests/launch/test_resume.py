@@ -12,7 +12,8 @@ from launcher import train_all, write_config
 from safetensors.torch import load_file
 from training import CPU_HAS_FP16
 
-from distilspeed.trainer.corpus.build import CorpusArguments, prepare_corpus
+from distilspeed.trainer.corpus.arguments import CorpusArguments
+from distilspeed.trainer.corpus.build import prepare_corpus
 from distilspeed.trainer.corpus.format import open_corpus
 from distilspeed.trainer.models.loading import load_teacher, make_student, select_teacher_layers
 from distilspeed.trainer.training.metrics import read_metrics

@@ -14,7 +14,8 @@ from refusals import refusal, snapshot
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM
 
-from distilspeed.trainer.corpus.build import CorpusArguments, prepare_corpus
+from distilspeed.trainer.corpus.arguments import CorpusArguments
+from distilspeed.trainer.corpus.build import prepare_corpus
 from distilspeed.trainer.corpus.format import open_corpus, tokenizer_hash
 from distilspeed.trainer.models.loading import check_fits_corpus, load_masked_language_model
 from distilspeed.trainer.training.metrics import read_metrics

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 
-from distilspeed.trainer.corpus.build import CorpusArguments
+from distilspeed.trainer.corpus.arguments import CorpusArguments
 from distilspeed.trainer.corpus.format import Corpus, open_corpus, read_rows
 
 

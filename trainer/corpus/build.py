@@ -1,24 +1,20 @@
 """Text to a corpus on disk (its format: format.py): written beside, renamed when complete."""
 
 import contextlib
-import os
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from distilspeed.trainer.corpus.arguments import CorpusArguments
 from distilspeed.trainer.corpus.format import (
-    WHOLE,
     Corpus,
-    Shard,
     load_tokenizer,
     open_corpus,
     tokenizer_hash,
 )
-from distilspeed.trainer.corpus.lines import Separator
 from distilspeed.trainer.corpus.pool import pack_documents
 from distilspeed.trainer.corpus.sources import Source, dataset_source, file_source, split_specification
 from distilspeed.trainer.corpus.unfinished import Recipe, UnfinishedCorpus, unfinished_corpus
@@ -29,34 +25,6 @@ from distilspeed.trainer.files import check_unoccupied, parents_made
 
 MINIMUM_SEQ_LENGTH = 16
 MAXIMUM_SEQ_LENGTH = 1 << 16  # some tokenizers know no limit
-
-
-def _available_cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-@dataclass(frozen=True)
-class CorpusArguments:
-    """What to prepare: documents of ``text`` files, then of ``dataset`` specifications, in that order.
-
-    ``dataset``: ``NAME[:CONFIG[:SPLIT]]``, a name on the hub or a local folder.
-    ``document_separator``: what ends a document of a plain text file, a line's end or a blank line.
-    ``held_out_fraction``: share of the rows set apart in ``held_out``.
-    ``shard``: which part of every source to prepare; the default is all of it.
-    ``resume``: go on with a build that was interrupted.
-    """
-
-    tokenizer: str
-    output_dir: Path
-    text: tuple[Path, ...] = ()
-    dataset: tuple[str, ...] = ()
-    seq_length: int = 512
-    text_column: str = "text"
-    document_separator: Separator = "line"
-    held_out_fraction: float = 0.01
-    num_proc: int = field(default_factory=_available_cores)
-    shard: Shard = WHOLE
-    resume: bool = False
 
 
 def prepare_corpus(arguments: CorpusArguments) -> Corpus:
@@ -92,7 +60,7 @@ def prepare_corpus(arguments: CorpusArguments) -> Corpus:
 
 def open_input(arguments: CorpusArguments) -> tuple[list[Source], PreTrainedTokenizerFast]:
     """Sources and tokenizer. ``UserError`` for all that can be known to be wrong before anything is written."""
-    _check_arguments(arguments)
+    check_unoccupied(arguments.output_dir)
     sources = _open_sources(arguments)
     tokenizer = load_tokenizer(arguments.tokenizer)
     _check_seq_length(arguments.seq_length, tokenizer)
@@ -100,24 +68,6 @@ def open_input(arguments: CorpusArguments) -> tuple[list[Source], PreTrainedToke
         for source in sources:
             _check_holds_text(source)
     return sources, tokenizer
-
-
-def _check_arguments(arguments: CorpusArguments) -> None:
-    if not arguments.text and not arguments.dataset:
-        raise UserError("there is no text to prepare; give --text or --dataset")
-    if arguments.num_proc < 1:
-        raise UserError(f"--num_proc {arguments.num_proc} is below 1; give at least 1")
-    if not 0 < arguments.held_out_fraction < 0.5:
-        raise UserError(
-            f"--held_out_fraction {arguments.held_out_fraction} is not between 0 and 0.5; try 0.01"
-        )
-    shard = arguments.shard
-    if not 0 <= shard.index < shard.count:
-        raise UserError(
-            f"there is no shard {shard}; shards are counted from 0: give 0/{max(shard.count, 1)} "
-            f"to {max(shard.count, 1) - 1}/{max(shard.count, 1)}"
-        )
-    check_unoccupied(arguments.output_dir)
 
 
 def _open_sources(arguments: CorpusArguments) -> list[Source]:

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 from pydantic import TypeAdapter, ValidationError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from distilspeed.trainer.corpus.shard import WHOLE, Shard
 from distilspeed.trainer.corpus.vocabulary import check_case
 from distilspeed.trainer.errors import UserError, first_line
 from distilspeed.trainer.files import FileRecord
@@ -36,24 +37,6 @@ class SourceRecord:
 
     name: str
     bytes: int | None
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Part ``index`` (from 0) of the ``count`` that all sources are divided into; the default is all of them."""
-
-    index: int = 0
-    count: int = 1
-
-    def of(self, things: int) -> range:
-        """Which of so many things, numbered from 0, are this shard's: every one is in exactly one shard."""
-        return range(things * self.index // self.count, things * (self.index + 1) // self.count)
-
-    def __str__(self) -> str:
-        return f"{self.index}/{self.count}"
-
-
-WHOLE = Shard()
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,12 @@ import codecs
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
-from distilspeed.trainer.corpus.format import WHOLE, Shard
+from distilspeed.trainer.corpus.arguments import Separator
 from distilspeed.trainer.corpus.recognition import BYTE_ORDER_MARK, READ_BYTES, InputFile
+from distilspeed.trainer.corpus.shard import WHOLE, Shard
 from distilspeed.trainer.corpus.tokenization import is_blank
 from distilspeed.trainer.errors import UserError
-
-Separator = Literal["line", "blank_line"]
 
 # A longer line, give or take READ_BYTES, or document is refused: one as long takes 2 GB to prepare (November 2026).
 LONGEST_LINE = 64 << 20

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from distilspeed.trainer.corpus.format import WHOLE, Corpus, CorpusCounts, Manifest, Shard, open_corpus
+from distilspeed.trainer.corpus.format import Corpus, CorpusCounts, Manifest, open_corpus
+from distilspeed.trainer.corpus.shard import WHOLE, Shard
 from distilspeed.trainer.corpus.writer import SplitWriter, finish_corpus, installed_versions, row_rules
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.files import check_unoccupied, folder_written_whole, parents_made

@@ -20,9 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet
 from datasets.distributed import split_dataset_by_node
 
-from distilspeed.trainer.corpus.format import WHOLE, Shard, SourceRecord
-from distilspeed.trainer.corpus.lines import Separator, check_text, lines_of, read_lines, read_paragraphs
+from distilspeed.trainer.corpus.arguments import Separator
+from distilspeed.trainer.corpus.format import SourceRecord
+from distilspeed.trainer.corpus.lines import check_text, lines_of, read_lines, read_paragraphs
 from distilspeed.trainer.corpus.recognition import Format, InputFile
+from distilspeed.trainer.corpus.shard import WHOLE, Shard
 from distilspeed.trainer.corpus.tokenization import is_blank
 from distilspeed.trainer.errors import UserError, first_line
 

@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
-from distilspeed.trainer.corpus.format import CorpusCounts, Shard, SourceRecord
+from distilspeed.trainer.corpus.format import CorpusCounts, SourceRecord
+from distilspeed.trainer.corpus.shard import Shard
 from distilspeed.trainer.corpus.writer import RowWriter, WriterState
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.files import locked, sync, sync_tree, write_text

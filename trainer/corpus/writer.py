@@ -17,12 +17,12 @@ from distilspeed.trainer.corpus.format import (
     FORMAT_VERSION,
     CorpusCounts,
     Manifest,
-    Shard,
     SourceRecord,
     tokenizer_hash,
 )
 from distilspeed.trainer.corpus.packing import PackedRows, RowRules
 from distilspeed.trainer.corpus.pool import PackedBatch
+from distilspeed.trainer.corpus.shard import Shard
 from distilspeed.trainer.corpus.vocabulary import structure_ids
 from distilspeed.trainer.files import FileRecord
 

@@ -7,16 +7,14 @@ forward passes timed in turns.
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from distilspeed.trainer.corpus.format import Corpus, open_corpus, read_rows
 from distilspeed.trainer.errors import UserError, show_warning
+from distilspeed.trainer.evaluation.arguments import EvaluateArguments
 from distilspeed.trainer.evaluation.fine_tuning import fine_tune
 from distilspeed.trainer.evaluation.latency import count_parameters, measure_latency, weights_bytes
 from distilspeed.trainer.evaluation.quality import ROWS_PER_BATCH, predict_masked_tokens
@@ -45,45 +43,6 @@ logger = logging.getLogger(__name__)
 
 SHOWN_PARTS = 2  # of a model's path, in the report
 LONGEST_NAME = 60
-
-
-@dataclass(frozen=True)
-class EvaluateArguments:
-    """The command line of ``launch/evaluate.py``. Models are folders or hub ids with safetensors weights."""
-
-    teacher: str
-    student: str
-    data_dir: Path
-    output_dir: Path
-    baseline: str | None = None
-    task: tuple[Path, ...] = ()
-    max_rows: int = 1000
-    task_epochs: int | None = None  # None, as of rate and batch size: the task's own
-    task_seeds: int = 3
-    task_learning_rate: float | None = None
-    task_batch_size: int | None = None
-    device: str = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("max_rows", "task_epochs", "task_seeds", "task_batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1")
-        rate = self.task_learning_rate
-        checks = [
-            (rate is None or 0 < rate < 1, "--task_learning_rate must be between 0 and 1"),
-            (0 <= self.seed < 1 << 32, "--seed must be from 0 to 2^32 - 1"),
-            (self.device in ("auto", "cpu", "cuda"), "--device must be auto, cpu or cuda"),
-        ]
-        for holds, message in checks:
-            if not holds:
-                raise UserError(message)
-
-    @property
-    def models(self) -> dict[str, str]:
-        """Names of the models by role, the teacher first."""
-        names = {"teacher": self.teacher, "student": self.student, "baseline": self.baseline}
-        return {role: name for role, name in names.items() if name is not None}
 
 
 # --- loading, and refusing what cannot be compared ------------------------------------------------------

@@ -1,4 +1,4 @@
-"""How every command runs: its parser, its environment, and the one line of an error."""
+"""How every command runs: its environment, and the one line of an error."""
 
 import argparse
 import os
@@ -23,24 +23,36 @@ from distilspeed.trainer.job.environment import prepare_environment
 SECONDS_FOR_RANK_0_TO_SPEAK = 60.0
 
 
-class CommandParser(argparse.ArgumentParser):
+class PlainParser(argparse.ArgumentParser):
     """An argument parser that reports a wrong command line as a :class:`UserError`: one line, no usage text.
 
-    It expands ``~`` in every path and string (no hub id begins with it): after an ``=`` no shell does.
+    It expands ``~`` in every path and string (no hub id begins with it): after an ``=`` no shell does. It needs no
+    package; ``parser.py`` makes one from dataclasses.
     """
 
     # What the person typed instead of a script's name, "distilspeed train" for example.
     typed: ClassVar[str | None] = None
 
     def __init__(self, *args: Any, **options: Any) -> None:
+        options["allow_abbrev"] = False
         super().__init__(*args, **options)
         self.prog = self.typed or self.prog
-        self.register("type", None, os.path.expanduser)
         # Path.expanduser raises where there is no such user.
         self.register("type", Path, lambda text: Path(os.path.expanduser(text)))  # noqa: PTH111
+        for text_type in (None, str):
+            self.register("type", text_type, os.path.expanduser)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+def with_default(text: str, default: object) -> str:
+    """The help of a flag with its default, unless there is none or the text says it."""
+    unsaid = default is None or default is False or default in ((), [], "", argparse.SUPPRESS)
+    if unsaid or text == argparse.SUPPRESS or "default" in text:
+        return text
+    shown = f"{default:g}" if isinstance(default, float) else default
+    return f"{text} (default {' '.join(shown) if isinstance(shown, list) else shown})"
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:

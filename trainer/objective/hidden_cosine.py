@@ -1,8 +1,9 @@
 """Hidden states: L_cos = mean over real tokens of 1 - cos(h_student, h_teacher), last layers (Sanh et al. 2019)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from distilspeed.trainer.job.arguments import setting
 from distilspeed.trainer.objective.term import Needs, Shown, Term
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ class HiddenCosine(Term):
     name = "cos"
     shown = Shown("cosine", "Hidden states", "hidden states, 1 − cosine", "#009E73")
 
-    alpha_cos: float = field(default=1.0, metadata={"help": "weight of the hidden-state cosine loss"})
+    alpha_cos: float = setting(1.0, help="weight of the hidden-state cosine loss")
 
     def needs(self, models: "Models") -> Needs:
         return Needs()

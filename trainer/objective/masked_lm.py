@@ -3,9 +3,10 @@
 With a teacher ``fused.py`` computes it together with the soft targets.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from distilspeed.trainer.job.arguments import setting
 from distilspeed.trainer.objective.term import Logits, Needs, Shown, Term
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class MaskedLM(Term):
     shown = Shown("MLM", "Masked language modelling", "MLM, cross-entropy in nats", "#D55E00")
     needs_teacher = False
 
-    alpha_mlm: float = field(default=2.0, metadata={"help": "weight of the masked-language-modelling loss"})
+    alpha_mlm: float = setting(2.0, help="weight of the masked-language-modelling loss")
 
     def needs(self, models: "Models") -> Needs:
         return Needs(Logits.MASKED)

@@ -5,10 +5,10 @@
 with student logits z and teacher logits u. ``fused.py`` computes it together with masked language modelling.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.job.arguments import setting
 from distilspeed.trainer.objective.term import Logits, Needs, Shown, Term
 
 if TYPE_CHECKING:
@@ -32,16 +32,9 @@ class SoftTargets(Term):
     name = "ce"
     shown = Shown("soft", "Soft targets", "soft targets, T² KL in nats", "#0072B2")
 
-    temperature: float = field(default=2.0, metadata={"help": "of the soft targets"})
-    alpha_ce: float = field(default=5.0, metadata={"help": "weight of the soft-target loss"})
-    restrict_ce_to_mask: bool = field(
-        default=False, metadata={"help": "soft targets on masked tokens only (another objective)"}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.temperature <= 0:
-            raise UserError("--temperature must be above 0")
+    temperature: float = setting(2.0, above=0, help="of the soft targets")
+    alpha_ce: float = setting(5.0, help="weight of the soft-target loss")
+    restrict_ce_to_mask: bool = setting(False, help="soft targets on masked tokens only (another objective)")
 
     def needs(self, models: "Models") -> Needs:
         return Needs(Logits.MASKED if self.restrict_ce_to_mask else Logits.EVERYWHERE)

@@ -5,13 +5,13 @@ card, plot and the run's identity follow from there. Imports nothing heavy, beca
 they import torch where they compute.
 """
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.job.arguments import Settings
 
 if TYPE_CHECKING:
     import torch
@@ -50,12 +50,12 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Term(ABC):
+class Term(Settings, ABC):
     """One loss of the objective.
 
-    A subclass is a frozen dataclass. Each field is a flag, with its default, and its help in
-    ``field(metadata={"help": …})``; the one called ``alpha_NAME`` is the weight. Values are numbers, strings and
-    booleans. A term whose default weight is 0 is optional: without a weight nothing of it is computed or written.
+    A subclass is a frozen dataclass. Each field is a flag, made by ``job/arguments.py``'s ``setting`` with default,
+    help and limits; the one called ``alpha_NAME`` is the weight. Values are numbers, strings and booleans. A term whose
+    default weight is 0 is optional: without a weight nothing of it is computed or written.
 
     Attributes:
         name: of its flag ``alpha_NAME`` and its metric ``loss_NAME``.
@@ -70,11 +70,9 @@ class Term(ABC):
         """Check the settings.
 
         Raises:
-            UserError: one is not finite, or the weight is negative.
+            UserError: one is not finite or not within its limits, or the weight is negative.
         """
-        for setting, value in asdict(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"--{setting} is {value}; give a finite number")
+        super().__post_init__()
         if self.weight < 0:
             raise UserError(f"--{self.weight_flag} must not be negative")
 

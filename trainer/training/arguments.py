@@ -1,102 +1,100 @@
 """The command line of ``launch/train.py``."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.job.arguments import LARGEST_SEED, Settings, setting, whole_numbers
 
 
-@dataclass(frozen=True)
-class TrainArguments:
+@dataclass(frozen=True, kw_only=True)
+class StepArguments(Settings):
+    """What the training step takes, in a training and in a benchmark of it."""
+
+    deepspeed_config: Path = setting(
+        help='DeepSpeed config: a file, or one that ships, for example v100x8_fp16; "auto" values are filled in',
+    )
+    teacher: str = setting(help="hub id or folder of a BERT masked language model")
+    data_dir: Path = setting(help="corpus made by launch/prepare_data.py")
+    train_batch_size: int | None = setting(
+        None, above=0, help='rows per optimiser step over all GPUs, where the config says "auto"'
+    )
+    per_device_train_batch_size: int | None = setting(
+        None, above=0, help='rows per micro-batch, where the config says "auto"'
+    )
+    dataloader_num_workers: int | None = setting(
+        None, at_least=0, help="processes per rank that mask and collate; default 2 on a GPU, 0 on a CPU"
+    )
+    compile: bool = setting(False, help="compile the encoders of student and teacher (torch.compile)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments(StepArguments):
     """The command line of ``launch/train.py`` without the losses, whose flags are the fields of ``objective/``'s terms.
 
     The DeepSpeed config holds batch, optimiser, schedule and precision.
     """
 
-    deepspeed_config: Path
-    teacher: str
-    data_dir: Path
-    output_dir: Path
-    student_config: str | None = None
-    student_layers: tuple[int, ...] | None = None
-    teacher_zero3: bool = False
-    apex_layer_norm: bool = False
-    max_steps: int | None = None
-    num_train_epochs: float = 3.0
-    train_batch_size: int | None = None
-    per_device_train_batch_size: int | None = None
-    learning_rate: float | None = None
-    seed: int = 0
-    save_steps: int = 500
-    save_total_limit: int = 2
-    save_retain_steps: int | None = None
-    logging_steps: int = 10
-    dataloader_num_workers: int | None = None
-    ddp_timeout: float = 1800.0
-    compile: bool = False
-    full_determinism: bool = False
-    resume: bool = False
-    plan: bool = False
-    gpu_memory: float | None = None
+    teacher: str = setting(help="hub id or folder of a BERT masked language model; none: plain MLM training")
+    output_dir: Path = setting(help="gets student/, checkpoints/, metrics.jsonl, loss.png")
+    student_config: str | None = setting(
+        None, help="with --teacher none: config file, folder or hub id of the model to train"
+    )
+    student_layers: tuple[int, ...] | None = setting(
+        None, parse=whole_numbers, help="teacher layers to start from, for example 0,2,4,7,9,11"
+    )
+    teacher_zero3: bool = setting(False, help="share the teacher's weights out over the GPUs (ZeRO-3)")
+    apex_layer_norm: bool = setting(False, help="NVIDIA apex's FusedLayerNorm in student and teacher (GPU)")
+    max_steps: int | None = setting(None, above=0, one_of="lengths", help="optimiser steps")
+    num_train_epochs: float = setting(3.0, above=0, one_of="lengths", help="passes over the corpus")
+    learning_rate: float | None = setting(
+        None, above=0, help='peak learning rate, where the config says "auto"; default 5e-4'
+    )
+    seed: int = setting(0, at_least=0, at_most=LARGEST_SEED, help="of row order, masking and dropout")
+    save_steps: int = setting(500, above=0, help="steps between checkpoints")
+    save_total_limit: int = setting(2, above=0, help="checkpoints kept")
+    save_retain_steps: int | None = setting(
+        None, above=0, metavar="N", help="keep the checkpoints of every N-th step besides; default none"
+    )
+    logging_steps: int = setting(10, above=0, help="steps between readings of the metrics")
+    ddp_timeout: float = setting(
+        1800.0,
+        at_least=10,
+        at_most=10_000_000,
+        help="seconds after which a rank that does not answer ends the job",
+    )
+    full_determinism: bool = setting(False, help="the same bits from run to run on a GPU, too; slower")
+    resume: bool = setting(False, help="continue the newest checkpoint in --output_dir, if there is one")
+    plan: bool = setting(False, help="print batch equation, memory estimate and FLOPs, and exit")
+    gpu_memory: float | None = setting(
+        None,
+        above=0,
+        metavar="GIB",
+        help="with --plan: memory of the card it must fit; default that of the GPU here, if there is one",
+    )
 
     def __post_init__(self) -> None:
-        has_teacher = self.teacher != "none"
-        for name in (
-            "num_train_epochs",
-            "learning_rate",
-            "ddp_timeout",
-            "gpu_memory",
-        ):
-            if not math.isfinite(getattr(self, name) or 0.0):
-                raise UserError(f"--{name} is {getattr(self, name)}; give a finite number")
-        checks = [
-            (self.max_steps is None or self.max_steps > 0, "--max_steps must be above 0"),
-            (self.num_train_epochs > 0, "--num_train_epochs must be above 0"),
-            (0 <= self.seed < 1 << 32, "--seed must be from 0 to 2^32 - 1"),
-            (self.save_steps > 0, "--save_steps must be above 0"),
-            (self.save_total_limit > 0, "--save_total_limit must be above 0"),
-            (
-                self.save_retain_steps is None or self.save_retain_steps > 0,
-                "--save_retain_steps must be above 0",
-            ),
-            (self.logging_steps > 0, "--logging_steps must be above 0"),
-            (10 <= self.ddp_timeout <= 1e7, "--ddp_timeout must be from 10 to 1e7 seconds"),
-            ((self.dataloader_num_workers or 0) >= 0, "--dataloader_num_workers must not be negative"),
-            (self.gpu_memory is None or self.gpu_memory > 0, "--gpu_memory must be above 0"),
-            (
-                self.gpu_memory is None or self.plan,
-                "--gpu_memory says what card a plan is for; give --plan, too",
-            ),
-            (self.learning_rate is None or self.learning_rate > 0, "--learning_rate must be above 0"),
-            (
-                self.train_batch_size is None or self.train_batch_size > 0,
-                "--train_batch_size must be above 0",
-            ),
-            (
-                self.per_device_train_batch_size is None or self.per_device_train_batch_size > 0,
-                "--per_device_train_batch_size must be above 0",
-            ),
-            (
-                has_teacher or self.student_config is not None,
-                "--teacher none trains from a config; name it with --student_config FILE_OR_DIR",
-            ),
-            (
-                not has_teacher or self.student_config is None,
-                "--student_config goes with --teacher none; a distilled student's config follows from its teacher",
-            ),
-            (
-                has_teacher or self.student_layers is None,
-                "--student_layers picks layers of a teacher; it has no meaning with --teacher none",
-            ),
-            (
-                has_teacher or not self.teacher_zero3,
-                "--teacher_zero3 shares out a teacher's weights; it has no meaning with --teacher none",
-            ),
-        ]
-        for holds, message in checks:
-            if not holds:
-                raise UserError(message)
+        super().__post_init__()
+        if self.gpu_memory is not None and not self.plan:
+            raise UserError("--gpu_memory says what card a plan is for; give --plan, too")
+        if self.has_teacher and self.student_config is not None:
+            raise UserError(
+                "--student_config goes with --teacher none; a distilled student's config follows from its teacher"
+            )
+        if not self.has_teacher:
+            self._check_without_teacher()
+
+    def _check_without_teacher(self) -> None:
+        if self.student_config is None:
+            raise UserError("--teacher none trains from a config; name it with --student_config FILE_OR_DIR")
+        if self.student_layers is not None:
+            raise UserError(
+                "--student_layers picks layers of a teacher; it has no meaning with --teacher none"
+            )
+        if self.teacher_zero3:
+            raise UserError(
+                "--teacher_zero3 shares out a teacher's weights; it has no meaning with --teacher none"
+            )
 
     @property
     def has_teacher(self) -> bool:

@@ -19,10 +19,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from distilspeed.trainer.corpus.format import Shard
-from distilspeed.trainer.corpus.lines import Separator
+from distilspeed.trainer.corpus.arguments import Separator
 from distilspeed.trainer.corpus.packing import MINIMUM_PIECE_TOKENS, UNKNOWN_SHARE_LIMIT, RowRules
 from distilspeed.trainer.corpus.pool import pack_batch
+from distilspeed.trainer.corpus.shard import Shard
 from distilspeed.trainer.corpus.sources import file_source
 from distilspeed.trainer.corpus.tokenization import DocumentTokenizer
 from distilspeed.trainer.errors import UserError

@@ -11,9 +11,11 @@ import datasets
 import numpy as np
 import pytest
 
-from distilspeed.trainer.corpus.build import CorpusArguments, prepare_corpus
-from distilspeed.trainer.corpus.format import WHOLE, Corpus, Shard, open_corpus
+from distilspeed.trainer.corpus.arguments import CorpusArguments
+from distilspeed.trainer.corpus.build import prepare_corpus
+from distilspeed.trainer.corpus.format import Corpus, open_corpus
 from distilspeed.trainer.corpus.merge import merge_shards
+from distilspeed.trainer.corpus.shard import WHOLE, Shard
 
 SHARDS = 3
 PiecesOf = Callable[[datasets.Dataset], list[tuple[int, ...]]]

@@ -14,9 +14,11 @@ import pytest
 from transformers import AutoTokenizer, BertTokenizer
 
 from distilspeed.trainer.corpus import writer
-from distilspeed.trainer.corpus.build import CorpusArguments, prepare_corpus
-from distilspeed.trainer.corpus.format import Corpus, Shard
+from distilspeed.trainer.corpus.arguments import CorpusArguments
+from distilspeed.trainer.corpus.build import prepare_corpus
+from distilspeed.trainer.corpus.format import Corpus
 from distilspeed.trainer.corpus.merge import merge_shards
+from distilspeed.trainer.corpus.shard import Shard
 from distilspeed.trainer.corpus.writer import is_held_out
 from distilspeed.trainer.data.batches import corpus_masking_rule
 from distilspeed.trainer.errors import UserError

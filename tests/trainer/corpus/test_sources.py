@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distilspeed.trainer.corpus.format import WHOLE, Shard
 from distilspeed.trainer.corpus.lines import LONGEST_LINE
 from distilspeed.trainer.corpus.recognition import READ_BYTES
+from distilspeed.trainer.corpus.shard import WHOLE, Shard
 from distilspeed.trainer.corpus.sources import dataset_source, file_source
 from distilspeed.trainer.errors import UserError
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from distilspeed.trainer.corpus import pool, unfinished
-from distilspeed.trainer.corpus.build import CorpusArguments, prepare_corpus
+from distilspeed.trainer.corpus.arguments import CorpusArguments
+from distilspeed.trainer.corpus.build import prepare_corpus
 from distilspeed.trainer.corpus.writer import RowWriter
 from distilspeed.trainer.errors import UserError
 

@@ -15,7 +15,8 @@ from transformers import (
 from distilspeed.trainer.corpus.format import open_corpus
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.evaluation import comparison
-from distilspeed.trainer.evaluation.comparison import EvaluateArguments, choose_device, evaluate, shown_names
+from distilspeed.trainer.evaluation.arguments import EvaluateArguments
+from distilspeed.trainer.evaluation.comparison import choose_device, evaluate, shown_names
 from distilspeed.trainer.evaluation.quality import masked_token_quality
 from distilspeed.trainer.evaluation.tasks.task import Scores
 from distilspeed.trainer.models.loading import load_teacher, make_student

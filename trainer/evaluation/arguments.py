@@ -1,0 +1,50 @@
+"""The command line of ``launch/evaluate.py``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from distilspeed.trainer.job.arguments import LARGEST_SEED, Settings, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateArguments(Settings):
+    """The command line of ``launch/evaluate.py``. Models are folders or hub ids with safetensors weights."""
+
+    teacher: str = setting(metavar="ID_OR_DIR", help="masked language model with safetensors weights")
+    student: str = setting(metavar="ID_OR_DIR", help="the same, distilled from the teacher")
+    baseline: str | None = setting(
+        None, metavar="ID_OR_DIR", help="the same student trained without a teacher"
+    )
+    data_dir: Path = setting(metavar="DIR", help="corpus made by launch/prepare_data.py")
+    output_dir: Path = setting(metavar="DIR", help="made by this command")
+    task: tuple[Path, ...] = setting(
+        (),
+        action="append",
+        metavar="DIR",
+        help="folder with train.jsonl and dev.jsonl: label, and text or text_a and text_b; repeat for more",
+    )
+    max_rows: int = setting(1000, at_least=1, metavar="N", help="held-out rows to measure on")
+    task_epochs: int | None = setting(
+        None,
+        at_least=1,
+        metavar="N",
+        help="passes over a task's training examples; default the task's own, 3",
+    )
+    task_seeds: int = setting(3, at_least=1, metavar="N", help="fine-tuning runs per model and task")
+    task_learning_rate: float | None = setting(
+        None, above=0, below=1, help="peak learning rate; default the task's own, 5e-5"
+    )
+    task_batch_size: int | None = setting(
+        None, at_least=1, metavar="N", help="examples per step; default the task's own, 32"
+    )
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", help="auto is the GPU where there is one")
+    seed: int = setting(
+        0, at_least=0, at_most=LARGEST_SEED, help="of the masks; the first of the tasks' seeds"
+    )
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Names of the models by role, the teacher first."""
+        names = {"teacher": self.teacher, "student": self.student, "baseline": self.baseline}
+        return {role: name for role, name in names.items() if name is not None}
