@@ -148,6 +148,6 @@ def test_with_all_weights_in_pieces_on_two_ranks_it_is_the_same_loss(
 
 
 def test_its_flag_is_in_the_help() -> None:
-    assert "weight of the first layers' squared error; default 0" in " ".join(
+    assert "weight of the first layers' squared error (default 0)" in " ".join(
         python(JOB, "--help").stdout.split()
     )
