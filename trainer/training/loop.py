@@ -59,15 +59,7 @@ def train(run: Run) -> None:
         JobWatch(process, arguments.ddp_timeout) as watch,
         _alone_in_folder(run),
     ):
-        found: list[tuple[Changes, bool]] = [({}, False)]
-        if process.rank == 0:
-            # Again, because another job may have been at work in the folder since.
-            if arguments.resume:
-                with writing(arguments.output_dir):
-                    bring_back_replaced(arguments.output_dir / "student")
-            found = [_compare_with_folder(run, identity)]
-        torch.distributed.broadcast_object_list(found, device=process.device)
-        changes, is_complete = found[0]
+        changes, is_complete = _compare_for_all(run, identity)
         if is_complete:
             if process.rank == 0:
                 print(f"{arguments.output_dir}/student exists: this run is complete")
@@ -86,6 +78,19 @@ def _checkpoints(arguments: TrainArguments) -> Checkpoints:
     return Checkpoints(
         arguments.output_dir / "checkpoints", arguments.save_total_limit, arguments.save_retain_steps
     )
+
+
+def _compare_for_all(run: Run, identity: dict[str, Any]) -> tuple[Changes, bool]:
+    """Compare again, because another job may have been at work in the folder since; called by every rank."""
+    found: list[tuple[Changes, bool]] = [({}, False)]
+    if run.process.rank == 0:
+        folder = run.arguments.output_dir
+        if run.arguments.resume:
+            with writing(folder):
+                bring_back_replaced(folder / "student")
+        found = [_compare_with_folder(run, identity)]
+    torch.distributed.broadcast_object_list(found, device=run.process.device)
+    return found[0]
 
 
 def _compare_with_folder(run: Run, identity: dict[str, Any]) -> tuple[Changes, bool]:

@@ -75,7 +75,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class _Settings:
+class _Inputs:
     """What a run is told, before its models are loaded."""
 
     arguments: TrainArguments
@@ -96,36 +96,36 @@ def prepare_run(arguments: TrainArguments, terms: Sequence[Term] | None = None) 
     Raises:
         UserError: for anything the caller can put right; nothing has been written then.
     """
-    settings = _read_settings(arguments, take_terms({}) if terms is None else tuple(terms))
-    return _prepare_plan(settings) if arguments.plan else _prepare_training(settings)
+    inputs = _read_inputs(arguments, take_terms({}) if terms is None else tuple(terms))
+    return _prepare_plan(inputs) if arguments.plan else _prepare_training(inputs)
 
 
-def _prepare_training(settings: _Settings) -> Run:
+def _prepare_training(inputs: _Inputs) -> Run:
     """A run that trains here."""
-    arguments, device = settings.arguments, settings.process.device
-    check_device(arguments, settings.config, device)
+    arguments, device = inputs.arguments, inputs.process.device
+    check_device(arguments, inputs.config, device)
     layer_norm = fused_layer_norm(device) if arguments.apex_layer_norm else None
     check_output_dir(arguments)
     record = read_record(arguments.output_dir) if arguments.resume else None
-    config = _resolve_config(settings, record.started if record else None)
-    if settings.process.rank == 0:
+    config = _resolve_config(inputs, record.started if record else None)
+    if inputs.process.rank == 0:
         check_monitors(config)
-    models = load_models(arguments, settings.corpus)
+    models = load_models(arguments, inputs.corpus)
     if layer_norm is not None:
         for model in models.all():
             replace_layer_norms(model, layer_norm)
-    if settings.process.rank == 0:  # for all ranks, and last, because it reads the whole corpus
+    if inputs.process.rank == 0:  # for all ranks, and last, because it reads the whole corpus
         open_corpus(arguments.data_dir, verify_checksums=True)
-    return _make_run(settings, config, models)
+    return _make_run(inputs, config, models)
 
 
-def _prepare_plan(settings: _Settings) -> Run:
+def _prepare_plan(inputs: _Inputs) -> Run:
     """A run to plan: on any machine, for machines that are elsewhere."""
-    config = _resolve_config(settings, started=None)
-    return _make_run(settings, config, load_models(settings.arguments, settings.corpus))
+    config = _resolve_config(inputs, started=None)
+    return _make_run(inputs, config, load_models(inputs.arguments, inputs.corpus))
 
 
-def _read_settings(arguments: TrainArguments, terms: tuple[Term, ...]) -> _Settings:
+def _read_inputs(arguments: TrainArguments, terms: tuple[Term, ...]) -> _Inputs:
     check_terms(terms, arguments.has_teacher)
     process = this_process()
     config = read_deepspeed_config(arguments.deepspeed_config)
@@ -139,31 +139,31 @@ def _read_settings(arguments: TrainArguments, terms: tuple[Term, ...]) -> _Setti
         arguments.max_steps,
         arguments.num_train_epochs,
     )
-    return _Settings(arguments, terms, process, config, batch, corpus, steps)
+    return _Inputs(arguments, terms, process, config, batch, corpus, steps)
 
 
-def _resolve_config(settings: _Settings, started: Started | None) -> ResolvedConfig:
+def _resolve_config(inputs: _Inputs, started: Started | None) -> ResolvedConfig:
     config = resolve_deepspeed_config(
-        settings.config, settings.batch, settings.total_steps, settings.arguments.learning_rate, started
+        inputs.config, inputs.batch, inputs.total_steps, inputs.arguments.learning_rate, started
     )
-    check_deepspeed_config(config, settings.total_steps)
+    check_deepspeed_config(config, inputs.total_steps)
     return config
 
 
-def _make_run(settings: _Settings, config: ResolvedConfig, models: LoadedModels) -> Run:
-    if settings.process.rank == 0 and models.teacher:
-        warn_without_tokenizer("teacher", settings.arguments.teacher)
+def _make_run(inputs: _Inputs, config: ResolvedConfig, models: LoadedModels) -> Run:
+    if inputs.process.rank == 0 and models.teacher:
+        warn_without_tokenizer("teacher", inputs.arguments.teacher)
     teacher_config = models.teacher.config if models.teacher else None
     return Run(
-        arguments=settings.arguments,
-        process=settings.process,
-        corpus=settings.corpus,
+        arguments=inputs.arguments,
+        process=inputs.process,
+        corpus=inputs.corpus,
         deepspeed_config=config,
-        total_steps=settings.total_steps,
+        total_steps=inputs.total_steps,
         teacher=models.teacher,
         layers=models.layers,
         student=models.student,
-        objective=Objective(settings.terms, Models(models.student.config, teacher_config, models.layers)),
+        objective=Objective(inputs.terms, Models(models.student.config, teacher_config, models.layers)),
     )
 
 
