@@ -100,7 +100,8 @@ def _prepare(arguments: BenchmarkArguments) -> "Run":
 
 
 def _check_before_measuring(run: "Run", arguments: BenchmarkArguments) -> None:
-    from distilspeed.trainer.engine.config import read_deepspeed_config, resolve_batch_equation
+    from distilspeed.trainer.engine.config_batch import resolve_batch_equation
+    from distilspeed.trainer.engine.config_file import read_deepspeed_config
     from distilspeed.trainer.files import check_new_file
     from distilspeed.trainer.throughput.report import read_stored
 

@@ -22,7 +22,8 @@ from torch import nn
 from transformers import DistilBertConfig, DistilBertForMaskedLM
 
 from distilspeed.trainer.data.batch_equation import BatchEquation
-from distilspeed.trainer.engine.config import read_deepspeed_config, resolve_deepspeed_config
+from distilspeed.trainer.engine.config_auto import resolve_deepspeed_config
+from distilspeed.trainer.engine.config_file import read_deepspeed_config
 from distilspeed.trainer.engine.optimizers import settle_optimizer
 from distilspeed.trainer.engine.student import optimizer_step, student_engine
 from distilspeed.trainer.job.ranks import Process, joined_job, this_process
@@ -54,11 +55,14 @@ def main() -> None:
 
 
 def measure(asked: argparse.Namespace, process: Process) -> dict[str, float]:
-    config = settle_optimizer(read_deepspeed_config(CONFIG), process.device, process.local_rank)
-    config["zero_optimization"] = {"stage": asked.stage}
-    config["bf16"] = {"enabled": asked.precision == "bf16"}
+    config = read_deepspeed_config(CONFIG).with_sections(
+        zero_optimization={"stage": asked.stage}, bf16={"enabled": asked.precision == "bf16"}
+    )
     batch = BatchEquation(ROWS * ACCUMULATION * process.world_size, ROWS, ACCUMULATION, process.world_size)
-    engine = student_engine(MaskedLanguageModelling(), resolve_deepspeed_config(config, batch, STEPS, None))
+    resolved = resolve_deepspeed_config(config, batch, STEPS, None)
+    engine = student_engine(
+        MaskedLanguageModelling(), settle_optimizer(resolved, process.device, process.local_rank)
+    )
     tokens = torch.randint(1000, (ROWS, LENGTH), device=process.device)
     inside: list[float] = []
     ending: list[float] = []

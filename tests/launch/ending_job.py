@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 import torch.distributed
 
+from distilspeed.trainer.data.batch_equation import BatchEquation
 from distilspeed.trainer.engine import optimizers
+from distilspeed.trainer.engine.config import ResolvedConfig
 from distilspeed.trainer.errors import NumericalError
 from distilspeed.trainer.job.command import run_command
 from distilspeed.trainer.job.ranks import Process, joined_job, this_process
@@ -36,10 +38,10 @@ def settled_adam(process: Process) -> dict[str, object]:
 
     optimizers.installed_ops["fused_adam"] = True
     optimizers.FusedAdamBuilder.load = load
-    config = {"optimizer": {"type": "AdamW", "params": {"torch_adam": "auto", "fused": "auto"}}}
-    return optimizers.settle_optimizer(config, torch.device("cuda", 0), process.local_rank)["optimizer"][
-        "params"
-    ]
+    adam = {"type": "AdamW", "params": {"torch_adam": "auto", "fused": "auto"}}
+    config = ResolvedConfig({"optimizer": adam}, BatchEquation(2, 1, 1, 2))
+    settled = optimizers.settle_optimizer(config, torch.device("cuda", 0), process.local_rank)
+    return settled.section("optimizer")["params"]
 
 
 def show_the_end() -> None:

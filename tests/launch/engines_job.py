@@ -17,7 +17,9 @@ from transformers import BertConfig, BertForMaskedLM
 from distilspeed.trainer.corpus.format import Corpus, open_corpus
 from distilspeed.trainer.data.batch_equation import BatchEquation
 from distilspeed.trainer.data.batches import MicroBatches
-from distilspeed.trainer.engine.config import read_deepspeed_config, resolve_deepspeed_config
+from distilspeed.trainer.engine.config import ResolvedConfig
+from distilspeed.trainer.engine.config_auto import resolve_deepspeed_config
+from distilspeed.trainer.engine.config_file import read_deepspeed_config
 from distilspeed.trainer.engine.optimizers import settle_optimizer
 from distilspeed.trainer.engine.student import DTYPES, optimizer_step, student_engine
 from distilspeed.trainer.engine.teacher import ReplicatedTeacher, ShardedTeacher
@@ -58,16 +60,18 @@ class Loss(nn.Module):
         return self.layers(rows).square().mean()
 
 
-def config_for(stage: int, precision: str, optimizer: dict[str, Any] | None = None) -> dict[str, Any]:
+def config_for(stage: int, precision: str, optimizer: dict[str, Any] | None = None) -> ResolvedConfig:
     config = read_deepspeed_config(CONFIG)
     # Without a threshold of 0, ZeRO-3 keeps parameters as small as these whole on every rank.
-    config["zero_optimization"] = {"stage": stage, "stage3_param_persistence_threshold": 0}
-    config["bf16"] = {"enabled": precision == "bf16"}
-    config["optimizer"] = optimizer or config["optimizer"]
+    config = config.with_sections(
+        zero_optimization={"stage": stage, "stage3_param_persistence_threshold": 0},
+        bf16={"enabled": precision == "bf16"},
+        optimizer=optimizer or config.section("optimizer"),
+    )
     process = this_process()
     batch = BatchEquation(ACCUMULATION * process.world_size, 1, ACCUMULATION, process.world_size)
-    return resolve_deepspeed_config(
-        settle_optimizer(config, process.device, process.local_rank), batch, 10, None
+    return settle_optimizer(
+        resolve_deepspeed_config(config, batch, 10, None), process.device, process.local_rank
     )
 
 

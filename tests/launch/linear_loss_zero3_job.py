@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DistilBertConfig, DistilBertForMaskedLM
 
 from distilspeed.kernels.linear_distillation_loss import linear_distillation_loss
+from distilspeed.trainer.engine.config import DeepSpeedConfig
 from distilspeed.trainer.engine.student import student_engine
 from distilspeed.trainer.job.ranks import joined_job, this_process
 
@@ -83,15 +84,17 @@ class Distillation(nn.Module):
 
 def train(stage: int, output: Path) -> None:
     process = this_process()
-    config = {
-        "train_batch_size": ROWS,
-        "train_micro_batch_size_per_gpu": ROWS // process.world_size,
-        "optimizer": {"type": "SGD", "params": {"lr": LEARNING_RATE}},
-        "zero_allow_untested_optimizer": True,
-        "gradient_clipping": 0.0,
-        # Without a threshold of 0 parameters as small as these stay whole on every rank.
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-    }
+    config = DeepSpeedConfig(
+        {
+            "train_batch_size": ROWS,
+            "train_micro_batch_size_per_gpu": ROWS // process.world_size,
+            "optimizer": {"type": "SGD", "params": {"lr": LEARNING_RATE}},
+            "zero_allow_untested_optimizer": True,
+            "gradient_clipping": 0.0,
+            # Without a threshold of 0 parameters as small as these stay whole on every rank.
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        }
+    )
     engine = student_engine(Distillation(make_student(), process.world_size), config)
     student = engine.module.student
     assert (student.vocab_projector.weight.numel() == 0) == (stage == 3), "stage 3 leaves no weight whole"

@@ -15,7 +15,7 @@ from launcher import train_all, write_config
 from safetensors.torch import load_file
 from training import CPU_HAS_FP16
 
-from distilspeed.trainer.engine.config_check import learning_rates
+from distilspeed.trainer.engine.schedules import learning_rates
 from distilspeed.trainer.training.metrics import read_metrics
 from distilspeed.trainer.training.record import read_record
 

@@ -19,7 +19,8 @@ from jobs import (
 )
 from launcher import ROOT, error_lines
 
-from distilspeed.trainer.engine.config import read_deepspeed_config, resolve_batch_equation, resolve_precision
+from distilspeed.trainer.engine.config_batch import resolve_batch_equation
+from distilspeed.trainer.engine.config_file import read_deepspeed_config
 
 SCRIPT = ROOT / "launch" / "v100x8.sh"
 CONFIG = ROOT / "ds_configs" / "v100x8_fp16.json"
@@ -61,8 +62,8 @@ def test_terminated_and_run_again_it_ends_as_an_uninterrupted_run(
 def test_its_config_makes_4096_rows_in_fp16_on_every_power_of_two(gpus: int) -> None:
     config = read_deepspeed_config(CONFIG)
     assert resolve_batch_equation(config, gpus).train_batch_size == 4096
-    assert resolve_precision(config) == "fp16"
-    assert config["fp16"]["loss_scale"] == 0  # dynamic
+    assert config.precision == "fp16"
+    assert config.section("fp16")["loss_scale"] == 0  # dynamic
 
 
 @pytest.mark.full

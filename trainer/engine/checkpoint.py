@@ -17,12 +17,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import deepspeed
 import torch.distributed
 from deepspeed.checkpoint import ds_to_universal
 
+from distilspeed.trainer.engine.config import ResolvedConfig
 from distilspeed.trainer.errors import UserError, first_line
 from distilspeed.trainer.files import FileRecord, files_below, sync_tree, write_text
 
@@ -205,7 +206,7 @@ class Checkpoints:
                 self._remove_unfinished()
         return checkpoint.progress
 
-    def config_to_load(self, checkpoint: Checkpoint, config: dict[str, Any]) -> dict[str, Any]:
+    def config_to_load(self, checkpoint: Checkpoint, config: ResolvedConfig) -> ResolvedConfig:
         """The DeepSpeed config of an engine that is to load ``checkpoint``; called by every rank.
 
         ZeRO shares the optimiser's states out over the ranks. Where their number is another than that of the ranks
@@ -214,8 +215,7 @@ class Checkpoints:
         Raises:
             UserError: there is no room for it.
         """
-        stage = config.get("zero_optimization", {}).get("stage", 0)
-        if stage == 0 or checkpoint.world_size == torch.distributed.get_world_size():
+        if config.zero_stage == 0 or checkpoint.world_size == torch.distributed.get_world_size():
             return config
         if torch.distributed.get_rank() == 0:
             print(
@@ -226,7 +226,7 @@ class Checkpoints:
                 self._remove_unfinished()
                 _make_universal(checkpoint)
         torch.distributed.barrier()
-        return config | {"checkpoint": config.get("checkpoint", {}) | {"load_universal": True}}
+        return config.with_sections(checkpoint=config.section("checkpoint") | {"load_universal": True})
 
     def newest_step(self) -> int:
         """The step of the newest checkpoint, good or not; 0: there is none."""

@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,56 +18,37 @@ from torch.optim import Optimizer
 from torch.utils.cpp_extension import CUDA_HOME, _get_build_directory, is_ninja_available
 
 from distilspeed.trainer.engine.apex import find_apex
-from distilspeed.trainer.engine.config import AUTO
+from distilspeed.trainer.engine.config import ADAM_TYPES, AUTO, LAMB_TYPE, DeepSpeedConfig, ResolvedConfig
 from distilspeed.trainer.engine.lamb import Lamb
 from distilspeed.trainer.errors import UserError, first_line
 
-ADAM_TYPES = ("adam", "adamw")
-LAMB_TYPE = "lamb"
-MACHINE_CHOICES = ("torch_adam", "fused")  # of an Adam's parameters: what is fastest differs between machines
 SECONDS_OF_BUILD = 900.0  # more than any of DeepSpeed's Adams takes to compile
 SECONDS_BETWEEN_LOOKS = 1.0
 TRUST_RATIO_LIMITS = {"max_coeff", "min_coeff"}
 
 
 def choose_optimizer(
-    config: Mapping[str, Any], device: torch.device, has_deepspeed_adam: bool = False
-) -> dict[str, Any]:
-    """Fill ``"torch_adam": "auto"`` and ``"fused": "auto"`` of a DeepSpeed config, and check a Lamb.
+    config: ResolvedConfig, device: torch.device, has_deepspeed_adam: bool = False
+) -> ResolvedConfig:
+    """Fill ``"torch_adam": "auto"`` and ``"fused": "auto"`` of a DeepSpeed config.
 
     ``torch_adam`` becomes false where DeepSpeed's own Adam can run: FusedAdam on a GPU, CPUAdam for optimiser
     states offloaded from one. On a CPU device it becomes true: DeepSpeed would compile for minutes, and torch's
     fused step of 66 million float32 parameters takes 0.04 s on 2 cores (0.22 s unfused; November 2026).
-
-    Returns:
-        the config with both values filled in; ``config`` itself is not changed.
-
-    Raises:
-        UserError: Lamb with a ZeRO stage above 0.
     """
-    kind = optimizer_type(config)
-    if kind == LAMB_TYPE:
-        _check_lamb(config)
     params = _adam_params(config)
-    if not set(MACHINE_CHOICES) & params.keys():
-        return dict(config)
+    if not {"torch_adam", "fused"} & params.keys():
+        return config
     if params.get("torch_adam") == AUTO:
         params["torch_adam"] = not has_deepspeed_adam
     if not params.get("torch_adam"):
         params.pop("fused", None)  # DeepSpeed's know no such parameter: they are fused
     elif params.get("fused") == AUTO:
         params["fused"] = device.type in ("cuda", "cpu")
-    return _with_params(config, params)
+    return config.with_sections(optimizer=config.section("optimizer") | {"params": params})
 
 
-def leave_choice_open(resolved: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """A resolved config, with "auto" again for what ``settle_optimizer`` is to choose of ``config``."""
-    is_open = {name: AUTO for name, value in _adam_params(config).items() if value == AUTO}
-    choices = {name: value for name, value in is_open.items() if name in MACHINE_CHOICES}
-    return _with_params(resolved, {**_adam_params(resolved), **choices}) if choices else dict(resolved)
-
-
-def settle_optimizer(config: Mapping[str, Any], device: torch.device, local_rank: int) -> dict[str, Any]:
+def settle_optimizer(config: ResolvedConfig, device: torch.device, local_rank: int) -> ResolvedConfig:
     """Choose the optimiser for the whole job; called by every rank, when the ranks have joined.
 
     One rank of each host builds the operator that it needs, then the others load it. Where a rank cannot, all take
@@ -78,7 +59,7 @@ def settle_optimizer(config: Mapping[str, Any], device: torch.device, local_rank
     """
     wanted = _adam_params(config).get("torch_adam", False)
     if (
-        optimizer_type(config) not in ADAM_TYPES
+        config.optimizer_kind not in ADAM_TYPES
         or wanted is True
         or (wanted == AUTO and device.type != "cuda")
     ):
@@ -100,24 +81,15 @@ def settle_optimizer(config: Mapping[str, Any], device: torch.device, local_rank
     return choose_optimizer(config, device, has_deepspeed_adam=not obstacle)
 
 
-def optimizer_type(config: Mapping[str, Any]) -> str:
-    """The optimiser's name in a DeepSpeed config, in lower case as DeepSpeed compares it; "" without one."""
-    optimizer = config.get("optimizer")
-    return str(optimizer.get("type", "")).lower() if isinstance(optimizer, Mapping) else ""
+def _adam_params(config: DeepSpeedConfig) -> dict[str, Any]:
+    if config.optimizer is None or config.optimizer_kind not in ADAM_TYPES:
+        return {}
+    return dict(config.optimizer.params)
 
 
-def _adam_params(config: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(config["optimizer"].get("params", {})) if optimizer_type(config) in ADAM_TYPES else {}
-
-
-def _with_params(config: Mapping[str, Any], params: dict[str, Any]) -> dict[str, Any]:
-    return {**config, "optimizer": {**config["optimizer"], "params": params}}
-
-
-def _builder_and_compiler(config: Mapping[str, Any], device: torch.device) -> tuple[OpBuilder, str | None]:
+def _builder_and_compiler(config: DeepSpeedConfig, device: torch.device) -> tuple[OpBuilder, str | None]:
     """What DeepSpeed builds its Adam with."""
-    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    if offload.get("device", "none") != "none":
+    if config.offload_optimizer:
         return CPUAdamBuilder(), shutil.which("c++")
     if device.type != "cuda":
         return FusedAdamBuilder(), shutil.which("c++")
@@ -161,16 +133,7 @@ def _wait_for_build(name: str) -> None:
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
-def _check_lamb(config: Mapping[str, Any]) -> None:
-    stage = (config.get("zero_optimization") or {}).get("stage", 0)
-    if stage != 0:
-        raise UserError(
-            f"Lamb scales the update of each parameter tensor, and ZeRO stage {stage} joins all tensors into one; "
-            'set "stage": 0 in the DeepSpeed config, or use AdamW'
-        )
-
-
-def own_optimizer(config: Mapping[str, Any], device_type: str) -> Callable[[Any], Optimizer] | None:
+def own_optimizer(config: DeepSpeedConfig, device_type: str) -> Callable[[Any], Optimizer] | None:
     """What makes the optimiser from the parameters, where the trainer and not DeepSpeed does: for Lamb; else None.
 
     It is apex's FusedLAMB on a GPU where NVIDIA's apex is installed and the config limits no trust ratio (apex
@@ -179,9 +142,9 @@ def own_optimizer(config: Mapping[str, Any], device_type: str) -> Callable[[Any]
     Raises:
         UserError: an apex that is not NVIDIA's is installed where it would be used.
     """
-    if optimizer_type(config) != LAMB_TYPE:
+    if config.optimizer is None or config.optimizer_kind != LAMB_TYPE:
         return None
-    params = dict(config["optimizer"].get("params", {}))
+    params = config.optimizer.params
     limited = TRUST_RATIO_LIMITS & params.keys()
     apex = find_apex() if device_type == "cuda" and not limited else None
     if apex is None or apex.fused_lamb is None:
@@ -203,15 +166,6 @@ def forget_dummy_step(engine: deepspeed.DeepSpeedEngine) -> None:
             group.pop("step", None)
         if engine.optimizer is not engine.basic_optimizer:
             engine.optimizer.refresh_fp32_params()
-
-
-def apply_first_rate(scheduler: Any) -> None:
-    """Give the first step the rate of a schedule of DeepSpeed's that begins later than before its first iteration.
-
-    DeepSpeed sets rates when such a schedule advances, and so leaves the first step the optimiser's own.
-    """
-    if getattr(scheduler, "last_batch_iteration", -1) >= 0:
-        scheduler.step(scheduler.last_batch_iteration)
 
 
 def describe_fused_parts(engine: deepspeed.DeepSpeedEngine) -> str:

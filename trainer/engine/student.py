@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-from typing import Any
 
 import deepspeed
 import torch
@@ -12,7 +11,9 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from packaging.version import Version
 from torch import nn
 
-from distilspeed.trainer.engine.optimizers import apply_first_rate, forget_dummy_step, own_optimizer
+from distilspeed.trainer.engine.config import DeepSpeedConfig
+from distilspeed.trainer.engine.optimizers import forget_dummy_step, own_optimizer
+from distilspeed.trainer.engine.schedules import apply_first_rate
 from distilspeed.trainer.errors import OverflowAtLowestScale, UserError
 
 # Older versions divide gradients by the accumulation steps once per output tensor of the module.
@@ -42,7 +43,7 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise UserError(f'this device ({device}) has no bf16; enable "fp16" in the config')
 
 
-def student_engine(module: nn.Module, deepspeed_config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+def student_engine(module: nn.Module, deepspeed_config: DeepSpeedConfig) -> deepspeed.DeepSpeedEngine:
     """Wrap the student's module; parameters, gradients and optimiser states are laid out as the config says.
 
     Raises:
@@ -55,7 +56,7 @@ def student_engine(module: nn.Module, deepspeed_config: dict[str, Any]) -> deeps
             engine, *_ = deepspeed.initialize(
                 model=module,
                 model_parameters=parameters,
-                config=deepspeed_config,
+                config=deepspeed_config.to_dict(),
                 optimizer=own_optimizer(deepspeed_config, get_accelerator().device_name()),
             )
     except (

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from distilspeed.trainer.data.micro_batch import MicroBatch
+from distilspeed.trainer.engine.config import MICRO_BATCH_SIZE, DeepSpeedConfig
 from distilspeed.trainer.models.packed_forward import ModelOutputs, forward_packed
 
 
@@ -16,7 +17,7 @@ def make_teacher(
     model: PreTrainedModel,
     dtype: torch.dtype,
     device: torch.device,
-    deepspeed_config: dict[str, Any],
+    deepspeed_config: DeepSpeedConfig,
     share_out: bool,
 ) -> "ReplicatedTeacher | ShardedTeacher":
     """A teacher that takes a micro-batch and gives its outputs; called by every rank.
@@ -57,7 +58,7 @@ class ShardedTeacher:
         deepspeed_config: the student's, resolved; the teacher takes its precision and micro-batch.
     """
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, deepspeed_config: dict[str, Any]) -> None:
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, deepspeed_config: DeepSpeedConfig) -> None:
         config = teacher_config(deepspeed_config)
         module = _PackedForward(nn.Module.to(model, dtype=dtype).requires_grad_(False))
         deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=dtype)
@@ -81,10 +82,11 @@ class _PackedForward(nn.Module):
         return forward_packed(self.model, batch, places, layers)
 
 
-def teacher_config(student: dict[str, Any]) -> dict[str, Any]:
+def teacher_config(student: DeepSpeedConfig) -> dict[str, Any]:
     """The DeepSpeed config of a sharded teacher: ZeRO-3 without an optimiser, in the precision of the student."""
-    kept = ("train_micro_batch_size_per_gpu", "fp16", "bf16")
+    kept = (MICRO_BATCH_SIZE, "fp16", "bf16")
     # Else DeepSpeed puts a linear layer of its own, which adds the bias after rounding, in the place of PyTorch's for
     # the whole process: the student's too. It spares backward passes memory, and the teacher has none.
     zero = {"stage": 3, "memory_efficient_linear": False}
-    return {key: student[key] for key in kept if key in student} | {"zero_optimization": zero}
+    taken = {key: value for key, value in student.to_dict().items() if key in kept}
+    return taken | {"zero_optimization": zero}

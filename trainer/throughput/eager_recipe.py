@@ -27,7 +27,7 @@ from distilspeed.trainer.data.masking import (
     MASKED_FRACTION,
     MaskingRule,
 )
-from distilspeed.trainer.engine.config import ADAM_BETAS, ADAM_EPS, GRADIENT_CLIPPING, LEARNING_RATE
+from distilspeed.trainer.engine.config_auto import ADAM_BETAS, ADAM_EPS, GRADIENT_CLIPPING, LEARNING_RATE
 from distilspeed.trainer.objective.hidden_cosine import HiddenCosine
 from distilspeed.trainer.objective.masked_lm import MaskedLM
 from distilspeed.trainer.objective.soft_targets import SoftTargets

@@ -76,7 +76,7 @@ class BenchmarkReport:
                 "micro_batch_size": run.batch.micro_batch_size,
                 "accumulation_steps": run.batch.gradient_accumulation_steps,
                 "precision": run.precision,
-                "zero_stage": run.deepspeed_config.get("zero_optimization", {}).get("stage", 0),
+                "zero_stage": run.deepspeed_config.zero_stage,
                 "compile": run.arguments.compile,
                 "restrict_ce_to_mask": run.objective.settings()["restrict_ce_to_mask"],
                 "padding_of_corpus": round(run.corpus.manifest.padding_fraction, 4),

@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import torch
@@ -12,6 +11,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from distilspeed.trainer.corpus.format import Corpus
+from distilspeed.trainer.engine.config import ResolvedConfig
 from distilspeed.trainer.evaluation.quality import MaskedTokenQuality
 from distilspeed.trainer.files import folder_written_whole
 from distilspeed.trainer.objective.term import Term
@@ -42,7 +42,7 @@ class TrainingRecord:
 
     arguments: TrainArguments
     terms: Sequence[Term]  # of which the metrics have values
-    deepspeed_config: dict[str, Any]
+    deepspeed_config: ResolvedConfig
     corpus: Corpus
     layers: Sequence[int]
     world_size: int
@@ -90,7 +90,8 @@ def tokenizer_for(model: PreTrainedModel, corpus: Corpus) -> PreTrainedTokenizer
 def model_card(record: TrainingRecord) -> str:
     """The model card: teacher, data, losses, hyper-parameters, results."""
     arguments, config, last = record.arguments, record.deepspeed_config, record.last_step
-    optimizer = config["optimizer"]
+    optimizer, scheduler = config.optimizer, config.scheduler
+    assert optimizer is not None
     parts = ", ".join(f"{term.shown.short} {last.losses[term.name]:.4f}" for term in record.terms)
     rows: list[tuple[str, object]] = []
     if arguments.has_teacher:
@@ -109,13 +110,10 @@ def model_card(record: TrainingRecord) -> str:
         ("Row length", f"{record.corpus.manifest.seq_length} tokens, packed, attention within documents"),
         ("Masking", "dynamic, 15 % of the tokens, probability ∝ count^-0.7"),
         ("Real tokens seen", f"{last.tokens:,} in {last.step:,} steps ({last.epoch:.2f} epochs)"),
-        ("Global batch", f"{config['train_batch_size']} rows on {record.world_size} ranks"),
-        ("Optimiser", f"{optimizer['type']} {optimizer.get('params', {})}"),
-        (
-            "Schedule",
-            f"{config.get('scheduler', {}).get('type', 'constant')} {config.get('scheduler', {}).get('params', '')}",
-        ),
-        ("Gradient clipping", config.get("gradient_clipping", "none")),
+        ("Global batch", f"{config.batch.train_batch_size} rows on {record.world_size} ranks"),
+        ("Optimiser", f"{optimizer.type} {optimizer.params}"),
+        ("Schedule", f"{scheduler.type} {scheduler.params}" if scheduler else "constant "),
+        ("Gradient clipping", "none" if config.gradient_clipping is None else config.gradient_clipping),
         *(("Changed", change) for change in record.changes),
         ("Seed", arguments.seed),
         (

@@ -2,10 +2,9 @@
 
 import shutil
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import deepspeed
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -21,7 +20,9 @@ from distilspeed.trainer.job.ranks import joined_job
 from distilspeed.trainer.job.watch import JobWatch
 from distilspeed.trainer.models.flops import measure_matmul_flops
 from distilspeed.trainer.training.arguments import TrainArguments
+from distilspeed.trainer.training.checks import check_output_dir
 from distilspeed.trainer.training.export import TrainingRecord, export_student, gather_weights, whole_student
+from distilspeed.trainer.training.identity import identity_of, record_run
 from distilspeed.trainer.training.metrics import Metrics, plot_losses, read_metrics
 from distilspeed.trainer.training.record import (
     TOTAL_STEPS,
@@ -31,7 +32,7 @@ from distilspeed.trainer.training.record import (
     read_record,
     record_student,
 )
-from distilspeed.trainer.training.run import Run, check_output_dir, identity_of, record_run, settle_attention
+from distilspeed.trainer.training.run import Run, settle_attention
 from distilspeed.trainer.training.step import TrainingStep
 
 HELD_OUT_ROWS_FOR_CARD = 200
@@ -58,28 +59,38 @@ def train(run: Run) -> None:
         JobWatch(process, arguments.ddp_timeout) as watch,
         _alone_in_folder(run),
     ):
-        found: list[tuple[Changes, bool]] = [({}, False)]
-        if process.rank == 0:
-            # Again, because another job may have been at work in the folder since.
-            if arguments.resume:
-                with writing(arguments.output_dir):
-                    bring_back_replaced(arguments.output_dir / "student")
-            found = [_compare_with_folder(run, identity)]
-        torch.distributed.broadcast_object_list(found, device=process.device)
-        changes, is_complete = found[0]
+        changes, is_complete = _compare_for_all(run, identity)
         if is_complete:
             if process.rank == 0:
                 print(f"{arguments.output_dir}/student exists: this run is complete")
             return
         batches = MicroBatches(run.corpus, run.batch, process.rank, arguments.seed)
         attention = settle_attention(run, batches)
-        _train(run, batches, watch, identity, attention, changes)
+        training = _start_engine(run, batches)
+        if process.rank == 0:
+            # Not before: a folder that is left by what DeepSpeed refuses is empty.
+            _record(training, identity, attention, changes)
+        _take_steps(training, watch)
+        _finish(training)
 
 
 def _checkpoints(arguments: TrainArguments) -> Checkpoints:
     return Checkpoints(
         arguments.output_dir / "checkpoints", arguments.save_total_limit, arguments.save_retain_steps
     )
+
+
+def _compare_for_all(run: Run, identity: dict[str, Any]) -> tuple[Changes, bool]:
+    """Compare again, because another job may have been at work in the folder since; called by every rank."""
+    found: list[tuple[Changes, bool]] = [({}, False)]
+    if run.process.rank == 0:
+        folder = run.arguments.output_dir
+        if run.arguments.resume:
+            with writing(folder):
+                bring_back_replaced(folder / "student")
+        found = [_compare_with_folder(run, identity)]
+    torch.distributed.broadcast_object_list(found, device=run.process.device)
+    return found[0]
 
 
 def _compare_with_folder(run: Run, identity: dict[str, Any]) -> tuple[Changes, bool]:
@@ -132,42 +143,63 @@ def _alone_in_folder(run: Run) -> AbstractContextManager[None]:
     return locked(folder, SECONDS_TO_END, f"another job is at work in {folder}; wait for it, or end it")
 
 
-def _train(
-    run: Run,
-    batches: MicroBatches,
-    watch: JobWatch,
-    identity: dict[str, Any],
-    attention: dict[str, str],
-    changes: Changes,
-) -> None:
+@dataclass(frozen=True)
+class _Training:
+    """A run whose engine stands, with its newest checkpoint loaded.
+
+    Attributes:
+        first: where it starts or goes on.
+    """
+
+    run: Run
+    batches: MicroBatches
+    checkpoints: Checkpoints
+    step: TrainingStep
+    first: Progress
+
+
+def _start_engine(run: Run, batches: MicroBatches) -> _Training:
     run = run.with_optimizer_settled()
-    arguments, process = run.arguments, run.process
-    checkpoints = _checkpoints(arguments)
-    newest = checkpoints.newest_good() if arguments.resume else None
+    checkpoints = _checkpoints(run.arguments)
+    newest = checkpoints.newest_good() if run.arguments.resume else None
     if newest:
         run = replace(run, deepspeed_config=checkpoints.config_to_load(newest, run.deepspeed_config))
     step = TrainingStep(run)
-    engine = step.engine
-    if process.rank == 0:
-        print(describe_fused_parts(engine))
-    progress = checkpoints.load(engine, newest) if newest else Progress()
-    if process.rank == 0:
-        # Not before: a folder that is left by what DeepSpeed refuses is empty.
-        _record(run, identity, attention, changes, progress)
+    if run.process.rank == 0:
+        print(describe_fused_parts(step.engine))
+    first = checkpoints.load(step.engine, newest) if newest else Progress()
+    return _Training(run, batches, checkpoints, step, first)
 
-    loader = on_device(
-        batches.loader(
-            progress.batches, None, resolve_num_workers(arguments.dataloader_num_workers, process.device)
-        ),
-        process.device,
-    )
-    metrics = _start_metrics(run, engine, batches, progress)
 
+def _record(
+    training: _Training, identity: dict[str, Any], attention: dict[str, str], changes: Changes
+) -> None:
+    """Write what the run starts with, or what it changes."""
+    run, folder = training.run, training.run.arguments.output_dir
+    record = read_record(folder)
+    if record is None:
+        record_run(run, identity, attention)
+    elif changes:
+        student_step = record.student_step if (folder / "student").exists() else 0
+        print(f"changed {append_changes(folder, training.first.step, changes, student_step)}")
+
+
+def _take_steps(training: _Training, watch: JobWatch) -> None:
+    """Train to the last step, with metrics and checkpoints on the way.
+
+    Raises:
+        StoppedError: a signal has ended the run; a checkpoint is saved.
+    """
+    run, batches, step, progress = training.run, training.batches, training.step, training.first
+    arguments, device = run.arguments, run.process.device
+    num_workers = resolve_num_workers(arguments.dataloader_num_workers, device)
+    loader = on_device(batches.loader(progress.batches, None, num_workers), device)
+    metrics = _start_metrics(training)
     # Closed here, and not when a reference cycle happens to be found: its workers heed no signal, and the end of the
     # process waits for them.
     with metrics.progress_bar, closing(loader):
         while progress.step < run.total_steps:
-            learning_rate = engine.get_lr()[0]
+            learning_rate = step.engine.get_lr()[0]
             result = step.take(progress.batches, loader)
             progress = progress.after(result.is_update, batches.count_tokens(progress.batches))
             metrics.end_step(progress, _epoch(run, progress), result, learning_rate)
@@ -177,56 +209,43 @@ def _train(
             is_last = progress.step == run.total_steps
             if is_last or told_by or progress.step % arguments.save_steps == 0:
                 metrics.flush()
-                checkpoints.save(engine, progress)
+                training.checkpoints.save(step.engine, progress)
             if told_by and not is_last:
                 raise StoppedError(
                     f"by {told_by} after step {progress.step}, of which there is a checkpoint; go on with --resume"
                 )
-    _finish(run, engine)
-
-
-def _record(
-    run: Run, identity: dict[str, Any], attention: dict[str, str], changes: Changes, progress: Progress
-) -> None:
-    """Write what the run starts with, or what it changes."""
-    folder = run.arguments.output_dir
-    record = read_record(folder)
-    if record is None:
-        record_run(run, identity, attention)
-    elif changes:
-        student_step = record.student_step if (folder / "student").exists() else 0
-        print(f"changed {append_changes(folder, progress.step, changes, student_step)}")
 
 
 def _epoch(run: Run, progress: Progress) -> float:
     return progress.batches * run.batch.train_batch_size / run.corpus.manifest.counts.train_rows
 
 
-def _start_metrics(
-    run: Run, engine: deepspeed.DeepSpeedEngine, batches: MicroBatches, progress: Progress
-) -> Metrics:
+def _start_metrics(training: _Training) -> Metrics:
+    run = training.run
     progress_bar = tqdm(
         total=run.total_steps,
-        initial=progress.step,
+        initial=training.first.step,
         desc="distilling" if run.teacher else "training",
         unit="step",
         disable=run.process.rank != 0,
     )
     return Metrics(
         run.arguments.output_dir / "metrics.jsonl",
-        engine,
-        batches,
+        training.step.engine,
+        training.batches,
         progress_bar,
         run.arguments.logging_steps,
         terms=[term.name for term in run.objective.terms],
         flops_per_token=run.flops_per_token(),
         peak_flops=measure_matmul_flops(run.process.device, DTYPES[run.precision]) * run.process.world_size,
-        first=progress,
+        first=training.first,
     )
 
 
-def _finish(run: Run, engine: deepspeed.DeepSpeedEngine) -> None:
-    weights = gather_weights(engine, run.student)
+def _finish(training: _Training) -> None:
+    """Write the student, its model card and the loss curves."""
+    run = training.run
+    weights = gather_weights(training.step.engine, run.student)
     if run.process.rank != 0:
         return
     with writing(run.arguments.output_dir):

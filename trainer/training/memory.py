@@ -8,21 +8,17 @@ The peak of a step is at the end of the student's forward pass (activations and 
 micro-steps too). Compared with measured peaks by tests/launch/test_memory.py.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from distilspeed.kernels.implementation.distillation_loss_chunked import BLOCK_BYTES
 from distilspeed.trainer.data.batch_equation import BatchEquation
-from distilspeed.trainer.engine.config import accumulates_in_fp32
+from distilspeed.trainer.engine.config import DeepSpeedConfig
 from distilspeed.trainer.families.shape import ModelShape
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 # AdamW keeps two float32 moments; mixed precision and ZeRO add float32 copies of the weights that are updated.
 ADAM_BYTES_PER_PARAMETER = 8
 MASTER_BYTES_PER_PARAMETER = 4
-# DeepSpeed's own, in elements.
-REDUCE_BUCKET_SIZE = 500_000_000
 # Tensors of [tokens, hidden size] kept for the backward pass: in each layer the inputs of its matrix products, norms
 # and activation, those of the feed-forward part counting by its width; outside them embeddings and MLM head.
 ATTENTION_ACTIVATIONS, FEED_FORWARD_ACTIVATIONS, OTHER_ACTIVATIONS = 9, 2, 6
@@ -61,8 +57,7 @@ def estimate_memory(
     teacher: ModelShape | None,
     batch: BatchEquation,
     seq_length: int,
-    precision: str,
-    deepspeed_config: Mapping[str, Any],
+    config: DeepSpeedConfig,
     *,
     teacher_zero3: bool = False,
     head_share: float = 1.0,
@@ -72,55 +67,72 @@ def estimate_memory(
     """Estimate the memory of one rank from shapes, ZeRO stage, offload and micro-batch.
 
     Args:
+        config: for ZeRO, offload and precision.
         head_share: of the tokens, those that have logits.
         on_cpu: where attention with dropout keeps its probabilities, and the losses work in buffers of their own.
         attention_dropout: of the student.
     """
-    zero = deepspeed_config.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
-    width = BYTES[precision]
+    width = BYTES[config.precision]
 
-    def is_offloaded(what: str) -> bool:
-        return (zero.get(what) or {}).get("device", "none") != "none"
+    def share(size: int, from_stage: int) -> int:
+        return size // (batch.world_size if config.zero_stage >= from_stage else 1)
 
-    def share(size: int, from_stage: int, offload: str = "") -> int:
-        if is_offloaded(offload):
-            return 0
-        return size // (batch.world_size if stage >= from_stage else 1)
-
-    has_master = width < BYTES["fp32"] or stage > 0
-    gradient_width = BYTES["fp32"] if accumulates_in_fp32(deepspeed_config) else width
-    # DeepSpeed's optimiser for that case holds every gradient in fp32 from the start, and has no buckets.
-    is_bf16_zero1 = (
-        stage == 1
-        and precision == "bf16"
-        and gradient_width > width
-        and not is_offloaded("offload_optimizer")
-    )
-    states = ADAM_BYTES_PER_PARAMETER + MASTER_BYTES_PER_PARAMETER * has_master
-    accumulates = batch.gradient_accumulation_steps > 1
-    # With one micro-step the gradients come when activations go.
-    kept_gradients = gradient_width * (accumulates or is_bf16_zero1)
-    if accumulates and is_bf16_zero1:  # which holds the last micro-step's own gradients, too
-        kept_gradients += width
-    bucket = zero.get("reduce_bucket_size", REDUCE_BUCKET_SIZE) * width * (1 + bool(zero.get("overlap_comm")))
     tokens = batch.micro_batch_size * seq_length
-    per_layer = (
-        ATTENTION_ACTIVATIONS * student.hidden_size + FEED_FORWARD_ACTIVATIONS * student.intermediate_size
-    )
-    activations = width * (student.layers * per_layer + OTHER_ACTIVATIONS * student.hidden_size)
-    if on_cpu and attention_dropout > 0:
-        activations += student.layers * student.heads * seq_length * KEPT_PROBABILITIES[width]
+    keeps_probabilities = on_cpu and attention_dropout > 0
     logits = head_share * (DISTILLATION_LOGITS if teacher else MLM_LOGITS)
     return MemoryPlan(
-        weights=share(student.parameters * width, 3, "offload_param"),
-        gradients=share(student.parameters * kept_gradients, 2),
-        optimizer_states=share(student.parameters * states, 1, "offload_optimizer"),
-        buckets=bucket if stage > 0 and not is_bf16_zero1 else 0,
+        weights=0 if config.offload_param else share(student.parameters * width, 3),
+        gradients=share(student.parameters * _bytes_per_gradient(batch, config), 2),
+        optimizer_states=0
+        if config.offload_optimizer
+        else share(student.parameters * _bytes_per_optimizer_state(config), 1),
+        buckets=_bucket_bytes(config),
         teacher=teacher.parameters * width // (batch.world_size if teacher_zero3 else 1) if teacher else 0,
-        activations=tokens * activations,
+        activations=tokens * _activation_bytes_per_token(student, seq_length, width, keeps_probabilities),
         logits=round(tokens * student.vocab_size * width * logits),
         loss_buffers=LOSS_BUFFERS * min(BLOCK_BYTES, tokens * student.vocab_size * BYTES["fp32"])
         if on_cpu and teacher
         else 0,
     )
+
+
+def _bytes_per_optimizer_state(config: DeepSpeedConfig) -> int:
+    has_master = config.precision != "fp32" or config.zero_stage > 0
+    return ADAM_BYTES_PER_PARAMETER + MASTER_BYTES_PER_PARAMETER * has_master
+
+
+def _bytes_per_gradient(batch: BatchEquation, config: DeepSpeedConfig) -> int:
+    """What is kept of a parameter's gradient; with one micro-step the gradients come when activations go."""
+    width = BYTES["fp32"] if config.accumulates_in_fp32 else BYTES[config.precision]
+    accumulates = batch.gradient_accumulation_steps > 1
+    if not _keeps_every_gradient_in_fp32(config):
+        return width * accumulates
+    return width + BYTES[config.precision] * accumulates  # the last micro-step's own gradients, too
+
+
+def _keeps_every_gradient_in_fp32(config: DeepSpeedConfig) -> bool:
+    """Whether it is DeepSpeed's optimiser for bf16 at stage 1, which does so from the start, and has no buckets."""
+    return (
+        config.zero_stage == 1
+        and config.precision == "bf16"
+        and config.accumulates_in_fp32
+        and not config.offload_optimizer
+    )
+
+
+def _bucket_bytes(config: DeepSpeedConfig) -> int:
+    if config.zero_stage == 0 or _keeps_every_gradient_in_fp32(config):
+        return 0
+    return config.reduce_bucket_size * BYTES[config.precision] * (1 + config.overlap_comm)
+
+
+def _activation_bytes_per_token(
+    student: ModelShape, seq_length: int, width: int, keeps_probabilities: bool
+) -> int:
+    per_layer = (
+        ATTENTION_ACTIVATIONS * student.hidden_size + FEED_FORWARD_ACTIVATIONS * student.intermediate_size
+    )
+    activations = width * (student.layers * per_layer + OTHER_ACTIVATIONS * student.hidden_size)
+    if keeps_probabilities:
+        activations += student.layers * student.heads * seq_length * KEPT_PROBABILITIES[width]
+    return activations

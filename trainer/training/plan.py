@@ -25,14 +25,13 @@ def print_plan(run: Run) -> None:
     if run.process.rank == 0:
         parts = ", ".join(f"{name.replace('_', ' ')} {size / GIB:.2f}" for name, size in vars(memory).items())
         epochs = run.total_steps * run.batch.train_batch_size / run.corpus.manifest.counts.train_rows
-        stage = run.deepspeed_config.get("zero_optimization", {}).get("stage", 0)
         print(
             f"batch:   {run.batch}\n"
             f"steps:   {run.total_steps} of {tokens_per_step:,} tokens, "
             f"{epochs:.2f} epochs of {run.corpus.manifest.counts.train_rows:,} rows\n"
             f"FLOPs:   {flops:.3g} per step, {flops * run.total_steps:.3g} in all\n"
-            f"memory:  {memory.total / GIB:.2f} GiB of tensors per GPU, estimated, {run.precision}, ZeRO-{stage} "
-            f"({parts})"
+            f"memory:  {memory.total / GIB:.2f} GiB of tensors per GPU, estimated, {run.precision}, "
+            f"ZeRO-{run.deepspeed_config.zero_stage} ({parts})"
         )
     _check_fits(run, memory)
 
@@ -45,7 +44,6 @@ def plan_memory(run: Run, batch: BatchEquation) -> MemoryPlan:
         *run.shapes(),
         batch,
         run.corpus.manifest.seq_length,
-        run.precision,
         run.deepspeed_config,
         teacher_zero3=run.arguments.teacher_zero3,
         head_share=run.objective.head_share,

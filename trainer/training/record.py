@@ -10,9 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from distilspeed.trainer.engine.config import Started, accumulates_in_fp32, settings_of
-from distilspeed.trainer.engine.config_check import learning_rates
-from distilspeed.trainer.engine.optimizers import MACHINE_CHOICES
+from distilspeed.trainer.engine.config import DeepSpeedConfig
+from distilspeed.trainer.engine.config_auto import OF_MACHINES, SCHEDULE_LENGTH, Started
+from distilspeed.trainer.engine.schedules import learning_rates
 from distilspeed.trainer.errors import UserError, first_line
 from distilspeed.trainer.files import write_text, writing
 
@@ -31,11 +31,12 @@ CHANGEABLE = {
     ),
 }
 # Sections that decide what is computed: the rest of them must be as before.
-FIXED_SECTIONS = ("optimizer", "scheduler", "fp16", "bf16", "data_types", "gradient_clipping")
+FIXED_SECTIONS = ("optimizer", "scheduler", "fp16", "bf16", "gradient_clipping")
 # How ZeRO lays out the states in a checkpoint.
-FIXED_LAYOUT = ("round_robin_gradients", "sub_group_size", "parameter_alignment", "elastic_checkpoint")
-OF_MACHINES = {f"optimizer.params.{name}" for name in MACHINE_CHOICES}
-SCHEDULE_LENGTH = "scheduler.params.total_num_steps"
+FIXED_LAYOUT = tuple(
+    f"zero_optimization.{name}"
+    for name in ("round_robin_gradients", "sub_group_size", "parameter_alignment", "elastic_checkpoint")
+)
 
 Changes = dict[str, tuple[Any, Any]]
 
@@ -80,20 +81,20 @@ def read_record(output_dir: Path) -> Record | None:
         return Record(
             identity,
             dict(content["attention"]),
-            Started(config, total_steps),
+            Started(DeepSpeedConfig(config), total_steps),
             tuple(lines),
             int(content.get("student_step", identity[TOTAL_STEPS])),  # of older versions: at the end alone
         )
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(
             f"{path} cannot be read: {first_line(error)}; bring it back, or choose another --output_dir"
         ) from error
 
 
 def find_changes(
-    record: Record, identity: Mapping[str, Any], config: Mapping[str, Any], total_steps: int
+    record: Record, identity: Mapping[str, Any], config: DeepSpeedConfig, total_steps: int
 ) -> Changes:
     """What a resumed run changes: (before, now) by the setting's path.
 
@@ -117,7 +118,7 @@ def find_changes(
         if name == SCHEDULE_LENGTH and total_steps != record.started.total_steps:
             raise UserError(
                 f"the learning rate of this run was planned to fall to 0 over {record.started.total_steps} steps "
-                f"({config['scheduler']['type']}), not over {total_steps}; resume it with as many, or train with "
+                f"({settings[1]['scheduler.type']}), not over {total_steps}; resume it with as many, or train with "
                 "another --output_dir. A run that starts with WarmupLR, or a larger total_num_steps, can be extended"
             )
         if name not in CHANGEABLE:
@@ -129,18 +130,19 @@ def find_changes(
     return changes
 
 
-def _fixed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def _fixed_settings(config: DeepSpeedConfig) -> dict[str, Any]:
     """The settings that are compared, by their paths."""
-    sections = {name: config[name] for name in FIXED_SECTIONS if name in config and name != "data_types"}
-    zero = config.get("zero_optimization", {})
-    layout = {"zero_optimization": {name: zero[name] for name in FIXED_LAYOUT if name in zero}}
-    settings = settings_of(sections | layout) | {"gradients are summed in fp32": accumulates_in_fp32(config)}
+    settings = {name: value for name, value in config.settings().items() if _is_fixed(name)}
+    return settings | {"gradients are summed in fp32": config.accumulates_in_fp32}
+
+
+def _is_fixed(name: str) -> bool:
     # Which form of the same Adam runs follows from the machines, and is not known before the ranks have joined.
-    return {name: value for name, value in settings.items() if name not in OF_MACHINES}
+    return name not in OF_MACHINES and (name.partition(".")[0] in FIXED_SECTIONS or name in FIXED_LAYOUT)
 
 
-def _check_schedule_lasts(config: Mapping[str, Any], total_steps: int) -> None:
-    length = settings_of(config).get(SCHEDULE_LENGTH, total_steps)
+def _check_schedule_lasts(config: DeepSpeedConfig, total_steps: int) -> None:
+    length = config.settings().get(SCHEDULE_LENGTH, total_steps)
     last = list(islice(learning_rates(config, total_steps), total_steps - 1, None))
     if total_steps > length or not any(last):
         raise UserError(

@@ -18,7 +18,6 @@ from distilspeed.trainer.training.run import Run
 
 # fp16: batches skipped in a row, at one loss scale and beyond its "hysteresis", after which it is taken not to fall.
 SKIPS_AT_ONE_SCALE = 5
-DEFAULT_HYSTERESIS = 2  # DeepSpeed's
 
 
 class StepResult(NamedTuple):
@@ -47,8 +46,7 @@ class TrainingStep:
         self.rank = run.process.rank
         self.seed = arguments.seed
         self.batch = batch
-        hysteresis = run.deepspeed_config.get("fp16", {}).get("hysteresis", DEFAULT_HYSTERESIS)
-        self.skips_allowed = SKIPS_AT_ONE_SCALE + hysteresis
+        self.skips_allowed = SKIPS_AT_ONE_SCALE + run.deepspeed_config.hysteresis
         self.last_scale, self.skips_at_last_scale = 0.0, 0
         self.objective = run.objective
         for model in run.models().values():

@@ -15,6 +15,7 @@ import torch
 from transformers import BertForMaskedLM
 
 from distilspeed.trainer.engine.apex import find_apex, fused_layer_norm, replace_layer_norms
+from distilspeed.trainer.engine.config import DeepSpeedConfig
 from distilspeed.trainer.engine.lamb import Lamb
 from distilspeed.trainer.engine.optimizers import own_optimizer
 from distilspeed.trainer.errors import UserError
@@ -99,8 +100,8 @@ def test_the_unrelated_package_is_refused_and_none_of_its_code_runs(
     with pytest.raises(UserError, match=r"not NVIDIA's.*pip uninstall apex"):
         find_apex()
     with pytest.raises(UserError, match=r"not NVIDIA's"):
-        own_optimizer({"optimizer": {"type": "Lamb"}}, "cuda")
-    own_optimizer({"optimizer": {"type": "AdamW"}}, "cuda")  # which needs no apex
+        own_optimizer(DeepSpeedConfig({"optimizer": {"type": "Lamb"}}), "cuda")
+    own_optimizer(DeepSpeedConfig({"optimizer": {"type": "AdamW"}}), "cuda")  # which needs no apex
 
 
 def test_an_apex_that_cannot_be_imported_is_refused(install: Callable[[dict[str, str]], None]) -> None:
@@ -111,7 +112,7 @@ def test_an_apex_that_cannot_be_imported_is_refused(install: Callable[[dict[str,
 
 def test_lamb_is_apexs_where_it_takes_the_same_step(install: Callable[[dict[str, str]], None]) -> None:
     install(NVIDIA)
-    config = {"optimizer": {"type": "Lamb", "params": {"lr": 0.1, "betas": [0.9, 0.98]}}}
+    config = DeepSpeedConfig({"optimizer": {"type": "Lamb", "params": {"lr": 0.1, "betas": [0.9, 0.98]}}})
     parameters = [torch.nn.Parameter(torch.ones(2))]
 
     make = own_optimizer(config, "cuda")
@@ -121,7 +122,7 @@ def test_lamb_is_apexs_where_it_takes_the_same_step(install: Callable[[dict[str,
     # Else it would clip gradients to norm 1 and leave the trust ratio out.
     assert (fused.max_grad_norm, fused.use_nvlamb) == (math.inf, True)
 
-    limited = {"optimizer": {"type": "Lamb", "params": {"max_coeff": 10.0}}}
+    limited = DeepSpeedConfig({"optimizer": {"type": "Lamb", "params": {"max_coeff": 10.0}}})
     for other, device in ((limited, "cuda"), (config, "cpu")):
         make = own_optimizer(other, device)
         assert make is not None

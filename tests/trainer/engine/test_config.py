@@ -1,6 +1,7 @@
 """The batch equation, "auto" values and the checks on arguments."""
 
 import json
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,12 @@ import torch
 from transformers import BertConfig, DistilBertConfig
 
 from distilspeed.trainer.data.batch_equation import BatchEquation
-from distilspeed.trainer.engine.config import (
-    Started,
-    cannot_accumulate_in_fp32,
-    read_deepspeed_config,
-    resolve_batch_equation,
-    resolve_deepspeed_config,
-    resolve_precision,
-)
-from distilspeed.trainer.engine.config_check import learning_rates
+from distilspeed.trainer.engine.config import DeepSpeedConfig, ResolvedConfig
+from distilspeed.trainer.engine.config_auto import Started, resolve_deepspeed_config
+from distilspeed.trainer.engine.config_batch import resolve_batch_equation
+from distilspeed.trainer.engine.config_file import read_deepspeed_config
 from distilspeed.trainer.engine.optimizers import choose_optimizer
+from distilspeed.trainer.engine.schedules import learning_rates
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.models.flops import model_shape
 from distilspeed.trainer.training.arguments import TrainArguments
@@ -30,7 +27,7 @@ CONFIGS = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_shipped_config_is_found_by_its_name(path: Path) -> None:
-    assert read_deepspeed_config(Path(path.stem)) == json.loads(path.read_text())
+    assert read_deepspeed_config(Path(path.stem)).to_dict() == json.loads(path.read_text())
 
 
 def test_a_file_comes_before_the_shipped_config_of_its_name(
@@ -38,9 +35,9 @@ def test_a_file_comes_before_the_shipped_config_of_its_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gpu_bf16").mkdir()  # is not a file
-    assert read_deepspeed_config(Path("gpu_bf16"))["bf16"]["enabled"]
+    assert read_deepspeed_config(Path("gpu_bf16")).precision == "bf16"
     (tmp_path / "cpu").write_text('{"gradient_clipping": 1.0}')
-    assert read_deepspeed_config(Path("cpu")) == {"gradient_clipping": 1.0}
+    assert read_deepspeed_config(Path("cpu")).to_dict() == {"gradient_clipping": 1.0}
 
 
 @pytest.mark.parametrize("path", ["v100", "nowhere/cpu", "cpu.json"])
@@ -65,45 +62,46 @@ def test_an_unknown_name_is_refused_and_the_shipped_ones_are_listed(path: str) -
 def test_the_batch_equation_is_solved_as_deepspeed_solves_it(
     stated: dict[str, Any], world_size: int, expected: tuple[int, ...]
 ) -> None:
-    assert resolve_batch_equation(stated, world_size) == BatchEquation(*expected)
+    assert resolve_batch_equation(DeepSpeedConfig(stated), world_size) == BatchEquation(*expected)
 
 
 def test_arguments_fill_the_batch_sizes_that_the_config_leaves_open() -> None:
-    assert resolve_batch_equation({}, 2, 64, 8) == BatchEquation(64, 8, 4, 2)
+    assert resolve_batch_equation(DeepSpeedConfig({}), 2, 64, 8) == BatchEquation(64, 8, 4, 2)
     with pytest.raises(UserError, match="contradicts"):
-        resolve_batch_equation({"train_batch_size": 32}, 2, 64, 8)
+        resolve_batch_equation(DeepSpeedConfig({"train_batch_size": 32}), 2, 64, 8)
+
+
+def batch(total: int, micro: int) -> DeepSpeedConfig:
+    return DeepSpeedConfig({"train_batch_size": total, "train_micro_batch_size_per_gpu": micro})
 
 
 def test_an_indivisible_batch_is_refused_and_the_nearest_named() -> None:
     with pytest.raises(UserError, match="nearest that can: 4080 and 4104"):
-        resolve_batch_equation({"train_batch_size": 4096, "train_micro_batch_size_per_gpu": 8}, 3)
+        resolve_batch_equation(batch(4096, 8), 3)
     with pytest.raises(UserError, match="nearest that can: 24"):
-        resolve_batch_equation({"train_batch_size": 5, "train_micro_batch_size_per_gpu": 8}, 3)
-    contradiction = {
-        "train_batch_size": 32,
-        "train_micro_batch_size_per_gpu": 8,
-        "gradient_accumulation_steps": 3,
-    }
+        resolve_batch_equation(batch(5, 8), 3)
     with pytest.raises(UserError, match="= 24"):
-        resolve_batch_equation(contradiction, 1)
+        resolve_batch_equation(batch(32, 8).with_sections(gradient_accumulation_steps=3), 1)
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "many", True])
 def test_a_batch_size_that_is_no_number_is_refused(value: object) -> None:
     with pytest.raises(UserError, match="whole number"):
-        resolve_batch_equation({"train_batch_size": value}, 1)
+        DeepSpeedConfig({"train_batch_size": value})
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_resolves_to_the_recipe_of_the_original(path: Path) -> None:
-    config = choose_optimizer(read_deepspeed_config(path), torch.device("cpu"))
-    batch = resolve_batch_equation(config, 8)
-    resolved = resolve_deepspeed_config(config, batch, total_steps=1000, learning_rate=None)
-    assert "auto" not in json.dumps(resolved)
-    assert resolved["gradient_clipping"] == 5.0
-    parameters = resolved["optimizer"]["params"]
+    config = read_deepspeed_config(path)
+    equation = resolve_batch_equation(config, 8)
+    resolved = resolve_deepspeed_config(config, equation, total_steps=1000, learning_rate=None)
+    assert "auto" not in json.dumps(choose_optimizer(resolved, torch.device("cpu")).to_dict())
+    assert resolved.gradient_clipping == 5.0
+    assert resolved.optimizer
+    assert resolved.scheduler
+    parameters = resolved.optimizer.params
     assert (parameters["lr"], parameters["betas"], parameters["eps"]) == (5e-4, [0.9, 0.98], 1e-6)
-    schedule = resolved["scheduler"]["params"]
+    schedule = resolved.scheduler.params
     # The rate would be 0 in the step after the last.
     assert (schedule["warmup_num_steps"], schedule["total_num_steps"]) == (50, 1001)
     assert schedule["warmup_max_lr"] == 5e-4
@@ -120,12 +118,14 @@ AUTO_SCHEDULES: dict[str, dict[str, Any]] = {
 }
 
 
-def filled(name: str, steps: int, **stated: object) -> dict[str, Any]:
+def filled(name: str, steps: int, **stated: object) -> ResolvedConfig:
     """A resolved config whose schedule is left to the trainer but for what is stated."""
-    config = {
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
-        "scheduler": {"type": name, "params": {**AUTO_SCHEDULES[name], **stated}},
-    }
+    config = DeepSpeedConfig(
+        {
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+            "scheduler": {"type": name, "params": {**AUTO_SCHEDULES[name], **stated}},
+        }
+    )
     return resolve_deepspeed_config(config, BatchEquation(8, 8, 1, 1), steps, None)
 
 
@@ -154,32 +154,42 @@ def test_a_schedule_of_auto_values_rises_to_the_peak_and_is_0_in_no_step(name: s
 def test_deepspeed_itself_takes_two_steps_at_0() -> None:
     """Why a schedule that is filled in begins at iteration 1; where this fails, FIRST_ITERATION can go."""
     config = filled("WarmupDecayLR", 100)
-    del config["scheduler"]["params"]["last_batch_iteration"]
-    assert [rate > 0 for rate in learning_rates(config, 3)] == [False, False, True]
+    schedule = config.section("scheduler")
+    del schedule["params"]["last_batch_iteration"]
+    assert [rate > 0 for rate in learning_rates(config.with_sections(scheduler=schedule), 3)] == [
+        False,
+        False,
+        True,
+    ]
 
 
 def test_a_schedule_that_is_stated_whole_is_deepspeeds() -> None:
     params = {"warmup_min_lr": 1e-5, "warmup_max_lr": 1e-3, "warmup_num_steps": 10, "warmup_type": "linear"}
-    assert filled("WarmupLR", 100, **params)["scheduler"]["params"] == params
+    assert filled("WarmupLR", 100, **params).section("scheduler")["params"] == params
 
 
 def test_a_resumed_run_fills_auto_with_what_it_was_started_with() -> None:
-    first = filled("WarmupLR", 100) | {"optimizer": {"type": "AdamW", "params": {"lr": 2e-3, "eps": 1e-9}}}
-    config = {
-        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "eps": "auto"}},
-        "scheduler": {"type": "WarmupLR", "params": AUTO_SCHEDULES["WarmupLR"]},
-    }
+    first = filled("WarmupLR", 100).with_sections(
+        optimizer={"type": "AdamW", "params": {"lr": 2e-3, "eps": 1e-9}}
+    )
+    config = DeepSpeedConfig(
+        {
+            "optimizer": {"type": "AdamW", "params": {"lr": "auto", "eps": "auto"}},
+            "scheduler": {"type": "WarmupLR", "params": AUTO_SCHEDULES["WarmupLR"]},
+        }
+    )
     batch = BatchEquation(8, 8, 1, 1)
     resumed = resolve_deepspeed_config(config, batch, 1000, None, Started(first, 100))
-    assert resumed["optimizer"]["params"] == {"lr": 2e-3, "eps": 1e-9}
-    assert resumed["scheduler"]["params"] == {
+    assert resumed.section("optimizer")["params"] == {"lr": 2e-3, "eps": 1e-9}
+    assert resumed.section("scheduler")["params"] == {
         "warmup_max_lr": 2e-3,
         "warmup_num_steps": 5,
         "warmup_type": "linear",
         "last_batch_iteration": 1,
     }
     lower = resolve_deepspeed_config(config, batch, 100, 1e-4, Started(first, 100))
-    assert lower["optimizer"]["params"]["lr"] == lower["scheduler"]["params"]["warmup_max_lr"] == 1e-4
+    assert lower.settings()["optimizer.params.lr"] == 1e-4
+    assert lower.settings()["scheduler.params.warmup_max_lr"] == 1e-4
 
 
 @pytest.mark.parametrize(
@@ -198,34 +208,29 @@ def test_a_resumed_run_fills_auto_with_what_it_was_started_with() -> None:
 def test_half_precision_sums_gradients_in_fp32_where_deepspeed_can(
     precision: str, stage: int, offload: str, expected: str | None
 ) -> None:
-    config: dict[str, Any] = {
-        precision: {"enabled": True},
-        "zero_optimization": {"stage": stage, "offload_optimizer": {"device": offload}},
-    }
-    if precision == "fp32":
-        del config[precision]
-    batch = BatchEquation(8, 8, 1, 1)
-    resolved = resolve_deepspeed_config(config, batch, 100, None)
-    assert resolved.get("data_types", {}).get("grad_accum_dtype") == expected
-    stated = {**config, "data_types": {"grad_accum_dtype": "bf16"}}
-    assert resolve_deepspeed_config(stated, batch, 100, None)["data_types"] == stated["data_types"]
+    half = {} if precision == "fp32" else {precision: {"enabled": True}}
+    zero = {"stage": stage, "offload_optimizer": {"device": offload}}
+    config = DeepSpeedConfig({**half, "zero_optimization": zero})
+    equation = BatchEquation(8, 8, 1, 1)
+    resolved = resolve_deepspeed_config(config, equation, 100, None)
+    assert resolved.accumulation_dtype == expected
+    assert resolved.accumulates_in_fp32 == ("fp32" in (expected, precision))
+    stated = config.with_sections(data_types={"grad_accum_dtype": "bf16"})
+    assert resolve_deepspeed_config(stated, equation, 100, None).accumulation_dtype == "bf16"
 
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem != "cpu"], ids=lambda path: path.stem)
 def test_the_shipped_configs_in_half_precision_sum_gradients_in_fp32(path: Path) -> None:
     config = read_deepspeed_config(path)
-    assert resolve_precision(config) != "fp32"
-    assert config["data_types"] == {"grad_accum_dtype": "fp32"}
-    assert cannot_accumulate_in_fp32(config) is None
+    assert config.precision != "fp32"
+    assert config.accumulation_dtype == "fp32"
+    assert config.obstacle_to_fp32_accumulation() is None
 
 
 def test_the_offloading_config_fits_a_card_of_16_gib_and_moves_the_weights_64_times_a_step() -> None:
-    config = choose_optimizer(
-        read_deepspeed_config(next(path for path in CONFIGS if path.stem == "zero3_offload")),
-        torch.device("cpu"),
-    )
+    config = read_deepspeed_config(next(path for path in CONFIGS if path.stem == "zero3_offload"))
     # Left on, DeepSpeed replaces torch's linear layer for the whole process: the teacher's, too.
-    assert config["zero_optimization"]["memory_efficient_linear"] is False
+    assert config.section("zero_optimization")["memory_efficient_linear"] is False
     batch = resolve_batch_equation(config, 1)
     assert batch.gradient_accumulation_steps == 64
     bert = BertConfig()
@@ -234,7 +239,6 @@ def test_the_offloading_config_fits_a_card_of_16_gib_and_moves_the_weights_64_ti
         *map(model_shape, (student, bert)),
         batch,
         512,
-        "fp16",
         resolve_deepspeed_config(config, batch, 1000, None),
     )
     assert plan.total + RESERVE_BYTES < 16 * GIB
@@ -243,31 +247,48 @@ def test_the_offloading_config_fits_a_card_of_16_gib_and_moves_the_weights_64_ti
 def test_the_8_v100_config_accumulates_to_4096_sequences_in_fp16() -> None:
     config = read_deepspeed_config(next(path for path in CONFIGS if path.stem == "v100x8_fp16"))
     assert resolve_batch_equation(config, 8) == BatchEquation(4096, 32, 16, 8)
-    assert resolve_precision(config) == "fp16"
+    assert config.precision == "fp16"
 
 
 def test_a_stated_value_is_kept_and_a_meaningless_auto_refused() -> None:
-    config = {
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
-        "scheduler": {"params": {"warmup_max_lr": "auto"}},
-    }
+    config = DeepSpeedConfig(
+        {
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+            "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto"}},
+        }
+    )
     resolved = resolve_deepspeed_config(config, BatchEquation(8, 8, 1, 1), 100, None)
-    assert resolved["optimizer"]["params"]["lr"] == resolved["scheduler"]["params"]["warmup_max_lr"] == 1e-3
+    assert resolved.settings()["optimizer.params.lr"] == 1e-3
+    assert resolved.settings()["scheduler.params.warmup_max_lr"] == 1e-3
     with pytest.raises(UserError, match="contradicts"):
         resolve_deepspeed_config(config, BatchEquation(8, 8, 1, 1), 100, 2e-3)
-    with pytest.raises(UserError, match=r"zero_optimization\.stage"):
+    with pytest.raises(UserError, match=r'no meaning for "fp16\.loss_scale"'):
         resolve_deepspeed_config(
-            {"zero_optimization": {"stage": "auto"}}, BatchEquation(8, 8, 1, 1), 100, None
+            DeepSpeedConfig({"fp16": {"loss_scale": "auto"}}), BatchEquation(8, 8, 1, 1), 100, None
         )
+    with pytest.raises(UserError, match=r'no meaning for "zero_optimization\.stage"'):
+        DeepSpeedConfig({"zero_optimization": {"stage": "auto"}})
+
+
+def test_a_config_cannot_be_changed() -> None:
+    sections: dict[str, Any] = {"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.98]}}}
+    config = DeepSpeedConfig(sections)
+    for copy in (sections, config.to_dict(), {"optimizer": config.section("optimizer")}):
+        copy["optimizer"]["params"]["betas"][0] = 0.0
+    assert config.optimizer
+    config.optimizer.params["betas"][0] = 0.0
+    assert config.settings()["optimizer.params.betas"] == [0.9, 0.98]
+    with pytest.raises(FrozenInstanceError):
+        config._raw = {}  # type: ignore[misc]
 
 
 def test_precision_is_one_of_three() -> None:
-    assert resolve_precision({}) == "fp32"
-    assert resolve_precision({"bf16": {"enabled": True}, "fp16": {"enabled": False}}) == "bf16"
+    assert DeepSpeedConfig({}).precision == "fp32"
+    assert DeepSpeedConfig({"bf16": {"enabled": True}, "fp16": {"enabled": False}}).precision == "bf16"
     with pytest.raises(UserError, match="choose one"):
-        resolve_precision({"bf16": {"enabled": True}, "fp16": {"enabled": True}})
+        DeepSpeedConfig({"bf16": {"enabled": True}, "fp16": {"enabled": True}})
     with pytest.raises(UserError, match="amp"):
-        resolve_precision({"amp": {"enabled": True}})
+        DeepSpeedConfig({"amp": {"enabled": True}})
 
 
 @pytest.mark.parametrize(

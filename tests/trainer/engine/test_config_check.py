@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.config import DeepSpeedConfig as DeepSpeedsOwn
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.runtime.precision_config import DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from distilspeed.trainer.engine.config import resolve_batch_equation, resolve_deepspeed_config
+from distilspeed.trainer.engine.config import DeepSpeedConfig
+from distilspeed.trainer.engine.config_auto import resolve_deepspeed_config
+from distilspeed.trainer.engine.config_batch import resolve_batch_equation
 from distilspeed.trainer.engine.config_check import check_deepspeed_config
-from distilspeed.trainer.engine.optimizers import choose_optimizer
 from distilspeed.trainer.errors import UserError
 
 GOOD: dict[str, Any] = json.loads(
@@ -74,7 +74,7 @@ DOCUMENTED: dict[str, Any] = {
 
 
 def check(changes: dict[str, Any]) -> None:
-    config = choose_optimizer({**GOOD, **changes}, torch.device("cpu"))
+    config = DeepSpeedConfig({**GOOD, **changes})
     check_deepspeed_config(
         resolve_deepspeed_config(config, resolve_batch_equation(config, 4), 100, None), 100
     )
@@ -136,12 +136,12 @@ def test_the_schedules_of_deepspeed_and_torch_are_accepted(scheduler: dict[str, 
 
 
 def test_the_check_changes_nothing() -> None:
-    config = choose_optimizer({**GOOD, **DOCUMENTED}, torch.device("cpu"))
+    config = DeepSpeedConfig({**GOOD, **DOCUMENTED})
     resolved = resolve_deepspeed_config(config, resolve_batch_equation(config, 4), 100, None)
-    before = json.dumps(resolved)
+    before = json.dumps(resolved.to_dict())
     check_deepspeed_config(resolved, 100)
-    assert json.dumps(resolved) == before
-    assert type(resolved["tensorboard"]) is dict
+    assert json.dumps(resolved.to_dict()) == before
+    assert type(resolved.to_dict()["tensorboard"]) is dict
 
 
 @pytest.mark.parametrize("section", [name for name, value in DOCUMENTED.items() if isinstance(value, dict)])
@@ -153,6 +153,6 @@ def test_a_key_too_many_is_refused_in_every_section(section: str) -> None:
 def test_what_deepspeed_ignores_is_what_is_refused() -> None:
     """DeepSpeed itself takes a misspelt key in silence: that is why the check is there."""
     misspelt = {"train_batch_size": 8, "gradient_cliping": 5.0}
-    assert DeepSpeedConfig(misspelt).gradient_clipping == 1.0
+    assert DeepSpeedsOwn(misspelt).gradient_clipping == 1.0
     with pytest.raises(UserError, match='did you mean "gradient_clipping"'):
         check(misspelt | {"train_batch_size": "auto"})

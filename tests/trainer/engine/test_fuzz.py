@@ -7,19 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from distilspeed.trainer.corpus.format import open_corpus
-from distilspeed.trainer.engine.config import (
-    read_deepspeed_config,
-    resolve_batch_equation,
-    resolve_deepspeed_config,
-    resolve_precision,
-)
+from distilspeed.trainer.engine.config_auto import resolve_deepspeed_config
+from distilspeed.trainer.engine.config_batch import resolve_batch_equation
 from distilspeed.trainer.engine.config_check import check_deepspeed_config
-from distilspeed.trainer.engine.optimizers import choose_optimizer
+from distilspeed.trainer.engine.config_file import read_deepspeed_config
 from distilspeed.trainer.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
@@ -73,9 +68,8 @@ def mutations(draw: st.DrawFn, good: dict[str, Any]) -> dict[str, Any]:
 
 def read_and_resolve(path: Path) -> None:
     """What a run does with its config."""
-    config = choose_optimizer(read_deepspeed_config(path), torch.device("cpu"))
+    config = read_deepspeed_config(path)
     batch = resolve_batch_equation(config, 2)
-    resolve_precision(config)
     check_deepspeed_config(resolve_deepspeed_config(config, batch, 100, None), 100)
 
 

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +10,30 @@ import pytest
 import torch
 import torch.distributed
 
+from distilspeed.trainer.data.batch_equation import BatchEquation
 from distilspeed.trainer.engine import optimizers
-from distilspeed.trainer.engine.optimizers import (
-    _obstacle,
-    choose_optimizer,
-    leave_choice_open,
-    own_optimizer,
-    settle_optimizer,
-)
+from distilspeed.trainer.engine.config import DeepSpeedConfig, ResolvedConfig
+from distilspeed.trainer.engine.config_auto import resolve_deepspeed_config
+from distilspeed.trainer.engine.config_check import check_deepspeed_config
+from distilspeed.trainer.engine.optimizer_check import check_optimizer
+from distilspeed.trainer.engine.optimizers import _obstacle, own_optimizer, settle_optimizer
 from distilspeed.trainer.errors import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
 
 
-def adam(zero: dict[str, Any] | None = None, **params: object) -> dict[str, Any]:
-    return {"optimizer": {"type": "AdamW", "params": params}, "zero_optimization": zero or {"stage": 1}}
+def resolved(**sections: object) -> ResolvedConfig:
+    return ResolvedConfig(sections, BatchEquation(1, 1, 1, 1))
+
+
+def adam(zero: dict[str, Any] | None = None, **params: object) -> ResolvedConfig:
+    return resolved(optimizer={"type": "AdamW", "params": params}, zero_optimization=zero or {"stage": 1})
+
+
+def params_of(config: ResolvedConfig) -> Mapping[str, Any]:
+    assert config.optimizer
+    return config.optimizer.params
 
 
 @pytest.fixture
@@ -62,8 +70,8 @@ def test_auto_is_the_fastest_adam_of_the_machine(
     expected: dict[str, bool],
     operators: list[str],
 ) -> None:
-    chosen = settle_optimizer(adam(zero, lr="auto", torch_adam="auto", fused="auto"), device, 0)
-    assert chosen["optimizer"]["params"] == {"lr": "auto"} | expected
+    chosen = settle_optimizer(adam(zero, lr=1.0, torch_adam="auto", fused="auto"), device, 0)
+    assert params_of(chosen) == {"lr": 1.0} | expected
     assert loaded == operators
 
 
@@ -74,7 +82,7 @@ def test_torchs_fused_adam_serves_where_deepspeeds_cannot_be_built(
     config = adam(torch_adam="auto", fused="auto")
     fused_torch = {"torch_adam": True, "fused": True}
     monkeypatch.setattr(optimizers, "CUDA_HOME", None)  # no CUDA toolkit
-    assert settle_optimizer(config, CUDA, 0)["optimizer"]["params"] == fused_torch
+    assert params_of(settle_optimizer(config, CUDA, 0)) == fused_torch
     assert "no compiler" in capsys.readouterr().out
 
     def fail(builder: optimizers.OpBuilder) -> None:
@@ -82,7 +90,7 @@ def test_torchs_fused_adam_serves_where_deepspeeds_cannot_be_built(
 
     monkeypatch.setattr(optimizers, "installed_ops", {"fused_adam": True})
     monkeypatch.setattr(optimizers.FusedAdamBuilder, "load", fail)
-    assert settle_optimizer(config, CUDA, 0)["optimizer"]["params"] == fused_torch
+    assert params_of(settle_optimizer(config, CUDA, 0)) == fused_torch
     assert capsys.readouterr().out.count("\n") == 1
     with pytest.raises(
         UserError, match=r"fused_adam cannot be built on rank 0: CUDA 13.*set \"torch_adam\": \"auto"
@@ -126,30 +134,31 @@ def test_the_build_of_another_process_is_waited_for(
 
 def test_a_stated_choice_is_kept(loaded: list[str]) -> None:
     for stated in ({"torch_adam": True}, {"torch_adam": True, "fused": False}):
-        assert settle_optimizer(adam(**stated), CUDA, 0)["optimizer"]["params"] == stated
+        assert params_of(settle_optimizer(adam(**stated), CUDA, 0)) == stated
     assert not loaded
     for stated in ({}, {"torch_adam": False}):
-        assert settle_optimizer(adam(**stated, fused="auto"), CUDA, 0)["optimizer"]["params"] == stated
+        assert params_of(settle_optimizer(adam(**stated, fused="auto"), CUDA, 0)) == stated
     assert loaded == ["fused_adam"] * 2
-    assert settle_optimizer({}, CPU, 0) == {}
+    assert settle_optimizer(resolved(), CPU, 0) == resolved()
 
 
 def test_what_the_machine_decides_stays_open_until_the_ranks_have_joined() -> None:
-    config = adam(lr="auto", betas="auto", torch_adam="auto", fused="auto")
-    resolved = choose_optimizer(adam(lr=1.0, betas=[0, 1], torch_adam="auto", fused="auto"), CPU)
-    assert resolved["optimizer"]["params"]["torch_adam"] is True
-    assert leave_choice_open(resolved, config) == adam(lr=1.0, betas=[0, 1], torch_adam="auto", fused="auto")
-    for stated in (adam(lr=1.0, torch_adam=False), {"optimizer": {"type": "Lamb", "params": {}}}, {}):
-        assert leave_choice_open(stated, stated) == stated
+    config = adam(lr="auto", torch_adam="auto", fused="auto")
+    filled = resolve_deepspeed_config(config, config.batch, 10, learning_rate=1.0)
+    assert params_of(filled) == {"lr": 1.0, "torch_adam": "auto", "fused": "auto"}
+    check_deepspeed_config(filled, 10)
+    sgd = resolved(optimizer={"type": "SGD", "params": {"lr": 1.0, "fused": "auto"}})
+    with pytest.raises(UserError, match=r'"auto" has no meaning for "optimizer.params.fused"'):
+        resolve_deepspeed_config(sgd, sgd.batch, 10, None)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_lamb_is_refused_with_zero(stage: int) -> None:
-    config = {"optimizer": {"type": "Lamb"}, "zero_optimization": {"stage": stage}}
+    config = DeepSpeedConfig({"optimizer": {"type": "Lamb"}, "zero_optimization": {"stage": stage}})
     with pytest.raises(UserError, match=f"ZeRO stage {stage}.*stage.*0"):
-        choose_optimizer(config, CPU)
+        check_optimizer(config)
 
 
 def test_deepspeed_makes_the_other_optimizers() -> None:
     assert own_optimizer(adam(), "cpu") is None
-    assert own_optimizer({}, "cpu") is None
+    assert own_optimizer(resolved(), "cpu") is None

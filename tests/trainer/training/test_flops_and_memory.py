@@ -1,11 +1,14 @@
 """FLOPs and memory of a run, against PyTorch's own count and the published sizes (measured peaks: tests/launch)."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForMaskedLM
 
 from distilspeed.trainer.data.batch_equation import BatchEquation
+from distilspeed.trainer.engine.config import DeepSpeedConfig
 from distilspeed.trainer.families.bert import BertFamily
 from distilspeed.trainer.models.flops import flops_per_token, model_shape
 from distilspeed.trainer.training.memory import estimate_memory
@@ -41,21 +44,22 @@ def test_a_step_is_the_students_training_and_the_teachers_forward() -> None:
     assert flops_per_token(student, teacher, 512, head_share=0.15) == restricted
 
 
+def fp16(zero: dict[str, Any]) -> DeepSpeedConfig:
+    return DeepSpeedConfig({"fp16": {"enabled": True}, "zero_optimization": zero})
+
+
 def test_zero_divides_what_its_stage_says() -> None:
     student, teacher = model_shape(DISTILBERT), model_shape(BERT_BASE)
     batch = BatchEquation(4096, 8, 64, 8)
-    plans = [
-        estimate_memory(student, teacher, batch, 512, "fp16", {"zero_optimization": {"stage": stage}})
-        for stage in range(4)
-    ]
+    plans = [estimate_memory(student, teacher, batch, 512, fp16({"stage": stage})) for stage in range(4)]
     assert plans[0].optimizer_states == 12 * student.parameters
     assert plans[1].optimizer_states == plans[0].optimizer_states // 8
     assert plans[1].gradients == plans[0].gradients
     assert plans[2].gradients == plans[0].gradients // 8
     assert plans[2].weights == plans[0].weights
     assert plans[3].weights == plans[0].weights // 8
-    offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
-    assert estimate_memory(student, teacher, batch, 512, "fp16", offload).optimizer_states == 0
+    offload = fp16({"stage": 2, "offload_optimizer": {"device": "cpu"}})
+    assert estimate_memory(student, teacher, batch, 512, offload).optimizer_states == 0
 
 
 def test_a_reduction_bucket_counts_whole_and_its_default_is_deepspeeds() -> None:
@@ -63,7 +67,7 @@ def test_a_reduction_bucket_counts_whole_and_its_default_is_deepspeeds() -> None
     batch = BatchEquation(64, 8, 1, 8)
 
     def buckets(**zero: object) -> int:
-        return estimate_memory(student, None, batch, 128, "fp16", {"zero_optimization": zero}).buckets
+        return estimate_memory(student, None, batch, 128, fp16(zero)).buckets
 
     assert buckets(stage=0) == 0
     assert buckets(stage=1) == 1_000_000_000

@@ -1,0 +1,33 @@
+"""``train_config.json``, read again when a run is resumed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.training.record import NAME, read_record
+
+
+def write(folder: Path, config: object) -> Path:
+    content = {"identity": {"total_steps": 10}, "attention": {}, "deepspeed_config": config}
+    (folder / NAME).write_text(json.dumps(content))
+    return folder
+
+
+def test_the_config_that_a_run_was_started_with_is_read_with_its_changes(tmp_path: Path) -> None:
+    folder = write(tmp_path, {"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}})
+    content = json.loads((folder / NAME).read_text())
+    changed = {"optimizer.params.lr": [1e-3, 1e-4], "total_steps": [10, 20]}
+    (folder / NAME).write_text(json.dumps(content | {"changes": [{"after_step": 5, "changed": changed}]}))
+    record = read_record(folder)
+    assert record
+    config = record.started.deepspeed_config
+    assert (config.zero_stage, config.settings()["optimizer.params.lr"]) == (2, 1e-4)
+    assert record.started.total_steps == 20
+
+
+@pytest.mark.parametrize("config", [None, "auto", {"optimizer": []}, {"zero_optimization": {"stage": 7}}])
+def test_a_record_with_a_config_that_is_none_is_refused_and_named(tmp_path: Path, config: object) -> None:
+    with pytest.raises(UserError, match=f"{NAME} cannot be read"):
+        read_record(write(tmp_path, config))

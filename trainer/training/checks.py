@@ -1,0 +1,38 @@
+"""Whether a run can train here: the device and the run's folder. A plan needs neither."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from distilspeed.trainer.engine.config import DeepSpeedConfig
+from distilspeed.trainer.engine.student import check_precision
+from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.objective.kernel_check import check_kernels
+from distilspeed.trainer.training.arguments import TrainArguments
+
+
+def check_device(arguments: TrainArguments, config: DeepSpeedConfig, device: torch.device) -> None:
+    """Raise a UserError unless the device trains in the config's precision and runs the losses."""
+    check_precision(config.precision, device)
+    if arguments.has_teacher:  # without one no kernel of ours runs
+        check_kernels(device)
+
+
+def check_output_dir(arguments: TrainArguments) -> None:
+    """Raise a UserError unless the run's folder can be written, and is empty or to be resumed."""
+    folder = arguments.output_dir.absolute()
+    nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise UserError(f"--output_dir {arguments.output_dir}: {nearest} is no folder; choose another")
+    if not os.access(nearest, os.R_OK | os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {arguments.output_dir}: {nearest} cannot be written; choose another")
+    for flag, given in (("--data_dir", arguments.data_dir), ("--teacher", Path(arguments.teacher))):
+        if given.is_dir() and folder.resolve().is_relative_to(given.resolve()):
+            raise UserError(
+                f"--output_dir {arguments.output_dir} is inside {flag} {given}; choose a folder outside"
+            )
+    if not arguments.resume and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(
+            f"{arguments.output_dir} holds files already; continue it with --resume or choose another --output_dir"
+        )

@@ -1,0 +1,67 @@
+"""What ``train_config.json`` says of a run that starts, and what must not change when it is resumed."""
+
+import hashlib
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from distilspeed.trainer.training.record import write_record
+from distilspeed.trainer.training.run import Run
+
+RECORDED_PACKAGES = ("distilspeed", "torch", "deepspeed", "transformers", "datasets")
+
+
+def record_run(run: Run, identity: dict[str, Any], attention: dict[str, str]) -> None:
+    """Write ``train_config.json`` of a run that starts.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    write_record(
+        run.arguments.output_dir,
+        {
+            "identity": identity,
+            "arguments": {name: _plain(value) for name, value in asdict(run.arguments).items()}
+            | run.objective.settings(),
+            "deepspeed_config": run.deepspeed_config.to_dict(),
+            "student_layers": run.layers,
+            "attention": attention,
+            "versions": {package: version(package) for package in RECORDED_PACKAGES},
+            "changes": [],
+            "student_step": 0,
+        },
+    )
+
+
+def identity_of(run: Run) -> dict[str, Any]:
+    """What must not change when a run is resumed; reads all weights of the teacher."""
+    optimizer = run.deepspeed_config.optimizer
+    return {
+        "teacher": _weights_hash(run.teacher) if run.teacher else None,
+        "student": asdict(run.shapes()[0]),
+        "student_layers": list(run.layers),
+        "data": {record.path: record.sha256 for record in run.corpus.manifest.files},
+        "train_batch_size": run.batch.train_batch_size,
+        "micro_batch_size": run.batch.micro_batch_size,
+        "total_steps": run.total_steps,
+        "precision": run.precision,
+        "zero_stage": run.deepspeed_config.zero_stage,
+        "optimizer": optimizer.type if optimizer else None,
+        "seed": run.arguments.seed,
+    } | run.objective.identity()
+
+
+def _weights_hash(model: PreTrainedModel) -> str:
+    """SHA-256 of all weights, float32, and their names."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _plain(value: object) -> object:
+    return str(value) if isinstance(value, Path) else value
