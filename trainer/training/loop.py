@@ -21,9 +21,10 @@ from distilspeed.trainer.job.ranks import joined_job
 from distilspeed.trainer.job.watch import JobWatch
 from distilspeed.trainer.models.flops import measure_matmul_flops
 from distilspeed.trainer.training.arguments import TrainArguments
-from distilspeed.trainer.training.export import TrainingRecord, export_student, gather_weights, whole_student
+from distilspeed.trainer.training.export import export_student, gather_weights, whole_student
 from distilspeed.trainer.training.loss_plot import plot_losses
 from distilspeed.trainer.training.metrics import Metrics, read_metrics
+from distilspeed.trainer.training.model_card import TrainingRecord
 from distilspeed.trainer.training.record import (
     TOTAL_STEPS,
     Changes,
