@@ -102,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="the same bits from run to run on a GPU, too; slower",
     )
+    add("--push_to_hub", metavar="REPO", help="upload the finished student to this repository of the hub")
     add(
         "--resume",
         action="store_true",
@@ -133,6 +134,7 @@ def main() -> None:
     prepare_environment(options["full_determinism"])
     # After the parsing, because importing torch and DeepSpeed takes seconds.
     from distilspeed.trainer.training.arguments import TrainArguments
+    from distilspeed.trainer.training.hub import push_student
     from distilspeed.trainer.training.loop import train
     from distilspeed.trainer.training.plan import print_plan
     from distilspeed.trainer.training.run import prepare_run
@@ -144,6 +146,8 @@ def main() -> None:
         print_plan(run)
     else:
         train(run)
+        if run.arguments.push_to_hub and run.process.rank == 0:
+            push_student(run.arguments.output_dir / "student", run.arguments.push_to_hub)
 
 
 if __name__ == "__main__":

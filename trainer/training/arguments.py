@@ -36,6 +36,7 @@ class TrainArguments:
     ddp_timeout: float = 1800.0
     compile: bool = False
     full_determinism: bool = False
+    push_to_hub: str | None = None
     resume: bool = False
     plan: bool = False
     gpu_memory: float | None = None

@@ -44,6 +44,7 @@ from distilspeed.trainer.objective.outputs import Models
 from distilspeed.trainer.objective.registry import check_terms, take_terms
 from distilspeed.trainer.objective.term import Term
 from distilspeed.trainer.training.arguments import TrainArguments
+from distilspeed.trainer.training.hub import check_can_push
 from distilspeed.trainer.training.record import read_record, write_record
 
 RECORDED_PACKAGES = ("distilspeed", "torch", "deepspeed", "transformers", "datasets")
@@ -127,6 +128,8 @@ def prepare_run(arguments: TrainArguments, terms: Sequence[Term] | None = None) 
     check_deepspeed_config(deepspeed_config, steps)
     if process.rank == 0 and not arguments.plan:
         check_monitors(deepspeed_config)
+        if arguments.push_to_hub:
+            check_can_push(arguments.push_to_hub)
     deepspeed_config = leave_choice_open(deepspeed_config, config)
 
     teacher: PreTrainedModel | None = None
