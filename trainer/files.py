@@ -97,7 +97,8 @@ def locked(folder: Path, wait: float, refusal: str) -> Iterator[None]:
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        # File systems without locks (some network ones) do without.
+        # File systems without locks (some network ones) do without. The package filelock would leave a file in the
+        # folder, and on such file systems a lock that survives a kill.
         with contextlib.suppress(OSError):
             end = time.monotonic() + wait
             while True:
