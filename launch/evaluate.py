@@ -7,11 +7,10 @@ Writes report.json, report.md and report.png, and prints the table.
 """
 
 import argparse
-import logging
 from pathlib import Path
 from typing import Any
 
-from distilspeed.trainer.job.command import CommandParser, quiet_libraries, run_command
+from distilspeed.trainer.job.command import CommandParser, quiet_libraries, run_command, show_log
 
 
 def main() -> None:
@@ -21,8 +20,7 @@ def main() -> None:
 
     arguments = EvaluateArguments(**options)
     quiet_libraries()
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("distilspeed").setLevel(logging.INFO)
+    show_log(facts_on_stderr=True)
     print(evaluate(arguments).table())
 
 

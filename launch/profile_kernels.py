@@ -11,7 +11,6 @@ timing for the GPU of this machine, by the compiler's figures for all others; en
 """
 
 import argparse
-import logging
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.files import check_unoccupied, folder_written_whole, parents_made, write_text
-from distilspeed.trainer.job.command import CommandParser, run_command
+from distilspeed.trainer.job.command import CommandParser, run_command, show_log
 
 if TYPE_CHECKING:
     from distilspeed.kernels.profiling.profile import ProfileSettings
@@ -42,8 +41,7 @@ def main() -> None:
     # After the parsing, because importing torch takes seconds.
     from distilspeed.kernels.profiling.profile import ProfileError, ProfileSettings, profile_kernels
 
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("distilspeed").setLevel(logging.INFO)
+    show_log(facts_on_stderr=True)
     try:
         settings = ProfileSettings(**options)
         if output_dir is None:

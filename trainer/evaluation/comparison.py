@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from distilspeed.trainer.corpus.format import Corpus, open_corpus, read_rows
-from distilspeed.trainer.errors import UserError, show_warning
+from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.evaluation.latency import count_parameters, measure_latency, weights_bytes
 from distilspeed.trainer.evaluation.quality import ROWS_PER_BATCH, predict_masked_tokens
 from distilspeed.trainer.evaluation.report import (
@@ -157,8 +157,11 @@ def evaluate(arguments: EvaluateArguments) -> Report:
 def _warn_of_unlabelled(task: Task) -> None:
     for file, count in task.unlabelled.items():
         if count:
-            show_warning(
-                f"{count:,} examples in {file} of the task {task.name} are unlabelled (-1 or -) and left out"
+            logger.warning(
+                "%s examples in %s of the task %s are unlabelled (-1 or -) and left out",
+                f"{count:,}",
+                file,
+                task.name,
             )
 
 

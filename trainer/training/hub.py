@@ -1,5 +1,6 @@
 """``--push_to_hub``: the finished student goes to a repository of the Hugging Face hub (or of ``HF_ENDPOINT``)."""
 
+import logging
 import shlex
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from distilspeed.trainer.errors import UserError, first_line
+
+logger = logging.getLogger(__name__)
 
 
 def check_can_push(repo_id: str) -> None:
@@ -43,4 +46,4 @@ def push_student(folder: Path, repo_id: str) -> None:
         raise UserError(
             f"the student in {folder} was not uploaded: {first_line(error)}; repeat it with `{again}`"
         ) from error
-    print(f"student uploaded to {repository}")
+    logger.info("student uploaded to %s", repository)

@@ -1,5 +1,6 @@
 """The training loop, and the student that comes out of it."""
 
+import logging
 import shutil
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
@@ -36,6 +37,8 @@ from distilspeed.trainer.training.record import (
 from distilspeed.trainer.training.run import Run, check_output_dir, identity_of, record_run, settle_attention
 from distilspeed.trainer.training.step import TrainingStep
 
+logger = logging.getLogger(__name__)
+
 HELD_OUT_ROWS_FOR_CARD = 200
 SECONDS_TO_NAME_RANK = 60.0
 SECONDS_TO_END = 60.0  # in which a job that was told to may be expected to have ended
@@ -71,7 +74,7 @@ def train(run: Run) -> None:
         changes, is_complete = found[0]
         if is_complete:
             if process.rank == 0:
-                print(f"{arguments.output_dir}/student exists: this run is complete")
+                logger.info("%s/student exists: this run is complete", arguments.output_dir)
             return
         batches = MicroBatches(run.corpus, run.batch, process.rank, arguments.seed)
         attention = settle_attention(run, batches)
@@ -151,7 +154,7 @@ def _train(
     step = TrainingStep(run)
     engine = step.engine
     if process.rank == 0:
-        print(describe_fused_parts(engine))
+        logger.info(describe_fused_parts(engine))
     progress = checkpoints.load(engine, newest) if newest else Progress()
     if process.rank == 0:
         # Not before: a folder that is left by what DeepSpeed refuses is empty.
@@ -197,7 +200,7 @@ def _record(
         record_run(run, identity, attention)
     elif changes:
         student_step = record.student_step if (folder / "student").exists() else 0
-        print(f"changed {append_changes(folder, progress.step, changes, student_step)}")
+        logger.info("changed %s", append_changes(folder, progress.step, changes, student_step))
 
 
 def _epoch(run: Run, progress: Progress) -> float:
@@ -253,4 +256,4 @@ def _finish(run: Run, engine: deepspeed.DeepSpeedEngine) -> None:
             shutil.rmtree(left)
         export_student(student, record, run.arguments.output_dir / "student")
         record_student(run.arguments.output_dir, run.total_steps)
-        print(f"student written to {run.arguments.output_dir}/student")
+        logger.info("student written to %s/student", run.arguments.output_dir)

@@ -1,6 +1,7 @@
 """A training run before it starts: its arguments checked against each other, its models, its record."""
 
 import hashlib
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -46,6 +47,8 @@ from distilspeed.trainer.objective.term import Term
 from distilspeed.trainer.training.arguments import TrainArguments
 from distilspeed.trainer.training.hub import check_can_push
 from distilspeed.trainer.training.record import read_record, write_record
+
+logger = logging.getLogger(__name__)
 
 RECORDED_PACKAGES = ("distilspeed", "torch", "deepspeed", "transformers", "datasets")
 
@@ -215,7 +218,7 @@ def settle_attention(run: Run, batches: MicroBatches) -> dict[str, str]:
                 )
                 for role, model in run.models().items()
             }
-            print("attention: " + ", ".join(f"{role} {choice}" for role, choice in choices.items()))
+            logger.info("attention: %s", ", ".join(f"{role} {choice}" for role, choice in choices.items()))
             chosen = [{role: choice.implementation for role, choice in choices.items()}]
     torch.distributed.broadcast_object_list(chosen, device=run.process.device)
     for role, model in run.models().items():
