@@ -6,10 +6,8 @@
 Writes report.json, report.md and report.png, and prints the table.
 """
 
-import logging
-
 from distilspeed.trainer.evaluation.arguments import EvaluateArguments
-from distilspeed.trainer.job.command import quiet_libraries, run_command
+from distilspeed.trainer.job.command import quiet_libraries, run_command, show_log
 
 
 def main() -> None:
@@ -20,8 +18,7 @@ def main() -> None:
     from distilspeed.trainer.evaluation.comparison import evaluate
 
     quiet_libraries()
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("distilspeed").setLevel(logging.INFO)
+    show_log(facts_on_stderr=True)
     print(evaluate(arguments).table())
 
 

@@ -11,7 +11,6 @@ timing for the GPU of this machine, by the compiler's figures for all others; en
 """
 
 import argparse
-import logging
 import os
 from dataclasses import MISSING, fields
 from importlib.util import find_spec
@@ -21,7 +20,7 @@ from typing import Any
 from distilspeed.kernels.profiling.settings import ProfileError, ProfileSettings
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.files import check_unoccupied, folder_written_whole, parents_made, write_text
-from distilspeed.trainer.job.command import PlainParser, run_command, with_default
+from distilspeed.trainer.job.command import PlainParser, run_command, show_log, with_default
 
 
 def main() -> None:
@@ -37,8 +36,7 @@ def main() -> None:
     # After the parsing, because importing torch takes seconds.
     from distilspeed.kernels.profiling.profile import profile_kernels
 
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("distilspeed").setLevel(logging.INFO)
+    show_log(facts_on_stderr=True)
     try:
         settings = ProfileSettings(**options)
         if output_dir is None:

@@ -32,6 +32,7 @@ def main() -> None:
 
     prepare_environment(arguments.full_determinism)
     # After the parsing, because importing torch and DeepSpeed takes seconds.
+    from distilspeed.trainer.training.hub import push_student
     from distilspeed.trainer.training.loop import train
     from distilspeed.trainer.training.plan import print_plan
     from distilspeed.trainer.training.run import prepare_run
@@ -42,6 +43,8 @@ def main() -> None:
         print_plan(run)
     else:
         train(run)
+        if run.arguments.push_to_hub and run.process.rank == 0:
+            push_student(run.arguments.output_dir / "student", run.arguments.push_to_hub)
 
 
 if __name__ == "__main__":

@@ -78,11 +78,6 @@ def show_error(error: CommandError) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def show_warning(message: str) -> None:
-    """One line on stderr about something that does not end the command; call it on one rank only."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
 def environment_rank() -> int:
     rank = os.environ.get("RANK", "")
     return int(rank) if rank.isdecimal() else 0

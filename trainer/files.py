@@ -11,9 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from distilspeed.trainer.errors import UserError
+
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,20 @@ def write_text(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+def from_json(record: type[Record], text: str) -> Record:
+    """A dataclass's instance from the JSON of its ``asdict``.
+
+    Raises:
+        ValueError: it is not one; says in one line which field is wrong.
+    """
+    try:
+        return TypeAdapter(record).validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{field}: {first['msg']}" if field else first["msg"]) from error
+
+
 @contextmanager
 def locked(folder: Path, wait: float, refusal: str) -> Iterator[None]:
     """Keep other processes that want the same out of ``folder``.
@@ -97,7 +115,8 @@ def locked(folder: Path, wait: float, refusal: str) -> Iterator[None]:
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        # File systems without locks (some network ones) do without.
+        # File systems without locks (some network ones) do without. The package filelock would leave a file in the
+        # folder, and on such file systems a lock that survives a kill.
         with contextlib.suppress(OSError):
             end = time.monotonic() + wait
             while True:

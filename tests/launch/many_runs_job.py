@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from distilspeed.trainer.job.command import show_log
 from distilspeed.trainer.job.ranks import joined_job, this_process
 from distilspeed.trainer.training.arguments import TrainArguments
 from distilspeed.trainer.training.loop import train
@@ -21,6 +22,7 @@ def arguments_of(run: dict[str, Any]) -> TrainArguments:
 
 
 if __name__ == "__main__":
+    show_log()
     with joined_job(this_process()):
         for run in json.loads(Path(sys.argv[-1]).read_text()):
             train(prepare_run(arguments_of(run)))

@@ -15,7 +15,8 @@ from transformers import AutoModelForMaskedLM
 
 from distilspeed.trainer.models.loading import load_teacher, make_student
 from distilspeed.trainer.objective import registry
-from distilspeed.trainer.training.metrics import StepMetrics, loss_figure, plot_losses, read_metrics
+from distilspeed.trainer.training.loss_plot import loss_figure, plot_losses
+from distilspeed.trainer.training.metrics import StepMetrics, read_metrics
 
 JOB = Path(__file__).with_name("middle_layers_job.py")
 STEPS, SAVE_STEPS, WEIGHT = 6, 3, 4.0

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from launcher import CPU_CONFIG, ROOT, deepspeed, error_lines, python, write_config
 from refusals import refusal, snapshot
 from safetensors.torch import load_file, save_file
@@ -17,7 +18,9 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM
 from distilspeed.trainer.corpus.arguments import CorpusArguments
 from distilspeed.trainer.corpus.build import prepare_corpus
 from distilspeed.trainer.corpus.format import open_corpus, tokenizer_hash
+from distilspeed.trainer.evaluation.quality import masked_token_quality
 from distilspeed.trainer.models.loading import check_fits_corpus, load_masked_language_model
+from distilspeed.trainer.training.loop import HELD_OUT_ROWS_FOR_CARD
 from distilspeed.trainer.training.metrics import read_metrics
 
 TRAIN = ROOT / "launch" / "train.py"
@@ -90,6 +93,17 @@ def test_the_student_folder_is_complete(finished: Path) -> None:
     for said in ("| Teacher | teacher |", "temperature 2", "reference.txt", "Held-out rows", "AdamW"):
         assert said in card
     assert str(finished) not in card
+
+
+def test_the_model_card_gives_the_results_that_the_student_has(
+    finished: Path, small_corpus_dir: Path
+) -> None:
+    student = finished / "run" / "student"
+    accuracy, loss = ModelCard.load(student / "README.md").data.eval_results
+    model = load_masked_language_model("student", str(student))
+    quality = masked_token_quality(model, open_corpus(small_corpus_dir), HELD_OUT_ROWS_FOR_CARD)
+    assert accuracy.metric_value == pytest.approx(quality.accuracy)
+    assert loss.metric_value == pytest.approx(quality.loss)
 
 
 def test_the_students_tokenizer_gives_the_students_inputs_and_is_still_the_corpus_tokenizer(

@@ -13,13 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
 
-from distilspeed.trainer.corpus.format import CorpusCounts, SourceRecord
+from distilspeed.trainer.corpus.format import SourceRecord
 from distilspeed.trainer.corpus.shard import Shard
 from distilspeed.trainer.corpus.writer import RowWriter, WriterState
 from distilspeed.trainer.errors import UserError
-from distilspeed.trainer.files import locked, sync, sync_tree, write_text
+from distilspeed.trainer.files import from_json, locked, sync, sync_tree, write_text
 
 PROGRESS_FILE = "progress.json"
 SECONDS_BETWEEN_RECORDS = 10.0  # work that a kill can cost; a record takes a few fsyncs
@@ -48,18 +47,6 @@ class Progress:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self)) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """``ValueError``, ``KeyError`` or ``TypeError`` for anything that ``to_json`` did not write."""
-        fields = json.loads(text)
-        recipe, written = fields["recipe"], fields["written"]
-        sources = tuple(SourceRecord(**source) for source in recipe["sources"])
-        counts, token_counts = CorpusCounts(**written["counts"]), tuple(written["token_counts"])
-        return cls(
-            Recipe(**recipe | {"sources": sources, "shard": Shard(**recipe["shard"])}),
-            WriterState(**written | {"counts": counts, "token_counts": token_counts}),
-        )
 
 
 class UnfinishedCorpus:
@@ -124,9 +111,9 @@ def _what_was_written(folder: Path, recipe: Recipe, resume: bool) -> WriterState
     if not resume:
         raise UserError(f"{folder} holds an unfinished build; go on with --resume, or remove it")
     try:
-        progress = Progress.from_json(path.read_text(encoding="utf-8"))
+        progress = from_json(Progress, path.read_text(encoding="utf-8"))
         sizes = [(folder / split / "data.arrow").stat().st_size for split in ("train", "held_out")]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder} cannot be gone on with: {error}; remove it to start anew") from error
     _check_same_recipe(folder, progress.recipe, recipe)
     if sizes[0] < progress.written.train_bytes or sizes[1] < progress.written.held_out_bytes:

@@ -10,8 +10,8 @@ import contextlib
 import copy
 import io
 import json
+import logging
 import shutil
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +26,8 @@ from deepspeed.checkpoint import ds_to_universal
 from distilspeed.trainer.engine.config import ResolvedConfig
 from distilspeed.trainer.errors import UserError, first_line
 from distilspeed.trainer.files import FileRecord, files_below, sync_tree, write_text
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -134,10 +136,10 @@ class Checkpoints:
                 ) from error
             if problem is None:
                 for bad, what in damaged:
-                    print(f"warning: the checkpoint {bad} is damaged: {what}", file=sys.stderr)
+                    logger.warning("the checkpoint %s is damaged: %s", bad, what)
                     _set_aside(bad)
                 if damaged:
-                    print(f"warning: {path} is used, the one before", file=sys.stderr, flush=True)
+                    logger.warning("%s is used, the one before", path)
                 return checkpoint
             damaged.append((path, problem))
         if damaged:
@@ -218,9 +220,11 @@ class Checkpoints:
         if config.zero_stage == 0 or checkpoint.world_size == torch.distributed.get_world_size():
             return config
         if torch.distributed.get_rank() == 0:
-            print(
-                f"{checkpoint.path} is from {checkpoint.world_size} ranks: it is laid out anew for "
-                f"{torch.distributed.get_world_size()}"
+            logger.info(
+                "%s is from %d ranks: it is laid out anew for %d",
+                checkpoint.path,
+                checkpoint.world_size,
+                torch.distributed.get_world_size(),
             )
             with _errors_of_writing(_universal(checkpoint)):
                 self._remove_unfinished()

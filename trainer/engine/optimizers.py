@@ -1,5 +1,6 @@
 """Which optimiser a run takes: the fastest that this machine has of the one that the DeepSpeed config names."""
 
+import logging
 import math
 import shutil
 import time
@@ -21,6 +22,8 @@ from distilspeed.trainer.engine.apex import find_apex
 from distilspeed.trainer.engine.config import ADAM_TYPES, AUTO, LAMB_TYPE, DeepSpeedConfig, ResolvedConfig
 from distilspeed.trainer.engine.lamb import Lamb
 from distilspeed.trainer.errors import UserError, first_line
+
+logger = logging.getLogger(__name__)
 
 SECONDS_OF_BUILD = 900.0  # more than any of DeepSpeed's Adams takes to compile
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -77,7 +80,12 @@ def settle_optimizer(config: ResolvedConfig, device: torch.device, local_rank: i
             'set "torch_adam": "auto" in the optimizer\'s "params", or mend that'
         )
     if obstacle and torch.distributed.get_rank() == 0:
-        print(f"DeepSpeed's {builder.name} cannot be built on rank {rank}, torch's AdamW is used: {obstacle}")
+        logger.info(
+            "DeepSpeed's %s cannot be built on rank %d, torch's AdamW is used: %s",
+            builder.name,
+            rank,
+            obstacle,
+        )
     return choose_optimizer(config, device, has_deepspeed_adam=not obstacle)
 
 
@@ -128,7 +136,7 @@ def _wait_for_build(name: str) -> None:
                 "delete it if no build runs"
             )
         if not has_told:
-            print(f"waiting for another build of DeepSpeed's {name}; if none runs, delete {lock}", flush=True)
+            logger.info("waiting for another build of DeepSpeed's %s; if none runs, delete %s", name, lock)
             has_told = True
         time.sleep(SECONDS_BETWEEN_LOOKS)
 

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from distilspeed.trainer.corpus.format import Corpus, open_corpus, read_rows
-from distilspeed.trainer.errors import UserError, show_warning
+from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.evaluation.arguments import EvaluateArguments
 from distilspeed.trainer.evaluation.fine_tuning import fine_tune
 from distilspeed.trainer.evaluation.latency import count_parameters, measure_latency, weights_bytes
@@ -86,7 +86,7 @@ def evaluate(arguments: EvaluateArguments) -> Report:
         warn_without_tokenizer(role, name)
     for task in tasks:
         for warning in task.warnings():
-            show_warning(warning)
+            logger.warning(warning)
     positions = min(model_shape(model.config).positions for model in models)
     settings = [_fine_tuning(arguments, task, positions) for task in tasks]
     report = Report(

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
+from distilspeed.trainer.models.timing import seconds_of
+
 WARM_UP_PASSES = 3
 SECONDS_PER_MODEL = 3.0
 REPETITIONS = (10, 200)  # at least, at most
@@ -54,14 +56,4 @@ def measure_latency(
 
 
 def _forward_milliseconds(encoder: nn.Module, inputs: dict[str, torch.Tensor], device: torch.device) -> float:
-    if device.type == "cpu":
-        start_time = time.perf_counter()
-        encoder(**inputs)
-        return 1000 * (time.perf_counter() - start_time)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    start.record()
-    encoder(**inputs)
-    end.record()
-    torch.cuda.synchronize(device)
-    return start.elapsed_time(end)
+    return 1000 * seconds_of(lambda: encoder(**inputs), device)

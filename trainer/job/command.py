@@ -1,6 +1,7 @@
 """How every command runs: its environment, and the one line of an error."""
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -62,6 +63,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     ``--debug`` on the command line the traceback is shown as well.
     """
     try:
+        show_log()
         prepare_environment()
         main()
     except CommandError as error:
@@ -76,6 +78,29 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             raise
         sys.exit(status_of(error))
     sys.exit(0)
+
+
+class _Lines(logging.Handler):
+    def __init__(self, facts_on_stderr: bool) -> None:
+        super().__init__()
+        self.facts_on_stderr = facts_on_stderr
+
+    def emit(self, record: logging.LogRecord) -> None:
+        is_warning = record.levelno >= logging.WARNING
+        line = f"warning: {record.getMessage()}" if is_warning else record.getMessage()
+        # The streams of now: a test replaces them.
+        print(line, file=sys.stderr if is_warning or self.facts_on_stderr else sys.stdout, flush=True)
+
+
+def show_log(facts_on_stderr: bool = False) -> None:
+    """Show what this project logs, a line each: facts (INFO) on stdout or stderr, ``warning: …`` on stderr.
+
+    Args:
+        facts_on_stderr: for a command that prints a result.
+    """
+    logger = logging.getLogger("distilspeed")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [_Lines(facts_on_stderr)]
 
 
 def quiet_libraries() -> None:

@@ -1,12 +1,11 @@
 """FLOPs of a training step, counted from the models' shapes, and the FLOP/s that a device reaches."""
 
-import time
-
 import torch
 from transformers import PreTrainedConfig
 
 from distilspeed.trainer.families.registry import family_of
 from distilspeed.trainer.families.shape import FLOPS_PER_MULTIPLY_ADD, ModelShape
+from distilspeed.trainer.models.timing import seconds_of
 
 # Backward computes two matrix products for each one of forward.
 TRAINING_OVER_FORWARD = 3
@@ -39,21 +38,8 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
-    seconds = [_seconds_of_product(a, b)]
+    seconds = [seconds_of(lambda: a @ b, device)]
     # A CPU without bf16 arithmetic takes 6 seconds for one such product.
     while len(seconds) < 5 and sum(seconds) < SECONDS_TO_MEASURE:
-        seconds.append(_seconds_of_product(a, b))
+        seconds.append(seconds_of(lambda: a @ b, device))
     return FLOPS_PER_MULTIPLY_ADD * size**3 / min(seconds)
-
-
-def _seconds_of_product(a: torch.Tensor, b: torch.Tensor) -> float:
-    if a.device.type == "cuda":
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        a @ b
-        end.record()
-        torch.cuda.synchronize(a.device)
-        return begin.elapsed_time(end) / 1000
-    start = time.perf_counter()
-    a @ b
-    return time.perf_counter() - start

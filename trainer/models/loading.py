@@ -1,6 +1,7 @@
 """Teacher and student models: loading the one, making the other."""
 
 import itertools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,12 @@ from transformers import (
 )
 
 from distilspeed.trainer.corpus.format import Corpus, load_tokenizer, tokenizer_hash
-from distilspeed.trainer.errors import UserError, first_line, show_warning
+from distilspeed.trainer.errors import UserError, first_line
 from distilspeed.trainer.families.registry import checked_family, checked_teacher_family, family_of
 from distilspeed.trainer.families.vocabulary import is_tied
 from distilspeed.trainer.models.flops import model_shape
+
+logger = logging.getLogger(__name__)
 
 # DistilBERT-base takes these of BERT-base's 12 layers (Sanh et al. 2019, original code).
 DISTILBERT_LAYERS_OF_12 = (0, 2, 4, 7, 9, 11)
@@ -230,11 +233,13 @@ def check_fits_corpus(role: str, name: str, model: PreTrainedModel, corpus: Corp
 
 
 def warn_without_tokenizer(role: str, name: str) -> None:
-    """Print a warning where :func:`check_fits_corpus` had no tokenizer to compare."""
+    """Log a warning where :func:`check_fits_corpus` had no tokenizer to compare."""
     if not _has_tokenizer(name):
-        show_warning(
-            f"the {role} {name} has no tokenizer files; only the size of its vocabulary was compared "
-            "with the corpus's tokenizer"
+        logger.warning(
+            "the %s %s has no tokenizer files; only the size of its vocabulary was compared "
+            "with the corpus's tokenizer",
+            role,
+            name,
         )
 
 

@@ -64,6 +64,9 @@ class TrainArguments(StepArguments):
         help="seconds after which a rank that does not answer ends the job",
     )
     full_determinism: bool = setting(False, help="the same bits from run to run on a GPU, too; slower")
+    push_to_hub: str | None = setting(
+        None, metavar="REPO", help="upload the finished student to this repository of the hub"
+    )
     resume: bool = setting(False, help="continue the newest checkpoint in --output_dir, if there is one")
     plan: bool = setting(False, help="print batch equation, memory estimate and FLOPs, and exit")
     gpu_memory: float | None = setting(

@@ -1,5 +1,6 @@
 """The training loop, and the student that comes out of it."""
 
+import logging
 import shutil
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
@@ -21,9 +22,11 @@ from distilspeed.trainer.job.watch import JobWatch
 from distilspeed.trainer.models.flops import measure_matmul_flops
 from distilspeed.trainer.training.arguments import TrainArguments
 from distilspeed.trainer.training.checks import check_output_dir
-from distilspeed.trainer.training.export import TrainingRecord, export_student, gather_weights, whole_student
+from distilspeed.trainer.training.export import export_student, gather_weights, whole_student
 from distilspeed.trainer.training.identity import identity_of, record_run
-from distilspeed.trainer.training.metrics import Metrics, plot_losses, read_metrics
+from distilspeed.trainer.training.loss_plot import plot_losses
+from distilspeed.trainer.training.metrics import Metrics, read_metrics
+from distilspeed.trainer.training.model_card import TrainingRecord
 from distilspeed.trainer.training.record import (
     TOTAL_STEPS,
     Changes,
@@ -34,6 +37,8 @@ from distilspeed.trainer.training.record import (
 )
 from distilspeed.trainer.training.run import Run, settle_attention
 from distilspeed.trainer.training.step import TrainingStep
+
+logger = logging.getLogger(__name__)
 
 HELD_OUT_ROWS_FOR_CARD = 200
 SECONDS_TO_NAME_RANK = 60.0
@@ -62,7 +67,7 @@ def train(run: Run) -> None:
         changes, is_complete = _compare_for_all(run, identity)
         if is_complete:
             if process.rank == 0:
-                print(f"{arguments.output_dir}/student exists: this run is complete")
+                logger.info("%s/student exists: this run is complete", arguments.output_dir)
             return
         batches = MicroBatches(run.corpus, run.batch, process.rank, arguments.seed)
         attention = settle_attention(run, batches)
@@ -166,7 +171,7 @@ def _start_engine(run: Run, batches: MicroBatches) -> _Training:
         run = replace(run, deepspeed_config=checkpoints.config_to_load(newest, run.deepspeed_config))
     step = TrainingStep(run)
     if run.process.rank == 0:
-        print(describe_fused_parts(step.engine))
+        logger.info(describe_fused_parts(step.engine))
     first = checkpoints.load(step.engine, newest) if newest else Progress()
     return _Training(run, batches, checkpoints, step, first)
 
@@ -181,7 +186,7 @@ def _record(
         record_run(run, identity, attention)
     elif changes:
         student_step = record.student_step if (folder / "student").exists() else 0
-        print(f"changed {append_changes(folder, training.first.step, changes, student_step)}")
+        logger.info("changed %s", append_changes(folder, training.first.step, changes, student_step))
 
 
 def _take_steps(training: _Training, watch: JobWatch) -> None:
@@ -270,4 +275,4 @@ def _finish(training: _Training) -> None:
             shutil.rmtree(left)
         export_student(student, record, run.arguments.output_dir / "student")
         record_student(run.arguments.output_dir, run.total_steps)
-        print(f"student written to {run.arguments.output_dir}/student")
+        logger.info("student written to %s/student", run.arguments.output_dir)

@@ -1,5 +1,6 @@
 """A training run before it starts: what it is told, resolved and checked, with its models."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -28,8 +29,11 @@ from distilspeed.trainer.objective.registry import check_terms, take_terms
 from distilspeed.trainer.objective.term import Term
 from distilspeed.trainer.training.arguments import TrainArguments
 from distilspeed.trainer.training.checks import check_device, check_output_dir
+from distilspeed.trainer.training.hub import check_can_push
 from distilspeed.trainer.training.load import LoadedModels, load_corpus, load_models
 from distilspeed.trainer.training.record import read_record
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,8 @@ def _prepare_training(inputs: _Inputs) -> Run:
     config = _resolve_config(inputs, record.started if record else None)
     if inputs.process.rank == 0:
         check_monitors(config)
+        if arguments.push_to_hub:
+            check_can_push(arguments.push_to_hub)
     models = load_models(arguments, inputs.corpus)
     if layer_norm is not None:
         for model in models.all():
@@ -195,7 +201,7 @@ def settle_attention(run: Run, batches: MicroBatches) -> dict[str, str]:
                 )
                 for role, model in run.models().items()
             }
-            print("attention: " + ", ".join(f"{role} {choice}" for role, choice in choices.items()))
+            logger.info("attention: %s", ", ".join(f"{role} {choice}" for role, choice in choices.items()))
             chosen = [{role: choice.implementation for role, choice in choices.items()}]
     torch.distributed.broadcast_object_list(chosen, device=run.process.device)
     for role, model in run.models().items():

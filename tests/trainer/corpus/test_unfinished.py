@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -194,3 +195,22 @@ def test_two_builds_of_one_corpus_do_not_meet(interrupted: CorpusArguments) -> N
         prepare_corpus(replace(interrupted, resume=True))
     os.close(descriptor)
     prepare_corpus(replace(interrupted, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda progress: progress["written"].update(train_bytes="many"), "written.train_bytes"),
+        (lambda progress: progress["written"]["counts"].update(documents=-0.5), "written.counts.documents"),
+        (lambda progress: progress["recipe"].pop("shard"), "recipe.shard"),
+        (lambda progress: progress.clear(), "recipe"),
+    ],
+)
+def test_a_damaged_record_is_refused_in_one_line_that_names_the_field(
+    interrupted: CorpusArguments, damage: Callable[[dict[str, dict[str, Any]]], object], said: str
+) -> None:
+    progress = progress_of(interrupted.output_dir)
+    damage(progress)
+    (incomplete(interrupted.output_dir) / "progress.json").write_text(json.dumps(progress))
+    with pytest.raises(UserError, match=rf"cannot be gone on with: {said}: .*; remove it to start anew$"):
+        prepare_corpus(replace(interrupted, resume=True))

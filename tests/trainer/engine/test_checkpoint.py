@@ -134,12 +134,12 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
 
 @pytest.mark.parametrize(("spoil", "what"), DAMAGES)
 def test_a_damaged_one_is_said_and_set_aside_and_the_one_before_it_used(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], None], what: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, spoil: Callable[[Path], None], what: str
 ) -> None:
     checkpoints = saved(tmp_path, 3, 6)
     spoil(tmp_path / "step_000000006")
     assert newest_step(checkpoints) == 3
-    said = capsys.readouterr().err
+    said = caplog.text
     assert "step_000000006 is damaged: " in said
     assert what in said
     assert names(tmp_path) == ["step_000000003", "step_000000006.damaged"]

@@ -6,10 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 
 from distilspeed.trainer.objective.masked_lm import MaskedLM
 from distilspeed.trainer.objective.registry import take_terms
-from distilspeed.trainer.training.metrics import StepMetrics, loss_figure, plot_losses, smoothed
+from distilspeed.trainer.objective.term import Term
+from distilspeed.trainer.training.loss_plot import loss_figure, plot_losses, smoothed
+from distilspeed.trainer.training.metrics import StepMetrics
 
 ALL = take_terms({})
 TITLES = [
@@ -108,6 +112,35 @@ def test_the_smoothed_line_is_the_mean_around_each_step() -> None:
 def test_skipped_batches_are_counted_in_the_headline() -> None:
     assert "3 batches skipped after fp16 overflows" in loss_figure(a_run(20, skipped=3), ALL).get_suptitle()
     assert loss_figure(a_run(20), ALL).get_suptitle() == "20 steps, 1.00 epochs, 20,000 real tokens"
+
+
+@pytest.mark.parametrize(
+    "terms", [[], ALL[1:2], ALL, [*ALL, ALL[0]]], ids=lambda terms: f"{len(terms)} losses"
+)
+def test_no_text_overlaps_another_or_is_cut_off(terms: list[Term], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a long headline, wide tick labels (1,250,000; 0.00025), and wide numbers beside the titles."""
+    metrics = [
+        replace(
+            line,
+            step=12_345 * line.step,
+            tokens=123_456_789_012,
+            loss=12_345 * line.loss,
+            losses={name: 1e-4 * loss for name, loss in line.losses.items()},
+            tokens_per_s=1_234_567.0,
+        )
+        for line in a_run(100, skipped=1234)
+    ]
+    drawn: list[Text] = []
+    draw = Text.draw
+    monkeypatch.setattr(Text, "draw", lambda text, renderer: (drawn.append(text), draw(text, renderer)))
+    figure = loss_figure(metrics, terms)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    texts = [text for text in drawn if text.get_visible() and text.get_text()]
+    boxes = [text.get_window_extent(canvas.get_renderer()) for text in texts]
+    for text, box in zip(texts, boxes, strict=True):
+        assert min(*box.min, *(figure.bbox.max - box.max)) >= 0, text
+        assert box.count_overlaps(boxes) == 1, text
 
 
 @pytest.mark.parametrize("steps", [1, 300])

@@ -1,0 +1,105 @@
+"""Promises of the model card: the hub finds results, data and teacher in its metadata, and only what is known."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from distilspeed.trainer.corpus.format import Corpus, SourceRecord
+from distilspeed.trainer.evaluation.quality import MaskedTokenQuality
+from distilspeed.trainer.objective.registry import take_terms
+from distilspeed.trainer.training.arguments import TrainArguments
+from distilspeed.trainer.training.metrics import StepMetrics
+from distilspeed.trainer.training.model_card import TrainingRecord, model_card
+
+WIKIPEDIA = SourceRecord("wikimedia/wikipedia:20231101.en", None)
+BOOKS = SourceRecord("bookcorpus/bookcorpus", None)
+OWN_TEXT = SourceRecord("own.txt", 1000)
+LAST_STEP = StepMetrics(
+    step=10,
+    epoch=1.0,
+    tokens=1000,
+    loss=8.0,
+    losses={"ce": 1.0, "mlm": 2.0, "cos": 0.5},
+    lr=0.0,
+    grad_norm=1.0,
+    loss_scale=1.0,
+    skipped=0,
+    tokens_per_s=100.0,
+    mfu=0.1,
+    time=0.0,
+)
+
+
+def card_of(corpus: Corpus, teacher: str, *sources: SourceRecord) -> ModelCard:
+    arguments = TrainArguments(
+        deepspeed_config=Path("config.json"),
+        teacher=teacher,
+        data_dir=corpus.path,
+        output_dir=Path("runs") / "small",
+        student_config="config.json" if teacher == "none" else None,
+    )
+    record = TrainingRecord(
+        arguments=arguments,
+        terms=take_terms({}),
+        deepspeed_config={"optimizer": {"type": "AdamW"}, "train_batch_size": 16},
+        corpus=replace(corpus, manifest=replace(corpus.manifest, sources=sources)),
+        layers=(0, 3),
+        world_size=2,
+        last_step=LAST_STEP,
+        held_out=MaskedTokenQuality(loss=2.123456789, accuracy=0.612345678, masked_tokens=1234),
+    )
+    return model_card(record)
+
+
+@pytest.fixture
+def saved(corpus: Corpus, tmp_path: Path) -> ModelCard:
+    card_of(corpus, "google-bert/bert-base-uncased", WIKIPEDIA, BOOKS, OWN_TEXT).save(tmp_path / "README.md")
+    return ModelCard.load(tmp_path / "README.md")
+
+
+def test_the_results_on_held_out_rows_are_read_back(saved: ModelCard) -> None:
+    assert saved.data.model_name == "small"
+    accuracy, loss = saved.data.eval_results
+    assert (accuracy.metric_type, accuracy.metric_value) == ("accuracy", 0.612345678)
+    assert (loss.metric_type, loss.metric_value) == ("loss", 2.123456789)
+    for result in (accuracy, loss):
+        assert result.task_type == saved.data.pipeline_tag == "fill-mask"
+        for source in (WIKIPEDIA, BOOKS, OWN_TEXT):
+            assert source.name in result.dataset_name
+
+
+def test_teacher_and_data_sets_of_the_hub_are_named_by_their_ids(saved: ModelCard) -> None:
+    assert saved.data.base_model == "google-bert/bert-base-uncased"
+    assert saved.data.datasets == ["wikimedia/wikipedia", "bookcorpus/bookcorpus"]
+    assert saved.data.tags == ["distilspeed", "distillation"]
+    assert saved.data.library_name == "transformers"
+
+
+def test_one_data_set_of_the_hub_is_the_results_data_set(corpus: Corpus) -> None:
+    for result in card_of(corpus, "google-bert/bert-base-uncased", WIKIPEDIA).data.eval_results:
+        assert result.dataset_type == "wikimedia/wikipedia"
+
+
+def test_what_is_not_known_or_not_on_the_hub_is_left_out(corpus: Corpus, tiny_teacher_dir: Path) -> None:
+    known = card_of(corpus, str(tiny_teacher_dir), OWN_TEXT).data.to_dict()
+    assert set(known) == {"library_name", "model-index", "pipeline_tag", "tags"}
+
+
+def test_a_model_without_a_teacher_has_no_base_model(corpus: Corpus) -> None:
+    card = card_of(corpus, "none", OWN_TEXT)
+    assert card.data.base_model is None
+    assert card.data.tags == ["distilspeed"]
+    assert "# Masked language model\n" in card.text
+
+
+def test_the_text_says_what_the_student_was_made_of(saved: ModelCard) -> None:
+    for said in (
+        "# Distilled student\n",
+        "| Teacher | google-bert/bert-base-uncased |",
+        "| Data | wikimedia/wikipedia:20231101.en, bookcorpus/bookcorpus, own.txt |",
+        "| Final training loss | 8.0000 (soft 1.0000, MLM 2.0000, cosine 0.5000) |",
+        "| Held-out rows | MLM loss 2.1235, accuracy 61.2% of 1,234 masked tokens |",
+    ):
+        assert said in saved.text

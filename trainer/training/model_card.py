@@ -1,0 +1,119 @@
+"""The model card of a student: what it was made of and how, for a reader and for the hub."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from distilspeed.trainer.corpus.format import Corpus
+from distilspeed.trainer.engine.config import ResolvedConfig
+from distilspeed.trainer.evaluation.quality import MaskedTokenQuality
+from distilspeed.trainer.objective.term import Term
+from distilspeed.trainer.training.arguments import TrainArguments
+from distilspeed.trainer.training.metrics import StepMetrics
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What the model card says of the run."""
+
+    arguments: TrainArguments
+    terms: Sequence[Term]  # of which the metrics have values
+    deepspeed_config: ResolvedConfig
+    corpus: Corpus
+    layers: Sequence[int]
+    world_size: int
+    last_step: StepMetrics
+    held_out: MaskedTokenQuality
+    changes: Sequence[str] = ()  # made when the run was resumed
+
+
+def model_card(record: TrainingRecord) -> ModelCard:
+    """The model card: teacher, data, losses, hyper-parameters, results, which the hub reads from its metadata."""
+    return ModelCard(f"---\n{_metadata(record).to_yaml()}\n---\n\n{_text(record)}")
+
+
+def _metadata(record: TrainingRecord) -> ModelCardData:
+    """What is known; licence and language of the data are not."""
+    arguments = record.arguments
+    # The size of a source is on record unless it is a data set of the hub, NAME[:CONFIG[:SPLIT]].
+    sources = record.corpus.manifest.sources
+    hub_ids = [source.name.partition(":")[0] for source in sources if source.bytes is None]
+    task = "fill-mask"
+    results = [
+        EvalResult(
+            task_type=task,
+            task_name="Masked language modelling",
+            dataset_type=hub_ids[0] if len(hub_ids) == len(sources) == 1 else "text",
+            dataset_name=f"held-out rows of {', '.join(source.name for source in sources)}",
+            metric_type=kind,
+            metric_value=value,
+            metric_name=name,
+        )
+        for kind, value, name in (
+            ("accuracy", record.held_out.accuracy, "Accuracy on masked tokens"),
+            ("loss", record.held_out.loss, "Cross-entropy of masked tokens in nats"),
+        )
+    ]
+    is_on_hub = arguments.has_teacher and not Path(arguments.teacher).exists()
+    return ModelCardData(
+        base_model=arguments.teacher if is_on_hub else None,
+        datasets=list(dict.fromkeys(hub_ids)) or None,
+        eval_results=results,
+        library_name="transformers",
+        model_name=arguments.output_dir.absolute().name,
+        pipeline_tag=task,
+        tags=["distilspeed", *(["distillation"] if arguments.has_teacher else [])],
+    )
+
+
+def _text(record: TrainingRecord) -> str:
+    arguments, config, last = record.arguments, record.deepspeed_config, record.last_step
+    optimizer, scheduler = config.optimizer, config.scheduler
+    assert optimizer is not None
+    parts = ", ".join(f"{term.shown.short} {last.losses[term.name]:.4f}" for term in record.terms)
+    rows: list[tuple[str, object]] = []
+    if arguments.has_teacher:
+        rows += [
+            (
+                "Teacher",
+                Path(arguments.teacher).name if Path(arguments.teacher).exists() else arguments.teacher,
+            ),
+            ("Starts from the teacher's layers", ", ".join(map(str, record.layers))),
+            *((term.shown.card, f"{term.weight:g} × {term.described()}") for term in record.terms),
+        ]
+    else:
+        rows += [("Teacher", "none: masked language modelling from random weights")]
+    rows += [
+        ("Data", ", ".join(source.name for source in record.corpus.manifest.sources)),
+        ("Row length", f"{record.corpus.manifest.seq_length} tokens, packed, attention within documents"),
+        ("Masking", "dynamic, 15 % of the tokens, probability ∝ count^-0.7"),
+        ("Real tokens seen", f"{last.tokens:,} in {last.step:,} steps ({last.epoch:.2f} epochs)"),
+        ("Global batch", f"{config.batch.train_batch_size} rows on {record.world_size} ranks"),
+        ("Optimiser", f"{optimizer.type} {optimizer.params}"),
+        ("Schedule", f"{scheduler.type} {scheduler.params}" if scheduler else "constant "),
+        ("Gradient clipping", "none" if config.gradient_clipping is None else config.gradient_clipping),
+        *(("Changed", change) for change in record.changes),
+        ("Seed", arguments.seed),
+        (
+            "Final training loss",
+            f"{last.loss:.4f} ({parts})",
+        ),
+        (
+            "Held-out rows",
+            f"MLM loss {record.held_out.loss:.4f}, accuracy {record.held_out.accuracy:.1%} "
+            f"of {record.held_out.masked_tokens:,} masked tokens",
+        ),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    what = "distilled student" if arguments.has_teacher else "masked language model"
+    return f"""# {what.capitalize()}
+
+A {what} trained with distilspeed, after Sanh et al. 2019 (arXiv 1910.01108).
+Load it with `AutoModelForMaskedLM.from_pretrained`.
+
+| | |
+|---|---|
+{table}
+"""
