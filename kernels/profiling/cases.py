@@ -14,7 +14,7 @@ gradient in the forward pass needs 3u in all.
 """
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch import Tensor
 from distilspeed.kernels.cosine_loss import cosine_loss
 from distilspeed.kernels.distillation_loss import distillation_loss
 from distilspeed.kernels.profiling.linear_cases import linear_group
-from distilspeed.kernels.profiling.measurement import Case, Tensors
+from distilspeed.kernels.profiling.measurement import Case, Floor, Tensors
 from distilspeed.kernels.profiling.peers import (
     COMPILE,
     EAGER,
@@ -64,89 +64,117 @@ def build_groups(problem: Problem, peers: frozenset[str] = PEERS) -> tuple[Group
     )
 
 
-def logits_group(problem: Problem, generator: torch.Generator) -> Group:
-    shape = (problem.tokens, problem.vocab_size)
-    exact = LOGIT_SCALE * random_normal(problem, generator, *shape)
-    student = exact.to(problem.dtype, copy=True)
-    exact += random_normal(problem, generator, *shape)
-    teacher = exact.to(problem.dtype)
-    labels = random_labels(problem, generator)
-    every_row = torch.ones_like(labels, dtype=torch.bool)
-    temperature = problem.temperature
+@dataclass(frozen=True)
+class LogitInputs:
+    """Logits of both models [tokens, vocabulary], labels int64 [tokens], all of whose rows count."""
 
-    def own(student_logits: Tensor, inplace_backward: bool) -> Tensors:
+    student: Tensor
+    teacher: Tensor
+    labels: Tensor
+    every_row: Tensor
+    temperature: float
+
+    @classmethod
+    def random(cls, problem: Problem, generator: torch.Generator) -> "LogitInputs":
+        shape = (problem.tokens, problem.vocab_size)
+        exact = LOGIT_SCALE * random_normal(problem, generator, *shape)
+        student = exact.to(problem.dtype, copy=True)
+        exact += random_normal(problem, generator, *shape)
+        labels = random_labels(problem, generator)
+        every_row = torch.ones_like(labels, dtype=torch.bool)
+        return cls(student, exact.to(problem.dtype), labels, every_row, problem.temperature)
+
+    def fresh(self) -> Tensors:
+        return (leaf(self.student),)
+
+    def overwritable(self) -> Tensors:
+        return (non_leaf(self.student),)
+
+    def own(self, student: Tensor, inplace_backward: bool) -> Tensors:
         losses = distillation_loss(
-            student_logits, teacher, labels, temperature=temperature, inplace_backward=inplace_backward
+            student,
+            self.teacher,
+            self.labels,
+            temperature=self.temperature,
+            inplace_backward=inplace_backward,
         )
         return (SOFT_WEIGHT * losses.kl + HARD_WEIGHT * losses.hard_ce,)
 
-    def own_weighted(student_logits: Tensor, inplace: bool) -> Tensors:
+    def own_weighted(self, student: Tensor, inplace: bool) -> Tensors:
         weighted = weighted_distillation_loss(
-            student_logits,
-            teacher,
-            labels,
+            student,
+            self.teacher,
+            self.labels,
             soft_weight=SOFT_WEIGHT,
             hard_weight=HARD_WEIGHT,
             loss_scale=1.0,
-            temperature=temperature,
+            temperature=self.temperature,
             inplace=inplace,
         )
         return (weighted.loss,)
 
-    def fresh() -> Tensors:
-        return (leaf(student),)
 
-    def overwritable() -> Tensors:
-        return (non_leaf(student),)
-
+def logits_group(problem: Problem, generator: torch.Generator) -> Group:
+    shape = (problem.tokens, problem.vocab_size)
+    inputs = LogitInputs.random(problem, generator)
     floor = floor_bytes(*shape, problem.dtype)
     single_launch_floor = single_launch_floor_bytes(*shape, problem.dtype)
-    cases = (
+    cases = (*own_logit_cases(inputs, floor, single_launch_floor), *peer_logit_cases(inputs, floor))
+    return Group("logits", shown(problem, shape), GB_PER_S, cases)
+
+
+def own_logit_cases(inputs: LogitInputs, floor: Floor, single_launch_floor: Floor) -> tuple[Case, ...]:
+    return (
         Case(
             "distillation_loss",
             "5 kl + 2 hard_ce",
             floor,
-            fresh,
-            functools.partial(own, inplace_backward=False),
+            inputs.fresh,
+            functools.partial(inputs.own, inplace_backward=False),
         ),
         Case(
             "distillation_loss, inplace_backward",
             "the same, the gradient written over the student's logits",
             floor,
-            overwritable,
-            functools.partial(own, inplace_backward=True),
+            inputs.overwritable,
+            functools.partial(inputs.own, inplace_backward=True),
         ),
         Case(
             "weighted_distillation_loss",
             "the same sum, its gradient computed in the forward pass",
             single_launch_floor,
-            fresh,
-            functools.partial(own_weighted, inplace=False),
+            inputs.fresh,
+            functools.partial(inputs.own_weighted, inplace=False),
         ),
         Case(
             "weighted_distillation_loss, inplace",
             "the same, the gradient written over the student's logits",
             single_launch_floor,
-            overwritable,
-            functools.partial(own_weighted, inplace=True),
+            inputs.overwritable,
+            functools.partial(inputs.own_weighted, inplace=True),
         ),
+    )
+
+
+def peer_logit_cases(inputs: LogitInputs, floor: Floor) -> tuple[Case, ...]:
+    teacher, labels, every_row = inputs.teacher, inputs.labels, inputs.every_row
+    temperature = inputs.temperature
+    return (
         Case(
             "eager recipe",
             "the same in PyTorch as in DistilBERT's training code, masked_select of the logits included",
             floor,
-            fresh,
-            lambda student_logits: (
-                distilbert_losses(student_logits, teacher, labels, every_row, temperature),
-            ),
+            inputs.fresh,
+            lambda student: (distilbert_losses(student, teacher, labels, every_row, temperature),),
             peers=EAGER,
         ),
         Case(
             "torch.compile of the recipe",
             "the same function compiled",
             floor,
-            fresh,
-            lambda student_logits: (
-                compile_once(distilbert_losses)(student_logits, teacher, labels, every_row, temperature),
+            inputs.fresh,
+            lambda student: (
+                compile_once(distilbert_losses)(student, teacher, labels, every_row, temperature),
             ),
             peers=COMPILE,
         ),
@@ -154,22 +182,19 @@ def logits_group(problem: Problem, generator: torch.Generator) -> Group:
             "torch.compile, no masked_select",
             "the recipe compiled without its selection of rows, which is of all rows here",
             floor,
-            fresh,
-            lambda student_logits: (
-                compile_once(eager_losses)(student_logits, teacher, labels, temperature),
-            ),
+            inputs.fresh,
+            lambda student: (compile_once(eager_losses)(student, teacher, labels, temperature),),
             peers=COMPILE,
         ),
         Case(
             "Liger kl_div and cross_entropy",
             "softmaxes in PyTorch, then Liger's kernels, one of which writes over the student's logits",
             floor,
-            overwritable,
-            lambda student_logits: (liger_logits(student_logits, teacher, labels, temperature),),
+            inputs.overwritable,
+            lambda student: (liger_logits(student, teacher, labels, temperature),),
             peers=LIGER,
         ),
     )
-    return Group("logits", shown(problem, shape), GB_PER_S, cases)
 
 
 def cosine_group(problem: Problem, generator: torch.Generator) -> Group:

@@ -1,6 +1,8 @@
 """What is measured with the vocabulary projection included: [tokens, hidden] x [vocabulary, hidden] of both models."""
 
+import functools
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,91 +36,108 @@ from distilspeed.kernels.profiling.problem import (
 MATRIX_PRODUCTS = "matrix products alone"
 
 
-def linear_group(problem: Problem, generator: torch.Generator) -> Group:
-    hidden_shape = (problem.tokens, problem.hidden_size)
-    weight_shape = (problem.vocab_size, problem.hidden_size)
-    one_logit = 1 / math.sqrt(problem.hidden_size)  # so scaled, weights make standard normal logits
-    exact = LOGIT_SCALE * one_logit * random_normal(problem, generator, *weight_shape)
-    student_weight = exact.to(problem.dtype, copy=True)
-    exact += one_logit * random_normal(problem, generator, *weight_shape)
-    teacher_weight = exact.to(problem.dtype)
-    student_hidden = random_normal(problem, generator, *hidden_shape).to(problem.dtype)
-    teacher = (student_hidden.clone(), teacher_weight)
-    labels = random_labels(problem, generator)
-    every_row = torch.ones_like(labels, dtype=torch.bool)
-    temperature = problem.temperature
+@dataclass(frozen=True)
+class LinearInputs:
+    """Hidden states [tokens, hidden] and weights [vocabulary, hidden] of both models, labels int64 [tokens]."""
 
-    def fresh() -> Tensors:
-        return (leaf(student_hidden), leaf(student_weight))
+    student: tuple[Tensor, Tensor]  # hidden states, weight
+    teacher: tuple[Tensor, Tensor]
+    labels: Tensor
+    every_row: Tensor
+    temperature: float
 
-    def own(hidden: Tensor, weight: Tensor) -> Tensors:
+    @classmethod
+    def random(cls, problem: Problem, generator: torch.Generator) -> "LinearInputs":
+        weight_shape = (problem.vocab_size, problem.hidden_size)
+        one_logit = 1 / math.sqrt(problem.hidden_size)  # so scaled, weights make standard normal logits
+        exact = LOGIT_SCALE * one_logit * random_normal(problem, generator, *weight_shape)
+        student_weight = exact.to(problem.dtype, copy=True)
+        exact += one_logit * random_normal(problem, generator, *weight_shape)
+        teacher_weight = exact.to(problem.dtype)
+        hidden = random_normal(problem, generator, problem.tokens, problem.hidden_size).to(problem.dtype)
+        labels = random_labels(problem, generator)
+        return cls(
+            student=(hidden, student_weight),
+            teacher=(hidden.clone(), teacher_weight),
+            labels=labels,
+            every_row=torch.ones_like(labels, dtype=torch.bool),
+            temperature=problem.temperature,
+        )
+
+    def fresh(self) -> Tensors:
+        return tuple(map(leaf, self.student))
+
+    def own(self, hidden: Tensor, weight: Tensor) -> Tensors:
         losses = linear_distillation_loss(
             hidden,
             weight,
-            *teacher,
-            labels,
+            *self.teacher,
+            self.labels,
             soft_weight=SOFT_WEIGHT,
             hard_weight=HARD_WEIGHT,
-            temperature=temperature,
+            temperature=self.temperature,
         )
         return (losses.loss,)
 
-    def own_on_logits(hidden: Tensor, weight: Tensor) -> Tensors:
-        logits = project(hidden, weight, *teacher)
-        losses = distillation_loss(*logits, labels, temperature=temperature)
+    def own_on_logits(self, hidden: Tensor, weight: Tensor) -> Tensors:
+        logits = project(hidden, weight, *self.teacher)
+        losses = distillation_loss(*logits, self.labels, temperature=self.temperature)
         return (SOFT_WEIGHT * losses.kl + HARD_WEIGHT * losses.hard_ce,)
 
-    def eager_on_logits(hidden: Tensor, weight: Tensor) -> Tensors:
-        logits = project(hidden, weight, *teacher)
-        return (distilbert_losses(*logits, labels, every_row, temperature),)
+    def eager_on_logits(self, hidden: Tensor, weight: Tensor) -> Tensors:
+        logits = project(hidden, weight, *self.teacher)
+        return (distilbert_losses(*logits, self.labels, self.every_row, self.temperature),)
 
+    def liger(self, hidden: Tensor, weight: Tensor, compiled: bool) -> Tensors:
+        return (
+            liger_linear(hidden, weight, *self.teacher, self.labels, self.temperature, compiled=compiled),
+        )
+
+
+def linear_group(problem: Problem, generator: torch.Generator) -> Group:
+    inputs = LinearInputs.random(problem, generator)
     floor = projection_flops(problem.tokens, problem.vocab_size, problem.hidden_size)
     cases = (
-        Case("linear_distillation_loss", "5 kl + 2 hard_ce", floor, fresh, own),
+        Case("linear_distillation_loss", "5 kl + 2 hard_ce", floor, inputs.fresh, inputs.own),
         Case(
             "projections, distillation_loss",
             "the same from whole logits",
             floor,
-            fresh,
-            own_on_logits,
+            inputs.fresh,
+            inputs.own_on_logits,
         ),
         Case(
             "projections, eager recipe",
             "the same in PyTorch as in DistilBERT's training code",
             floor,
-            fresh,
-            eager_on_logits,
+            inputs.fresh,
+            inputs.eager_on_logits,
             peers=EAGER,
         ),
         Case(
             "Liger fused linear",
             "LigerFusedLinearJSDLoss with beta 0, soft targets averaged over the labelled rows",
             floor,
-            fresh,
-            lambda hidden, weight: (
-                liger_linear(hidden, weight, *teacher, labels, temperature, compiled=False),
-            ),
+            inputs.fresh,
+            functools.partial(inputs.liger, compiled=False),
             peers=LIGER,
         ),
         Case(
             "Liger fused linear, compiled",
             "the same with compiled=True, Liger's default",
             floor,
-            fresh,
-            lambda hidden, weight: (
-                liger_linear(hidden, weight, *teacher, labels, temperature, compiled=True),
-            ),
+            inputs.fresh,
+            functools.partial(inputs.liger, compiled=True),
             peers=LIGER | COMPILE,
         ),
         Case(
             MATRIX_PRODUCTS,
             "both projections and, from the student's logits as their gradient, the two products of backward",
             floor,
-            lambda: (student_hidden, student_weight),
-            lambda hidden, weight: project(hidden, weight, *teacher),
-            lambda inputs, outputs: project_back(inputs[0], inputs[1], outputs[0]),
+            lambda: inputs.student,
+            lambda hidden, weight: project(hidden, weight, *inputs.teacher),
+            lambda given, outputs: project_back(given[0], given[1], outputs[0]),
         ),
     )
-    return Group(
-        "linear", shown(problem, hidden_shape, weight_shape), GFLOP_PER_S, cases, roof=MATRIX_PRODUCTS
-    )
+    shapes = (problem.tokens, problem.hidden_size), (problem.vocab_size, problem.hidden_size)
+    return Group("linear", shown(problem, *shapes), GFLOP_PER_S, cases, roof=MATRIX_PRODUCTS)
