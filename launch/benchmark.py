@@ -60,7 +60,7 @@ def _prepare(options: dict[str, Any]) -> "Run":
 
     quiet_libraries()
     if options["teacher"] == "none":
-        raise UserError("a benchmark compares distillations; give a --teacher")
+        raise UserError("missing-argument", "a benchmark compares distillations; give a --teacher")
     terms = take_terms(options)
     with tempfile.TemporaryDirectory() as folder:  # nothing is written there
         arguments = TrainArguments(**options, output_dir=Path(folder), max_steps=STEPS_OF_SCHEDULE)
@@ -76,7 +76,7 @@ def _check_before_measuring(
 
     for name, number in (("rounds", rounds), *(("ranks", count) for count in ranks)):
         if number < 1:
-            raise UserError(f"--{name} {number} is below 1; give at least 1")
+            raise UserError("bad-argument", f"--{name} {number} is below 1; give at least 1")
     arguments = run.arguments
     config = read_deepspeed_config(arguments.deepspeed_config)
     for count in ranks:
@@ -106,7 +106,9 @@ def _keep(report: "BenchmarkReport", output: Path | None, check: Path | None) ->
         try:
             write_text(output, report.to_json())
         except OSError as error:
-            raise UserError(f"cannot write {output}: {error.strerror}; check --output") from error
+            raise UserError(
+                "unwritable-output", f"cannot write {output}: {error.strerror}; check --output"
+            ) from error
     if check:
         check_against(check, report)
 

@@ -139,7 +139,8 @@ def _run(command: list[str]) -> tuple[float, int, str]:
         sys.exit(process.returncode)
     if process.returncode:
         raise UserError(
-            f"{' '.join(command[:2])} failed with status {process.returncode}; see its error above"
+            "failed-step",
+            f"{' '.join(command[:2])} failed with status {process.returncode}; see its error above",
         )
     return seconds, peak, output
 
@@ -220,7 +221,7 @@ def main() -> None:
     add("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args()
     if options.rounds < 1:
-        raise UserError(f"--rounds {options.rounds} is below 1; give at least 1")
+        raise UserError("bad-argument", f"--rounds {options.rounds} is below 1; give at least 1")
     if options.output:
         check_new_file(options.output)
     # After the parsing, because importing torch takes seconds.

@@ -76,7 +76,8 @@ def _run() -> None:
         if package in ("", "distilspeed"):
             raise
         raise UserError(
-            f"{CommandParser.typed} needs {package}, which is not installed; install distilspeed[train]"
+            "missing-package",
+            f"{CommandParser.typed} needs {package}, which is not installed; install distilspeed[train]",
         ) from error
 
 

@@ -246,7 +246,7 @@ def main() -> None:
 
     has_gpu = torch.cuda.is_available()
     if not (options.smoke or has_gpu):
-        raise UserError("PyTorch sees no GPU here; run it where there is one, or with --smoke")
+        raise UserError("no-gpu", "PyTorch sees no GPU here; run it where there is one, or with --smoke")
     sizes = SMOKE if options.smoke else Sizes()
     if has_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         sizes = replace(sizes, dtypes=("fp16",))
@@ -278,7 +278,7 @@ def run_all(plan: Plan, runner: Runner, groups: Sequence[str]) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     if (options.teacher is None) != (options.text is None):
-        raise UserError("--teacher and --text go together; give both, or neither")
+        raise UserError("missing-argument", "--teacher and --text go together; give both, or neither")
     given = [
         ("teacher", options.teacher),
         ("task", options.task),
@@ -286,9 +286,9 @@ def _check(options: argparse.Namespace) -> None:
     ]
     for flag, path in given:
         if path and not path.exists():
-            raise UserError(f"there is no {path}; check --{flag}")
+            raise UserError("missing-file", f"there is no {path}; check --{flag}")
     if not 0 < options.minutes <= 24 * 60:
-        raise UserError("--minutes must be above 0, and a day at the most")
+        raise UserError("bad-argument", "--minutes must be above 0, and a day at the most")
     check_unoccupied(options.output_dir)
 
 

@@ -56,7 +56,9 @@ def main() -> None:
 def _index_and_count(text: str) -> tuple[int, int]:
     parts = text.split("/")
     if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-        raise UserError(f"--shard {text!r} is not I/N; give for example 0/16, the first of 16")
+        raise UserError(
+            "bad-argument", f"--shard {text!r} is not I/N; give for example 0/16, the first of 16"
+        )
     return int(parts[0]), int(parts[1])
 
 
@@ -109,9 +111,14 @@ def _parse_arguments() -> dict[str, Any]:
     arguments.pop("debug", None)
     if "merge" in arguments:
         if others := arguments.keys() - {"merge", "output_dir"}:
-            raise UserError(f"--merge takes --output_dir and nothing else; leave out --{min(others)}")
+            raise UserError(
+                "conflicting-arguments",
+                f"--merge takes --output_dir and nothing else; leave out --{min(others)}",
+            )
     elif "tokenizer" not in arguments:
-        raise UserError("--tokenizer is missing; give the teacher's, a hub name or a folder")
+        raise UserError(
+            "missing-argument", "--tokenizer is missing; give the teacher's, a hub name or a folder"
+        )
     return {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
 
 

@@ -60,7 +60,7 @@ def main() -> None:
     options = parser.parse_args()
     output_dir: Path = options.output_dir
     if options.seq_length < 16:
-        raise UserError(f"--seq_length {options.seq_length} is below 16; give at least 16")
+        raise UserError("bad-argument", f"--seq_length {options.seq_length} is below 16; give at least 16")
     check_unoccupied(output_dir)
     with parents_made(output_dir), folder_written_whole(output_dir) as folder:
         summary = write_data(folder, options.seq_length)

@@ -85,7 +85,8 @@ def prepare_corpus(arguments: CorpusArguments) -> Corpus:
             _write_corpus(build, arguments, sources, tokenizer)
     except BrokenProcessPool as error:
         raise UserError(
-            "a tokenising process died, most often for lack of memory; try again with a smaller --num_proc"
+            "out-of-memory",
+            "a tokenising process died, most often for lack of memory; try again with a smaller --num_proc",
         ) from error
     return open_corpus(arguments.output_dir)
 
@@ -104,18 +105,20 @@ def open_input(arguments: CorpusArguments) -> tuple[list[Source], PreTrainedToke
 
 def _check_arguments(arguments: CorpusArguments) -> None:
     if not arguments.text and not arguments.dataset:
-        raise UserError("there is no text to prepare; give --text or --dataset")
+        raise UserError("missing-argument", "there is no text to prepare; give --text or --dataset")
     if arguments.num_proc < 1:
-        raise UserError(f"--num_proc {arguments.num_proc} is below 1; give at least 1")
+        raise UserError("bad-argument", f"--num_proc {arguments.num_proc} is below 1; give at least 1")
     if not 0 < arguments.held_out_fraction < 0.5:
         raise UserError(
-            f"--held_out_fraction {arguments.held_out_fraction} is not between 0 and 0.5; try 0.01"
+            "bad-argument",
+            f"--held_out_fraction {arguments.held_out_fraction} is not between 0 and 0.5; try 0.01",
         )
     shard = arguments.shard
     if not 0 <= shard.index < shard.count:
         raise UserError(
+            "bad-argument",
             f"there is no shard {shard}; shards are counted from 0: give 0/{max(shard.count, 1)} "
-            f"to {max(shard.count, 1) - 1}/{max(shard.count, 1)}"
+            f"to {max(shard.count, 1) - 1}/{max(shard.count, 1)}",
         )
     check_unoccupied(arguments.output_dir)
 
@@ -127,18 +130,20 @@ def _open_sources(arguments: CorpusArguments) -> list[Source]:
         sources += [dataset_source(name, column, shard) for name in arguments.dataset]
     except OSError as error:
         raise UserError(
-            f"cannot read {error.filename}: {error.strerror}; check --text and --dataset"
+            "unreadable-file", f"cannot read {error.filename}: {error.strerror}; check --text and --dataset"
         ) from error
     if arguments.document_separator != "line" and not any(source.is_plain_text for source in sources):
         raise UserError(
+            "conflicting-arguments",
             f"--document_separator {arguments.document_separator} needs a plain text file among --text; "
-            "give one or leave it out"
+            "give one or leave it out",
         )
     for name in arguments.dataset:
         folder = Path(split_specification(name)[0])
         if folder.is_dir() and folder.resolve() in arguments.output_dir.resolve().parents:
             raise UserError(
-                f"{arguments.output_dir} is inside the dataset {name}; choose another --output_dir"
+                "output-inside-input",
+                f"{arguments.output_dir} is inside the dataset {name}; choose another --output_dir",
             )
     return sources
 
@@ -147,15 +152,16 @@ def _check_seq_length(seq_length: int, tokenizer: PreTrainedTokenizerFast) -> No
     limit = min(tokenizer.model_max_length, MAXIMUM_SEQ_LENGTH)
     if not MINIMUM_SEQ_LENGTH <= seq_length <= limit:
         raise UserError(
+            "bad-argument",
             f"--seq_length {seq_length} is not between {MINIMUM_SEQ_LENGTH} and the tokenizer's limit of "
-            f"{limit} tokens; choose one that is"
+            f"{limit} tokens; choose one that is",
         )
 
 
 def _check_holds_text(source: Source) -> None:
     with contextlib.closing(source.documents()) as documents:
         if next(documents, None) is None:
-            raise UserError(f"{source.record.name} holds no text; leave it out or fill it")
+            raise UserError("no-text", f"{source.record.name} holds no text; leave it out or fill it")
 
 
 def _write_corpus(
@@ -182,8 +188,9 @@ def _write_corpus(
         counts = writer.counts
         if not counts.train_rows or not counts.held_out_rows:
             raise UserError(
+                "not-enough-text",
                 f"the text fills {counts.train_rows + counts.held_out_rows} row(s) of {arguments.seq_length} "
-                "tokens, too few for training and held-out rows; give more text or a smaller --seq_length"
+                "tokens, too few for training and held-out rows; give more text or a smaller --seq_length",
             )
         build.record(writer)
     records = tuple(source.record for source in sources)

@@ -54,13 +54,16 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
         )
     except OSError as error:
         raise UserError(
+            "unreadable-config",
             f"cannot read the DeepSpeed config {path}: {error.strerror}; "
-            f"give a file, or one that ships: {', '.join(shipped_configs())}"
+            f"give a file, or one that ships: {', '.join(shipped_configs())}",
         ) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"the DeepSpeed config {path} is not valid JSON: {error}; see ds_configs/") from error
+        raise UserError(
+            "unreadable-config", f"the DeepSpeed config {path} is not valid JSON: {error}; see ds_configs/"
+        ) from error
     if not isinstance(config, dict):
-        raise UserError(f"the DeepSpeed config {path} must hold a JSON object; see ds_configs/")
+        raise UserError("bad-config", f"the DeepSpeed config {path} must hold a JSON object; see ds_configs/")
     _check_sections(config)
     return config
 
@@ -91,17 +94,20 @@ def _check_sections(config: Mapping[str, Any]) -> None:
     """Raise a UserError unless the parts that this project reads itself have the types it expects."""
     for name in ("fp16", "bf16", "bfloat16"):
         if not isinstance(_section(config, name).get("enabled", False), bool):
-            raise UserError(f'"{name}.enabled" in the DeepSpeed config must be true or false')
+            raise UserError("bad-config", f'"{name}.enabled" in the DeepSpeed config must be true or false')
     for name in ("optimizer", "scheduler"):
         section = _section(config, name)
         _section(section, "params", name)
         if name in config and not (section.get("type") and isinstance(section["type"], str)):
-            raise UserError(f'"{name}" in the DeepSpeed config has no "type"; give it one, see ds_configs/')
+            raise UserError(
+                "bad-config", f'"{name}" in the DeepSpeed config has no "type"; give it one, see ds_configs/'
+            )
     zero = _section(config, "zero_optimization")
     stage = zero.get("stage", 0)
     if stage != AUTO and (type(stage) is not int or not 0 <= stage <= 3):
         raise UserError(
-            f'"zero_optimization.stage" in the DeepSpeed config is {stage!r}; choose 0, 1, 2 or 3'
+            "bad-config",
+            f'"zero_optimization.stage" in the DeepSpeed config is {stage!r}; choose 0, 1, 2 or 3',
         )
     for name in ("offload_optimizer", "offload_param"):
         if zero.get(name) is not None:
@@ -139,8 +145,9 @@ def resolve_batch_equation(
         accumulation = total // (micro * world_size)
     if total != micro * accumulation * world_size:
         raise UserError(
+            "indivisible-batch",
             f"train_batch_size {total} is not micro-batch {micro} x {accumulation} accumulation steps x {world_size} "
-            f'ranks = {micro * accumulation * world_size}; set one of the three to "auto"'
+            f'ranks = {micro * accumulation * world_size}; set one of the three to "auto"',
         )
     return BatchEquation(total, micro, accumulation, world_size)
 
@@ -151,11 +158,13 @@ def _stated(config: Mapping[str, Any], key: str, argument: int | None, flag: str
         return argument
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(
-            f'"{key}" in the DeepSpeed config is {value!r}; it must be a whole number above 0 or "auto"'
+            "bad-config",
+            f'"{key}" in the DeepSpeed config is {value!r}; it must be a whole number above 0 or "auto"',
         )
     if argument is not None and argument != value:
         raise UserError(
-            f'{flag} {argument} contradicts "{key}": {value} in the DeepSpeed config; set that to "auto"'
+            "conflicting-config",
+            f'{flag} {argument} contradicts "{key}": {value} in the DeepSpeed config; set that to "auto"',
         )
     return value
 
@@ -165,7 +174,8 @@ def _require_divisible(total: int, unit: int, product: str) -> None:
         below, above = total // unit * unit, (total // unit + 1) * unit
         nearest = f"{below} and {above}" if below else str(above)
         raise UserError(
-            f"train_batch_size {total} cannot be divided into {product}; the nearest that can: {nearest}"
+            "indivisible-batch",
+            f"train_batch_size {total} cannot be divided into {product}; the nearest that can: {nearest}",
         )
 
 
@@ -176,12 +186,14 @@ def resolve_precision(config: Mapping[str, Any]) -> str:
         UserError: both are enabled, or the config asks for amp, which DeepSpeed no longer has.
     """
     if "amp" in config:
-        raise UserError('"amp" in the DeepSpeed config is not supported; use "fp16" or "bf16"')
+        raise UserError("bad-config", '"amp" in the DeepSpeed config is not supported; use "fp16" or "bf16"')
     sections = {"fp16": _section(config, "fp16")}
     sections["bf16"] = _section(config, "bf16" if "bf16" in config else "bfloat16")  # its old name
     enabled = [name for name, section in sections.items() if section.get("enabled", False)]
     if len(enabled) == 2:
-        raise UserError('the DeepSpeed config enables both "fp16" and "bf16"; choose one')
+        raise UserError(
+            "conflicting-config", 'the DeepSpeed config enables both "fp16" and "bf16"; choose one'
+        )
     return enabled[0] if enabled else "fp32"
 
 
@@ -189,7 +201,9 @@ def _section(config: Mapping[str, Any], name: str, within: str = "") -> dict[str
     section = config.get(name, {})
     if not isinstance(section, dict):
         path = f"{within}.{name}".lstrip(".")
-        raise UserError(f'"{path}" in the DeepSpeed config is {section!r}; it must be an object')
+        raise UserError(
+            "bad-config", f'"{path}" in the DeepSpeed config is {section!r}; it must be an object'
+        )
     return section
 
 
@@ -231,8 +245,9 @@ def resolve_deepspeed_config(
     for name in ("optimizer.params.lr", "scheduler.params.warmup_max_lr"):
         if learning_rate is not None and stated.get(name, AUTO) not in (AUTO, learning_rate):
             raise UserError(
+                "conflicting-config",
                 f'--learning_rate {learning_rate} contradicts "{name}": {stated[name]} in the DeepSpeed config; '
-                'set that to "auto"'
+                'set that to "auto"',
             )
     peak = learning_rate
     if peak is None:
@@ -333,7 +348,9 @@ def _filled(section: Mapping[str, Any], fill: Mapping[str, Any], prefix: str) ->
             resolved[key] = _filled(value, fill, f"{name}.")
         elif value == AUTO and name not in _BATCH_KEYS:
             if name not in fill:
-                raise UserError(f'"auto" has no meaning for "{name}" in the DeepSpeed config; give a value')
+                raise UserError(
+                    "bad-config", f'"auto" has no meaning for "{name}" in the DeepSpeed config; give a value'
+                )
             resolved[key] = fill[name]
         else:
             resolved[key] = value

@@ -66,10 +66,11 @@ def check_deepspeed_config(config: Mapping[str, Any], total_steps: int) -> None:
         with _quiet():
             DeepSpeedConfig(watched)
     except ValidationError as error:
-        raise UserError(_invalid(error, watched.last)) from error
+        raise UserError("bad-config", _invalid(error, watched.last)) from error
     except Exception as error:  # whatever the value it did not expect led to
         raise UserError(
-            f'DeepSpeed cannot read "{watched.last}" in its config: {first_line(error)}; correct the value'
+            "bad-config",
+            f'DeepSpeed cannot read "{watched.last}" in its config: {first_line(error)}; correct the value',
         ) from error
     _check_all_was_read(watched, "", READ_BY_INITIALIZE)
     for name, section in watched.items():
@@ -79,7 +80,9 @@ def check_deepspeed_config(config: Mapping[str, Any], total_steps: int) -> None:
     for name, smallest in SMALLEST.items():
         value = config.get(name, smallest)
         if isinstance(value, bool) or not isinstance(value, int | float) or value < smallest:
-            raise UserError(f'"{name}" in the DeepSpeed config is {value!r}; give a number from {smallest}')
+            raise UserError(
+                "bad-config", f'"{name}" in the DeepSpeed config is {value!r}; give a number from {smallest}'
+            )
     _check_offload(config)
     _check_accumulation(config)
     if optimizer_type(config):
@@ -168,13 +171,15 @@ def _check_all_was_read(section: _Watched, prefix: str, also_read: Iterable[str]
     known = {*section.asked, *also_read}
     for key, value in section.items():
         if key not in known:
-            raise UserError(_unknown(f"{prefix}{key}", known))
+            raise UserError("unknown-config-key", _unknown(f"{prefix}{key}", known))
         default = section.asked.get(key)
         kind: tuple[type, ...] = (bool,) if isinstance(default, bool) else (int, float)
         fits = isinstance(value, kind) and (kind == (bool,) or not isinstance(value, bool))
         if isinstance(default, bool | int | float) and not fits:
             wanted = "true or false" if kind == (bool,) else "a number"
-            raise UserError(f'"{prefix}{key}" in the DeepSpeed config is {value!r}; it must be {wanted}')
+            raise UserError(
+                "bad-config", f'"{prefix}{key}" in the DeepSpeed config is {value!r}; it must be {wanted}'
+            )
 
 
 def _check_offload(config: Mapping[str, Any]) -> None:
@@ -183,8 +188,9 @@ def _check_offload(config: Mapping[str, Any]) -> None:
         folder = offload.get("nvme_path")
         if offload.get("device") == "nvme" and not (folder and Path(folder).is_dir()):
             raise UserError(
+                "bad-config",
                 f'"zero_optimization.{name}" in the DeepSpeed config offloads to nvme, and its "nvme_path", '
-                f"{folder!r}, is no folder here; make it, or offload to cpu"
+                f"{folder!r}, is no folder here; make it, or offload to cpu",
             )
 
 
@@ -197,8 +203,9 @@ def check_monitors(config: Mapping[str, Any]) -> None:
                     import_it()
         except Exception as error:  # whatever a package that does not fit the others raises
             raise UserError(
+                "missing-package",
                 f'"{name}" is enabled in the DeepSpeed config, and its package cannot be imported '
-                f"({first_line(error)}); pip install '{package}', or disable it"
+                f"({first_line(error)}); pip install '{package}', or disable it",
             ) from error
     for name in WRITING_MONITORS:
         section = config.get(name, {})
@@ -207,8 +214,9 @@ def check_monitors(config: Mapping[str, Any]) -> None:
         can_write = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
         if section.get("enabled", False) and not can_write:
             raise UserError(
+                "unwritable-output",
                 f'"{name}.output_path" in the DeepSpeed config: {nearest} is not a directory that can be written; '
-                "choose another"
+                "choose another",
             )
 
 
@@ -220,14 +228,16 @@ def _check_accumulation(config: Mapping[str, Any]) -> None:
         dtype = DtypeEnum(stated).value
     except ValueError as error:
         raise UserError(
+            "bad-config",
             f'"data_types.grad_accum_dtype" in the DeepSpeed config is {stated!r}; '
-            f"choose one of {', '.join(PRECISIONS)}"
+            f"choose one of {', '.join(PRECISIONS)}",
         ) from error
     reason = cannot_accumulate_in_fp32(config)
     if dtype == torch.float32 and resolve_precision(config) != "fp32" and reason:
         raise UserError(
+            "conflicting-config",
             f'"data_types.grad_accum_dtype" in the DeepSpeed config is "{stated}": {reason}; '
-            "remove it, or choose another ZeRO stage"
+            "remove it, or choose another ZeRO stage",
         )
 
 
@@ -240,7 +250,7 @@ def _check_optimizer(config: Mapping[str, Any]) -> None:
     known = {*list(inspect.signature(made).parameters)[1:], *switches}
     for key in params:
         if key not in known:
-            raise UserError(_unknown(f"optimizer.params.{key}", known))
+            raise UserError("unknown-config-key", _unknown(f"optimizer.params.{key}", known))
     is_plain = made is Lamb or made.__module__.startswith("torch.")
     try:
         if is_plain:
@@ -249,14 +259,16 @@ def _check_optimizer(config: Mapping[str, Any]) -> None:
         _one_number_optimizer(params)
     except Exception as error:  # whatever the value leads to
         raise UserError(
-            f'"optimizer.params" in the DeepSpeed config cannot be used: {first_line(error)}; correct the value'
+            "bad-config",
+            f'"optimizer.params" in the DeepSpeed config cannot be used: {first_line(error)}; correct the value',
         ) from error
     stage = config.get("zero_optimization", {}).get("stage", 0)
     is_tested = made in ZERO_SUPPORTED_OPTIMIZERS or made is Lamb
     if stage and not is_tested and not config.get("zero_allow_untested_optimizer", False):
         raise UserError(
+            "unsupported-optimizer",
             f"DeepSpeed has not been tested with ZeRO and {made.__name__}; "
-            'use "AdamW", set "stage": 0, or set "zero_allow_untested_optimizer": true'
+            'use "AdamW", set "stage": 0, or set "zero_allow_untested_optimizer": true',
         )
 
 
@@ -288,7 +300,7 @@ def _optimizer_class(config: Mapping[str, Any]) -> type[Optimizer] | None:
         return None
     of_torch = _classes(torch.optim, Optimizer)
     if name not in of_torch:
-        raise UserError(_no_type("optimizer", name, ["Lamb", "Lion", *of_torch]))
+        raise UserError("unsupported-optimizer", _no_type("optimizer", name, ["Lamb", "Lion", *of_torch]))
     return of_torch[name]
 
 
@@ -296,38 +308,43 @@ def _check_scheduler(config: Mapping[str, Any], total_steps: int) -> None:
     name, params = config["scheduler"].get("type"), config["scheduler"].get("params", {})
     schedules = _schedules()
     if name not in schedules:
-        raise UserError(_no_type("scheduler", name, schedules))
+        raise UserError("unsupported-scheduler", _no_type("scheduler", name, schedules))
     known = list(inspect.signature(schedules[name]).parameters)[1:]
     for key in params:
         if key not in known:
-            raise UserError(_unknown(f"scheduler.params.{key}", known))
+            raise UserError("unknown-config-key", _unknown(f"scheduler.params.{key}", known))
     kinds = (lr_schedules.WARMUP_LOG_RATE, lr_schedules.WARMUP_LINEAR_RATE)
     if params.get("warmup_type", kinds[0]) not in kinds:
         raise UserError(
+            "bad-config",
             f'"scheduler.params.warmup_type" in the DeepSpeed config is {params["warmup_type"]!r}; '
-            f"choose {' or '.join(kinds)}"
+            f"choose {' or '.join(kinds)}",
         )
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if name not in lr_schedules.VALID_LR_SCHEDULES and (stage or resolve_precision(config) != "fp32"):
         raise UserError(
+            "unsupported-scheduler",
             f"the scheduler {name} is torch's, which DeepSpeed takes in fp32 at ZeRO stage 0 alone; "
-            f"choose one of DeepSpeed's: {', '.join(lr_schedules.VALID_LR_SCHEDULES)}"
+            f"choose one of DeepSpeed's: {', '.join(lr_schedules.VALID_LR_SCHEDULES)}",
         )
     try:
         trains = any(rate > 0 for rate in learning_rates(config, min(total_steps, STEPS_TO_LOOK_AT)))
     except Exception as error:  # whatever the value leads to
         raise UserError(
-            f'"scheduler.params" in the DeepSpeed config cannot be used: {first_line(error)}; correct the value'
+            "bad-config",
+            f'"scheduler.params" in the DeepSpeed config cannot be used: {first_line(error)}; correct the value',
         ) from error
     if not trains:
         raise UserError(
+            "unsuitable-schedule",
             f"the scheduler {name} has a learning rate of 0 in all of the {total_steps} steps; "
-            'train longer, or set its lengths to "auto"'
+            'train longer, or set its lengths to "auto"',
         )
     if name == "OneCycleLR" and (length := _one_cycle_steps(params)) < total_steps:
         raise UserError(
+            "unsuitable-schedule",
             f"the scheduler OneCycleLR ends after {length} steps, and the run takes {total_steps}; "
-            f'set "scheduler.params.total_steps" to {total_steps}'
+            f'set "scheduler.params.total_steps" to {total_steps}',
         )
 
 

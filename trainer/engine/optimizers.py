@@ -92,8 +92,9 @@ def settle_optimizer(config: Mapping[str, Any], device: torch.device, local_rank
     rank, obstacle = next(((rank, each) for rank, each in enumerate(obstacles) if each), (0, ""))
     if obstacle and wanted != AUTO:
         raise UserError(
+            "failed-build",
             f"DeepSpeed's {builder.name} cannot be built on rank {rank}: {obstacle}; "
-            'set "torch_adam": "auto" in the optimizer\'s "params", or mend that'
+            'set "torch_adam": "auto" in the optimizer\'s "params", or mend that',
         )
     if obstacle and torch.distributed.get_rank() == 0:
         print(f"DeepSpeed's {builder.name} cannot be built on rank {rank}, torch's AdamW is used: {obstacle}")
@@ -152,8 +153,9 @@ def _wait_for_build(name: str) -> None:
             return
         if age > SECONDS_OF_BUILD:
             raise UserError(
+                "failed-build",
                 f"{lock} is {age / 60:.0f} minutes old: the build of DeepSpeed's {name} that made it was killed; "
-                "delete it if no build runs"
+                "delete it if no build runs",
             )
         if not has_told:
             print(f"waiting for another build of DeepSpeed's {name}; if none runs, delete {lock}", flush=True)
@@ -165,8 +167,9 @@ def _check_lamb(config: Mapping[str, Any]) -> None:
     stage = (config.get("zero_optimization") or {}).get("stage", 0)
     if stage != 0:
         raise UserError(
+            "conflicting-config",
             f"Lamb scales the update of each parameter tensor, and ZeRO stage {stage} joins all tensors into one; "
-            'set "stage": 0 in the DeepSpeed config, or use AdamW'
+            'set "stage": 0 in the DeepSpeed config, or use AdamW',
         )
 
 

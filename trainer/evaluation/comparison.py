@@ -68,7 +68,7 @@ class EvaluateArguments:
     def __post_init__(self) -> None:
         for name in ("max_rows", "task_epochs", "task_seeds", "task_batch_size"):
             if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1")
+                raise UserError("bad-argument", f"--{name} must be at least 1")
         checks = [
             (0 < self.task_learning_rate < 1, "--task_learning_rate must be between 0 and 1"),
             (0 <= self.seed < 1 << 32, "--seed must be from 0 to 2^32 - 1"),
@@ -76,7 +76,7 @@ class EvaluateArguments:
         ]
         for holds, message in checks:
             if not holds:
-                raise UserError(message)
+                raise UserError("bad-argument", message)
 
     @property
     def models(self) -> dict[str, str]:
@@ -91,7 +91,7 @@ class EvaluateArguments:
 def choose_device(name: str) -> torch.device:
     """``auto`` is the GPU where there is one. ``UserError`` for a GPU that is not there."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, and PyTorch sees no GPU; use --device cpu")
+        raise UserError("no-gpu", "--device cuda, and PyTorch sees no GPU; use --device cpu")
     return torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
 
 
@@ -99,7 +99,9 @@ def _check_output_dir(output_dir: Path) -> None:
     check_unoccupied(output_dir)
     nearest = next(folder for folder in output_dir.absolute().parents if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"{output_dir} cannot be made in {nearest}; choose another --output_dir")
+        raise UserError(
+            "unwritable-output", f"{output_dir} cannot be made in {nearest}; choose another --output_dir"
+        )
 
 
 # --- the comparison -------------------------------------------------------------------------------------
@@ -117,7 +119,8 @@ def evaluate(arguments: EvaluateArguments) -> Report:
     tasks = [read_task(folder) for folder in arguments.task]
     if len({task.name for task in tasks}) < len(tasks):
         raise UserError(
-            "two --task folders have the same name; the report could not tell them apart, rename one"
+            "conflicting-arguments",
+            "two --task folders have the same name; the report could not tell them apart, rename one",
         )
     corpus = open_corpus(arguments.data_dir)
     models = [load_masked_language_model(role, name) for role, name in arguments.models.items()]

@@ -40,7 +40,7 @@ class CommandParser(argparse.ArgumentParser):
         self.register("type", Path, lambda text: Path(os.path.expanduser(text)))  # noqa: PTH111
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+        raise UserError("bad-argument", f"{message}; see {self.prog} --help")
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:

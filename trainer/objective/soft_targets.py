@@ -41,7 +41,7 @@ class SoftTargets(Term):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.temperature <= 0:
-            raise UserError("--temperature must be above 0")
+            raise UserError("bad-argument", "--temperature must be above 0")
 
     def needs(self, models: "Models") -> Needs:
         return Needs(Logits.MASKED if self.restrict_ce_to_mask else Logits.EVERYWHERE)

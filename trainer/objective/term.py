@@ -74,9 +74,9 @@ class Term(ABC):
         """
         for setting, value in asdict(self).items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"--{setting} is {value}; give a finite number")
+                raise UserError("bad-argument", f"--{setting} is {value}; give a finite number")
         if self.weight < 0:
-            raise UserError(f"--{self.weight_flag} must not be negative")
+            raise UserError("bad-argument", f"--{self.weight_flag} must not be negative")
 
     @abstractmethod
     def needs(self, models: "Models") -> Needs:

@@ -49,7 +49,7 @@ class TrainArguments:
             "gpu_memory",
         ):
             if not math.isfinite(getattr(self, name) or 0.0):
-                raise UserError(f"--{name} is {getattr(self, name)}; give a finite number")
+                raise UserError("bad-argument", f"--{name} is {getattr(self, name)}; give a finite number")
         checks = [
             (self.max_steps is None or self.max_steps > 0, "--max_steps must be above 0"),
             (self.num_train_epochs > 0, "--num_train_epochs must be above 0"),
@@ -96,7 +96,7 @@ class TrainArguments:
         ]
         for holds, message in checks:
             if not holds:
-                raise UserError(message)
+                raise UserError("bad-argument", message)
 
     @property
     def has_teacher(self) -> bool:
