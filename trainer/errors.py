@@ -52,6 +52,7 @@ UserErrorCode = Literal[
     "unknown-config-key",
     "unreadable-config",
     "unreadable-file",
+    "unshared-output",
     "unsuitable-schedule",
     "unsupported-format",
     "unsupported-model",

@@ -33,13 +33,6 @@ def refusal(
     return lines[0]
 
 
-def assert_names(line: str, code: str, *named: str) -> None:
-    """The line has this code, and names what is wrong: its flag, path, key or value."""
-    assert line.endswith(f" [{code}]"), line
-    missing = [part for part in named if part not in line]
-    assert not missing, line
-
-
 def snapshot(folder: Path) -> dict[str, tuple[int, int, int]]:
     """Everything below a folder with mode, size and modification time; of folders the mode alone."""
     found = {}

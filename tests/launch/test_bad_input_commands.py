@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 from bad_inputs import LONG_NAME, SENTENCE, write_inputs
-from refusals import assert_names, refusal, snapshot
+from refusals import refusal, snapshot
+from user_errors import assert_names
 
 from distilspeed.trainer.corpus.build import CorpusArguments, prepare_corpus
 from distilspeed.trainer.corpus.recognition import READ_BYTES
@@ -380,14 +381,14 @@ GPU_CHECK = [
     ("--parts speed", "bad-argument", "--parts", "speed"),
 ]
 NOTHING_GIVEN = [
-    ("prepare_data.py", "", "bad-argument", "--output_dir"),
+    ("prepare_data.py", "", "missing-argument", "--output_dir"),
     ("prepare_data.py", "--tokenizer tokenizer --output_dir out", "missing-argument", "--text", "--dataset"),
     ("prepare_data.py", "--text good.txt --output_dir out", "missing-argument", "--tokenizer"),
-    ("evaluate.py", "", "bad-argument", "--teacher", "--student", "--data_dir", "--output_dir"),
-    ("benchmark.py", "", "bad-argument", "--deepspeed_config", "--teacher", "--data_dir"),
-    ("benchmark_preparation.py", "", "bad-argument", "--text", "--tokenizer"),
-    ("quickstart_data.py", "", "bad-argument", "--output_dir"),
-    ("gpu_check.py", "", "bad-argument", "--output_dir"),
+    ("evaluate.py", "", "missing-argument", "--teacher", "--student", "--data_dir", "--output_dir"),
+    ("benchmark.py", "", "missing-argument", "--deepspeed_config", "--teacher", "--data_dir"),
+    ("benchmark_preparation.py", "", "missing-argument", "--text", "--tokenizer"),
+    ("quickstart_data.py", "", "missing-argument", "--output_dir"),
+    ("gpu_check.py", "", "missing-argument", "--output_dir"),
 ]
 CASES = [
     *NOTHING_GIVEN,

@@ -130,7 +130,7 @@ class Checkpoints:
                 problem = f"its {MANIFEST} cannot be read: {first_line(error)}"
             except OSError as error:  # the disk's or the network's, which may pass
                 raise UserError(
-                    "damaged-checkpoint",
+                    "unreadable-file",
                     f"the checkpoint {path} cannot be read: {first_line(error)}; make it readable and try again",
                 ) from error
             if problem is None:
@@ -170,7 +170,7 @@ class Checkpoints:
             parts = len(list(beside.glob("*_optim_states.pt")))
             if engine.zero_optimization() and parts != torch.distributed.get_world_size():
                 raise UserError(
-                    "damaged-checkpoint",
+                    "unshared-output",
                     f"{beside} has the states of {parts} of {torch.distributed.get_world_size()} ranks; "
                     "choose an --output_dir that all hosts share, and no node-local or decoupled checkpoints",
                 )

@@ -66,7 +66,7 @@ def check_deepspeed_config(config: Mapping[str, Any], total_steps: int) -> None:
         with _quiet():
             DeepSpeedConfig(watched)
     except ValidationError as error:
-        raise UserError("bad-config", _invalid(error, watched.last)) from error
+        raise _invalid(error, watched.last) from error
     except Exception as error:  # whatever the value it did not expect led to
         raise UserError(
             "bad-config",
@@ -142,15 +142,18 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _invalid(error: ValidationError, section: str) -> str:
-    """The first thing that pydantic found wrong, as a message."""
+def _invalid(error: ValidationError, section: str) -> UserError:
+    """The first thing that pydantic found wrong."""
     found = error.errors(include_url=False, include_context=False)[0]
     # The monitors are read together, and their names are part of what pydantic says.
     within = () if section == "comet" else (section,)
     path = ".".join(map(str, (*within, *found["loc"])))
     if found["type"] == "extra_forbidden":
-        return _unknown(path, _names_of_models())
-    return f'"{path}" in the DeepSpeed config is {found["input"]!r}: {found["msg"]}; correct the value'
+        return UserError("unknown-config-key", _unknown(path, _names_of_models()))
+    return UserError(
+        "bad-config",
+        f'"{path}" in the DeepSpeed config is {found["input"]!r}: {found["msg"]}; correct the value',
+    )
 
 
 def _names_of_models() -> set[str]:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NoReturn
 from distilspeed.trainer.errors import (
     CommandError,
     UserError,
+    UserErrorCode,
     environment_rank,
     show_error,
     status_of,
@@ -40,7 +41,12 @@ class CommandParser(argparse.ArgumentParser):
         self.register("type", Path, lambda text: Path(os.path.expanduser(text)))  # noqa: PTH111
 
     def error(self, message: str) -> NoReturn:
-        raise UserError("bad-argument", f"{message}; see {self.prog} --help")
+        code: UserErrorCode = "bad-argument"
+        if "arguments are required" in message:  # argparse tells its errors apart by their text alone
+            code = "missing-argument"
+        elif "not allowed with argument" in message:
+            code = "conflicting-arguments"
+        raise UserError(code, f"{message}; see {self.prog} --help")
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.errors import UserError, UserErrorCode
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,6 @@ class TrainArguments:
             (10 <= self.ddp_timeout <= 1e7, "--ddp_timeout must be from 10 to 1e7 seconds"),
             ((self.dataloader_num_workers or 0) >= 0, "--dataloader_num_workers must not be negative"),
             (self.gpu_memory is None or self.gpu_memory > 0, "--gpu_memory must be above 0"),
-            (
-                self.gpu_memory is None or self.plan,
-                "--gpu_memory says what card a plan is for; give --plan, too",
-            ),
             (self.learning_rate is None or self.learning_rate > 0, "--learning_rate must be above 0"),
             (
                 self.train_batch_size is None or self.train_batch_size > 0,
@@ -77,10 +73,18 @@ class TrainArguments:
                 self.per_device_train_batch_size is None or self.per_device_train_batch_size > 0,
                 "--per_device_train_batch_size must be above 0",
             ),
+        ]
+        missing = [
+            (
+                self.gpu_memory is None or self.plan,
+                "--gpu_memory says what card a plan is for; give --plan, too",
+            ),
             (
                 has_teacher or self.student_config is not None,
                 "--teacher none trains from a config; name it with --student_config FILE_OR_DIR",
             ),
+        ]
+        conflicts = [
             (
                 not has_teacher or self.student_config is None,
                 "--student_config goes with --teacher none; a distilled student's config follows from its teacher",
@@ -94,9 +98,15 @@ class TrainArguments:
                 "--teacher_zero3 shares out a teacher's weights; it has no meaning with --teacher none",
             ),
         ]
-        for holds, message in checks:
-            if not holds:
-                raise UserError("bad-argument", message)
+        groups: list[tuple[UserErrorCode, list[tuple[bool, str]]]] = [
+            ("bad-argument", checks),
+            ("missing-argument", missing),
+            ("conflicting-arguments", conflicts),
+        ]
+        for code, group in groups:
+            for holds, message in group:
+                if not holds:
+                    raise UserError(code, message)
 
     @property
     def has_teacher(self) -> bool:
