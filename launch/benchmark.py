@@ -58,7 +58,7 @@ class BenchmarkArguments(StepArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.teacher == "none":
-            raise UserError("a benchmark compares distillations; give a --teacher")
+            raise UserError("missing-argument", "a benchmark compares distillations; give a --teacher")
 
     def training(self, output_dir: Path) -> TrainArguments:
         of_step = {each.name: getattr(self, each.name) for each in fields(StepArguments)}
@@ -133,7 +133,9 @@ def _keep(report: "BenchmarkReport", arguments: BenchmarkArguments) -> None:
         try:
             write_text(arguments.output, report.to_json())
         except OSError as error:
-            raise UserError(f"cannot write {arguments.output}: {error.strerror}; check --output") from error
+            raise UserError(
+                "unwritable-output", f"cannot write {arguments.output}: {error.strerror}; check --output"
+            ) from error
     if arguments.check:
         check_against(arguments.check, report)
 

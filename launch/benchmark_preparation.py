@@ -151,7 +151,8 @@ def _run(command: list[str]) -> tuple[float, int, str]:
         sys.exit(process.returncode)
     if process.returncode:
         raise UserError(
-            f"{' '.join(command[:2])} failed with status {process.returncode}; see its error above"
+            "failed-step",
+            f"{' '.join(command[:2])} failed with status {process.returncode}; see its error above",
         )
     return seconds, peak, output
 

@@ -76,7 +76,8 @@ def _run() -> None:
         if package in ("", "distilspeed"):
             raise
         raise UserError(
-            f"{PlainParser.typed} needs {package}, which is not installed; install distilspeed[train]"
+            "missing-package",
+            f"{PlainParser.typed} needs {package}, which is not installed; install distilspeed[train]",
         ) from error
 
 

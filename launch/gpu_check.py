@@ -51,7 +51,7 @@ class GpuCheckArguments(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.teacher is None) != (not self.text):
-            raise UserError("--teacher and --text go together; give both, or neither")
+            raise UserError("missing-argument", "--teacher and --text go together; give both, or neither")
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ def main() -> None:
 
     has_gpu = torch.cuda.is_available()
     if not (arguments.smoke or has_gpu):
-        raise UserError("PyTorch sees no GPU here; run it where there is one, or with --smoke")
+        raise UserError("no-gpu", "PyTorch sees no GPU here; run it where there is one, or with --smoke")
     sizes = SMOKE if arguments.smoke else Sizes()
     if has_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         sizes = replace(sizes, dtypes=("fp16",))
@@ -306,7 +306,7 @@ def _check(arguments: GpuCheckArguments) -> None:
     ]
     for flag, path in given:
         if path and not path.exists():
-            raise UserError(f"there is no {path}; check --{flag}")
+            raise UserError("missing-file", f"there is no {path}; check --{flag}")
     check_unoccupied(arguments.output_dir)
 
 

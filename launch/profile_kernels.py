@@ -30,7 +30,7 @@ def main() -> None:
         return
     output_dir, trace = options.pop("output_dir", None), options.pop("trace", False)
     if trace and output_dir is None:
-        raise UserError("--trace writes to a folder; give --output_dir")
+        raise UserError("missing-argument", "--trace writes to a folder; give --output_dir")
     # PyTorch's profiler, which meters the memory, would write lines of its own to stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     # After the parsing, because importing torch takes seconds.
@@ -44,14 +44,16 @@ def main() -> None:
         else:
             _profile_to_folder(settings, output_dir, trace)
     except ProfileError as error:
-        raise UserError(str(error)) from error
+        raise UserError("bad-argument", str(error)) from error
 
 
 def _tune(vocab_size: int = ProfileSettings.vocab_size, **others: Any) -> None:
     if others:
-        raise UserError(f"--tune goes with --vocab_size only; leave out --{next(iter(others))}")
+        raise UserError(
+            "conflicting-arguments", f"--tune goes with --vocab_size only; leave out --{next(iter(others))}"
+        )
     if vocab_size < 1:
-        raise UserError("--vocab_size must be at least 1")
+        raise UserError("bad-argument", "--vocab_size must be at least 1")
     from distilspeed.kernels.implementation.launch_configs import TABLE_FILE
     from distilspeed.kernels.profiling.tuning import make_table, table_as_json
 
@@ -59,7 +61,9 @@ def _tune(vocab_size: int = ProfileSettings.vocab_size, **others: Any) -> None:
         table = make_table(vocab_size)
         write_text(TABLE_FILE, table_as_json(table))
     except OSError as error:
-        raise UserError(f"cannot write {TABLE_FILE}: {error}; tune from a checkout of your own") from error
+        raise UserError(
+            "unwritable-output", f"cannot write {TABLE_FILE}: {error}; tune from a checkout of your own"
+        ) from error
     for entry in table:
         print(
             f"sm_{entry.architecture} {8 * entry.dtype_bytes}-bit {entry.pass_name}: tile {entry.tile}, "
@@ -73,7 +77,9 @@ def _profile_to_folder(settings: ProfileSettings, output_dir: Path, trace: bool)
     from distilspeed.kernels.profiling.report import write_profile
 
     if find_spec("matplotlib") is None:
-        raise UserError("roofline.png is drawn by matplotlib; install it, or leave out --output_dir")
+        raise UserError(
+            "missing-package", "roofline.png is drawn by matplotlib; install it, or leave out --output_dir"
+        )
     check_unoccupied(output_dir)
     with parents_made(output_dir), folder_written_whole(output_dir) as folder:
         profile = profile_kernels(settings, trace_file=folder / "trace.json" if trace else None)

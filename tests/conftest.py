@@ -1,8 +1,12 @@
-"""Fixtures for every test: devices, text that each Python installation has, a tokenizer trained on it, a corpus."""
+"""Fixtures for every test: devices, text that each Python installation has, a tokenizer trained on it, a corpus.
+
+Makes what is in ``shared`` importable.
+"""
 
 import json
 import shutil
 import signal
+import sys
 from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -16,6 +20,8 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertTokeniz
 
 from distilspeed.trainer.corpus.arguments import CorpusArguments
 from distilspeed.trainer.corpus.build import prepare_corpus
+
+sys.path.insert(0, str(Path(__file__).parent / "shared"))
 
 SMALL_VOCABULARY = 1000
 SMALL_SEQ_LENGTH = 64

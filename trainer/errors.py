@@ -3,16 +3,83 @@
 import os
 import signal
 import sys
+from typing import Literal
+
+# What can be wrong with a command's input. Scripts and tests go by these; docs/errors.md explains them.
+UserErrorCode = Literal[
+    "bad-argument",
+    "bad-config",
+    "bad-ranks",
+    "bad-record",
+    "bad-task",
+    "changed-benchmark",
+    "changed-build",
+    "changed-ranks",
+    "changed-run",
+    "conflicting-arguments",
+    "conflicting-config",
+    "damaged-build",
+    "damaged-checkpoint",
+    "damaged-corpus",
+    "damaged-model",
+    "damaged-record",
+    "failed-build",
+    "failed-step",
+    "finished-run",
+    "indivisible-batch",
+    "line-too-long",
+    "locked",
+    "missing-argument",
+    "missing-field",
+    "missing-file",
+    "missing-package",
+    "no-gpu",
+    "no-text",
+    "not-a-corpus",
+    "not-enough-text",
+    "not-json",
+    "not-plain-text",
+    "not-utf8",
+    "out-of-memory",
+    "output-exists",
+    "output-inside-input",
+    "pickled-weights",
+    "rows-too-long",
+    "shard-mismatch",
+    "slower-than-before",
+    "tokenizer-mismatch",
+    "unfinished-build",
+    "unknown-config-key",
+    "unreadable-config",
+    "unreadable-file",
+    "unshared-output",
+    "unsuitable-schedule",
+    "unsupported-format",
+    "unsupported-model",
+    "unsupported-optimizer",
+    "unsupported-precision",
+    "unsupported-scheduler",
+    "unusable-dataset",
+    "unusable-hub",
+    "unusable-kernels",
+    "unusable-model",
+    "unusable-tokenizer",
+    "unwritable-output",
+    "wrong-package",
+]
 
 
 class CommandError(Exception):
     """Ends a command with one line and a status of its own.
 
     Attributes:
+        status: the exit status.
+        code: a stable name for what is wrong; the words of the message may change.
         ranks_agree: this rank has been chosen to say it (job/watch.py).
     """
 
     status: int
+    code: str
     label = "error"
     ranks_agree = False
 
@@ -22,15 +89,27 @@ class UserError(CommandError):
 
     status = 2
 
+    def __init__(self, code: UserErrorCode, message: str) -> None:
+        super().__init__(
+            code, message
+        )  # both, because a process pool makes the error again from its arguments
+        self.code = code
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
 
 class NumericalError(CommandError):
     """A loss or gradient that is not finite and is not an fp16 overflow."""
 
     status = 3
+    code = "not-finite"
 
 
 class OverflowAtLowestScale(NumericalError):
     """fp16 gradients overflow at a loss scale that does not fall any further."""
+
+    code = "fp16-overflow"
 
     def __init__(self, scale: float) -> None:
         super().__init__(
@@ -43,12 +122,14 @@ class LostRankError(CommandError):
     """A rank has died or does not answer."""
 
     status = 4
+    code = "lost-rank"
 
 
 class StoppedError(CommandError):
     """The job was told to stop, and has saved a checkpoint."""
 
     status = 75  # EX_TEMPFAIL of sysexits.h: to be tried again
+    code = "stopped"
     label = "stopped"
 
 
@@ -72,7 +153,7 @@ def first_line(error: Exception) -> str:
 def show_error(error: CommandError) -> None:
     """The one line of an error, which may be said by any rank and from any thread."""
     rank = environment_rank()
-    line = f"{error.label}: {' '.join(str(error).split())}"
+    line = f"{error.label}: {' '.join(str(error).split())} [{error.code}]"
     if rank:
         line = f"\n{line} (rank {rank})"  # rank 0's progress bar stands in the last line
     print(line, file=sys.stderr, flush=True)

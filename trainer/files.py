@@ -60,12 +60,14 @@ def check_unoccupied(output_dir: Path) -> None:
         output_dir.lstat()
         # A folder is renamed to it in the end: that replaces an empty folder, but no link to one.
         if output_dir.is_symlink() or not output_dir.is_dir() or any(output_dir.iterdir()):
-            raise UserError(f"{output_dir} exists already; choose another --output_dir or remove it")
+            raise UserError(
+                "output-exists", f"{output_dir} exists already; choose another --output_dir or remove it"
+            )
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
         raise UserError(
-            f"{output_dir} cannot be made: {error.strerror}; choose another --output_dir"
+            "unwritable-output", f"{output_dir} cannot be made: {error.strerror}; choose another --output_dir"
         ) from error
 
 
@@ -73,11 +75,15 @@ def check_new_file(path: Path) -> None:
     """Raise UserError where a command's output file is there already, or could not be written."""
     try:
         if path.exists() or path.is_symlink():
-            raise UserError(f"{path} exists already; choose another --output or remove it")
+            raise UserError("output-exists", f"{path} exists already; choose another --output or remove it")
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-            raise UserError(f"{path} cannot be made: {path.parent} is no folder to write to; make it")
+            raise UserError(
+                "unwritable-output", f"{path} cannot be made: {path.parent} is no folder to write to; make it"
+            )
     except OSError as error:
-        raise UserError(f"{path} cannot be made: {error.strerror}; choose another --output") from error
+        raise UserError(
+            "unwritable-output", f"{path} cannot be made: {error.strerror}; choose another --output"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -125,7 +131,7 @@ def locked(folder: Path, wait: float, refusal: str) -> Iterator[None]:
                     break
                 except BlockingIOError as error:
                     if time.monotonic() >= end:
-                        raise UserError(refusal) from error
+                        raise UserError("locked", refusal) from error
                     time.sleep(0.5)
         yield
     finally:
@@ -138,7 +144,9 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error}; check free space and permissions") from error
+        raise UserError(
+            "unwritable-output", f"cannot write {path}: {error}; check free space and permissions"
+        ) from error
 
 
 @contextmanager

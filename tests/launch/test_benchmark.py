@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from launcher import CPU_CONFIG, ROOT, error_lines, python
+from user_errors import assert_names
 
 from distilspeed.trainer.engine.phases import COMMUNICATION
 
@@ -44,10 +45,13 @@ def test_it_compares_measures_and_stores(
     assert report["scaling"]["2"] > 0
     assert f"{report['ratio']:.2f}x" in result.stdout
     again = python(*command)
-    assert (again.returncode, len(error_lines(again))) == (2, 1), "the result was written over"
+    assert again.returncode == 2, "the result was written over"
+    (line,) = error_lines(again)
+    assert_names(line, "output-exists", str(output))
 
 
 def test_a_contestant_that_cannot_start_ends_it_with_one_line(tmp_path: Path, small_corpus_dir: Path) -> None:
     result = python(BENCHMARK, *arguments(tmp_path / "none", small_corpus_dir))
     assert result.returncode == 2
-    assert len(error_lines(result)) == 1
+    (line,) = error_lines(result)
+    assert_names(line, "unusable-model", str(tmp_path / "none"))

@@ -43,7 +43,7 @@ def test_an_error_of_one_rank_ends_all_with_its_status_and_its_line(
     ranks: list[Job],
 ) -> None:
     ends = [finish(rank) for rank in ranks]
-    assert ends == [(3, "", ""), (3, "", "\nerror: no number (rank 1)\n")]
+    assert ends == [(3, "", ""), (3, "", "\nerror: no number [not-finite] (rank 1)\n")]
 
 
 @pytest.mark.parametrize("ranks", ["fault"], indirect=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from jobs import cpu_environment, finish, start
 from launcher import ROOT, free_port
+from user_errors import assert_names
 
 BESIDE = Path(sys.executable).parent
 SCRIPT, MODULE = [ROOT / "launch" / "train.py"], ["-m", "distilspeed.launch.train"]
@@ -45,7 +46,7 @@ def test_other_launchers_train_on_two_ranks_and_refuse_bad_input(
     assert record["identity"]["train_batch_size"] == 16  # micro-batches of 8 on two ranks
     status, errors = run()
     assert status == 1
-    (line,) = [line for line in errors if "error: " in line]
-    assert line.startswith("error: run holds files already; ")
+    (line,) = [line for line in errors if line.startswith("error: ")]
+    assert_names(line, "output-exists", "run", "--resume", "--output_dir")
     # The launcher's report names the rank that ended first, and its status.
     assert any("exitcode  : 2" in line for line in errors)

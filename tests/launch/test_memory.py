@@ -1,6 +1,7 @@
 """The memory that --plan estimates is what a training run measures, and a plan over the card's memory is refused."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from launcher import ROOT, environment, error_lines, python, write_config
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+from user_errors import assert_names
 
 from distilspeed.trainer.training.arguments import TrainArguments
 from distilspeed.trainer.training.plan import plan_memory
@@ -109,7 +111,9 @@ def test_a_plan_over_the_cards_memory_is_refused_and_names_what_fits(
     refused = plan(2.0)
     assert refused.returncode == 2
     (line,) = error_lines(refused)
-    fitting = int(line.split("a micro-batch of ")[1].split()[0])
+    assert_names(line, "out-of-memory", "train_micro_batch_size_per_gpu")
+    what_to_do = line.partition("; ")[2]
+    (fitting,) = map(int, re.findall(r"\d+", what_to_do))
     assert fitting < 4096
     assert 4096 % fitting == 0
     assert plan(16.0).returncode == 0

@@ -12,6 +12,7 @@ from middle_layers_job import MiddleLayers
 from refusals import refusal
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
+from user_errors import assert_names
 
 from distilspeed.trainer.models.loading import load_teacher, make_student
 from distilspeed.trainer.objective import registry
@@ -82,10 +83,10 @@ def test_its_weight_is_in_the_runs_identity(
     monkeypatch.setattr(registry, "TERMS", [*registry.TERMS, MiddleLayers])
     for more, now in ((["--alpha_middle", 3], "3.0"), ([], "none")):
         line = refusal("train.py", [*same, *more, "--resume"], run, monkeypatch, capfd)
-        assert f"started with alpha_middle {WEIGHT}, not {now}" in line
+        assert_names(line, "changed-run", f"alpha_middle {WEIGHT}", now)
     monkeypatch.undo()  # as for a trainer that does not have the term
     line = refusal("train.py", [*same, "--resume"], run, monkeypatch, capfd)
-    assert f"started with alpha_middle {WEIGHT}, not none" in line
+    assert_names(line, "changed-run", f"alpha_middle {WEIGHT}", "none")
 
 
 @pytest.mark.full

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from user_errors import assert_names, raises_user_error
 
 from distilspeed.trainer.corpus.format import open_corpus
-from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.job.processes import STOP_SIGNALS
 
 COMMAND = Path(__file__).resolve().parents[2] / "launch" / "prepare_data.py"
@@ -131,7 +131,9 @@ def test_a_mistake_is_one_line_and_status_2(small_tokenizer_dir: Path, tmp_path:
     options = ["--text", "nowhere.txt", "--tokenizer", small_tokenizer_dir]
     status, output, errors = run(*options, "--output_dir", tmp_path / "out" / "corpus")
     assert (status, output) == (2, "")
-    assert errors == "error: there is no text file nowhere.txt; check --text (a folder goes with --dataset)\n"
+    [line] = errors.splitlines()
+    assert line.startswith("error: ")
+    assert_names(line, "missing-file", "nowhere.txt", "--text", "--dataset")
     assert not any(tmp_path.iterdir())
 
 
@@ -187,7 +189,7 @@ def test_killing_it_leaves_no_corpus_and_no_process(
     [left] = output_dir.parent.iterdir()
     assert left.name == "corpus.incomplete"
     for folder in (output_dir, left):
-        with pytest.raises(UserError, match="is not a prepared corpus"):
+        with raises_user_error("not-a-corpus", str(folder)):
             open_corpus(folder)
 
 
@@ -204,6 +206,6 @@ def test_a_cache_that_cannot_be_written_is_named(
     status, output, errors = run(*options, "--output_dir", output_dir)
     assert (status, output) == (2, "")
     [line] = errors.splitlines()
-    assert line.startswith(f"error: the cache of datasets cannot be written: {cache}")
-    assert line.endswith(": Not a directory; set HF_HOME or HF_DATASETS_CACHE to a writable folder")
+    assert line.startswith("error: ")
+    assert_names(line, "unwritable-output", str(cache), "Not a directory", "HF_HOME", "HF_DATASETS_CACHE")
     assert not output_dir.parent.exists()

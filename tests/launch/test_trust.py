@@ -5,14 +5,16 @@ import re
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from launcher import CPU_CONFIG, ROOT, environment
+from user_errors import raises_user_error
 
 from distilspeed.trainer.corpus.format import load_tokenizer
 from distilspeed.trainer.corpus.sources import dataset_source
-from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.errors import UserErrorCode
 from distilspeed.trainer.models.loading import load_masked_language_model, model_from_config
 
 SECRETS = {
@@ -129,13 +131,14 @@ def test_code_that_comes_with_a_model_is_not_run_whatever_is_answered(
         (f"{tmp_path.name}.py", f"open({str(executed)!r}, 'w')"),  # what a script of a dataset was called
     ):
         (tmp_path / name).write_text(content)
-    for load in (
-        lambda: load_masked_language_model("student", str(tmp_path)),
-        lambda: model_from_config(str(tmp_path), seed=0),
-        lambda: load_tokenizer(str(tmp_path)),
-        lambda: list(dataset_source(str(tmp_path), "text").documents()),
-    ):
-        with pytest.raises(UserError):
+    loads: list[tuple[UserErrorCode, Callable[[], object]]] = [
+        ("unusable-model", lambda: load_masked_language_model("student", str(tmp_path))),
+        ("unusable-model", lambda: model_from_config(str(tmp_path), seed=0)),
+        ("unusable-tokenizer", lambda: load_tokenizer(str(tmp_path))),
+        ("unusable-dataset", lambda: list(dataset_source(str(tmp_path), "text").documents())),
+    ]
+    for code, load in loads:
+        with raises_user_error(code):
             load()
     assert not executed.exists()
 

@@ -59,17 +59,23 @@ class CorpusArguments(Settings):
             self._check_nothing_else()
             return
         if not self.tokenizer:
-            raise UserError("--tokenizer is missing; give the teacher's, a hub name or a folder")
+            raise UserError(
+                "missing-argument", "--tokenizer is missing; give the teacher's, a hub name or a folder"
+            )
         if not self.text and not self.dataset:
-            raise UserError("there is no text to prepare; give --text or --dataset")
+            raise UserError("missing-argument", "there is no text to prepare; give --text or --dataset")
         count = max(self.shard.count, 1)
         if not 0 <= self.shard.index < self.shard.count:
             raise UserError(
-                f"there is no shard {self.shard}; shards are counted from 0: give 0/{count} to {count - 1}/{count}"
+                "bad-argument",
+                f"there is no shard {self.shard}; shards are counted from 0: give 0/{count} to {count - 1}/{count}",
             )
 
     def _check_nothing_else(self) -> None:
         for each in fields(self):
             default = each.default if each.default_factory is MISSING else each.default_factory()
             if each.name not in ("merge", "output_dir") and getattr(self, each.name) != default:
-                raise UserError(f"--merge takes --output_dir and nothing else; leave out --{each.name}")
+                raise UserError(
+                    "conflicting-arguments",
+                    f"--merge takes --output_dir and nothing else; leave out --{each.name}",
+                )

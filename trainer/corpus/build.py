@@ -53,7 +53,8 @@ def prepare_corpus(arguments: CorpusArguments) -> Corpus:
             _write_corpus(build, arguments, sources, tokenizer)
     except BrokenProcessPool as error:
         raise UserError(
-            "a tokenising process died, most often for lack of memory; try again with a smaller --num_proc"
+            "out-of-memory",
+            "a tokenising process died, most often for lack of memory; try again with a smaller --num_proc",
         ) from error
     return open_corpus(arguments.output_dir)
 
@@ -77,18 +78,20 @@ def _open_sources(arguments: CorpusArguments) -> list[Source]:
         sources += [dataset_source(name, column, shard) for name in arguments.dataset]
     except OSError as error:
         raise UserError(
-            f"cannot read {error.filename}: {error.strerror}; check --text and --dataset"
+            "unreadable-file", f"cannot read {error.filename}: {error.strerror}; check --text and --dataset"
         ) from error
     if arguments.document_separator != "line" and not any(source.is_plain_text for source in sources):
         raise UserError(
+            "conflicting-arguments",
             f"--document_separator {arguments.document_separator} needs a plain text file among --text; "
-            "give one or leave it out"
+            "give one or leave it out",
         )
     for name in arguments.dataset:
         folder = Path(split_specification(name)[0])
         if folder.is_dir() and folder.resolve() in arguments.output_dir.resolve().parents:
             raise UserError(
-                f"{arguments.output_dir} is inside the dataset {name}; choose another --output_dir"
+                "output-inside-input",
+                f"{arguments.output_dir} is inside the dataset {name}; choose another --output_dir",
             )
     return sources
 
@@ -97,15 +100,16 @@ def _check_seq_length(seq_length: int, tokenizer: PreTrainedTokenizerFast) -> No
     limit = min(tokenizer.model_max_length, MAXIMUM_SEQ_LENGTH)
     if not MINIMUM_SEQ_LENGTH <= seq_length <= limit:
         raise UserError(
+            "bad-argument",
             f"--seq_length {seq_length} is not between {MINIMUM_SEQ_LENGTH} and the tokenizer's limit of "
-            f"{limit} tokens; choose one that is"
+            f"{limit} tokens; choose one that is",
         )
 
 
 def _check_holds_text(source: Source) -> None:
     with contextlib.closing(source.documents()) as documents:
         if next(documents, None) is None:
-            raise UserError(f"{source.record.name} holds no text; leave it out or fill it")
+            raise UserError("no-text", f"{source.record.name} holds no text; leave it out or fill it")
 
 
 def _write_corpus(
@@ -132,8 +136,9 @@ def _write_corpus(
         counts = writer.counts
         if not counts.train_rows or not counts.held_out_rows:
             raise UserError(
+                "not-enough-text",
                 f"the text fills {counts.train_rows + counts.held_out_rows} row(s) of {arguments.seq_length} "
-                "tokens, too few for training and held-out rows; give more text or a smaller --seq_length"
+                "tokens, too few for training and held-out rows; give more text or a smaller --seq_length",
             )
         build.record(writer)
     records = tuple(source.record for source in sources)

@@ -124,7 +124,7 @@ def open_corpus(data_dir: Path, verify_checksums: bool = False) -> Corpus:
     try:
         for record in manifest.files:
             if damage := record.damage(data_dir, content=verify_checksums):
-                raise UserError(_damaged(data_dir, damage))
+                raise UserError("damaged-corpus", _damaged(data_dir, damage))
         corpus = Corpus(
             path=data_dir,
             manifest=manifest,
@@ -136,7 +136,7 @@ def open_corpus(data_dir: Path, verify_checksums: bool = False) -> Corpus:
     except UserError:
         raise
     except Exception as error:  # whatever a damaged file leads datasets, pyarrow and numpy to
-        raise UserError(_damaged(data_dir, first_line(error))) from error
+        raise UserError("damaged-corpus", _damaged(data_dir, first_line(error))) from error
     if verify_checksums:
         corpus.load_tokenizer()
     return corpus
@@ -161,23 +161,33 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the hub's, the file system's, and bare ones out of the tokenizers library
         raise UserError(
+            "unusable-tokenizer",
             f"the tokenizer {name} cannot be loaded: {first_line(error)}; "
-            "check the folder, or the name and the connection to the hub"
+            "check the folder, or the name and the connection to the hub",
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"{name} has no fast tokenizer; convert it (tokenizer.json) or choose another")
+        raise UserError(
+            "unusable-tokenizer",
+            f"{name} has no fast tokenizer; convert it (tokenizer.json) or choose another",
+        )
     missing = [kind for kind in SPECIAL_TOKENS if getattr(tokenizer, f"{kind}_token_id") is None]
     if missing:
         raise UserError(
-            f"the tokenizer {name} has no {', '.join(missing)} token; add it or choose another tokenizer"
+            "unusable-tokenizer",
+            f"the tokenizer {name} has no {', '.join(missing)} token; add it or choose another tokenizer",
         )
     # transformers makes a tokenizer of special tokens alone where the file with the vocabulary is missing.
     if tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).keys() <= set(
         tokenizer.all_special_tokens
     ):
-        raise UserError(f"the tokenizer {name} has no vocabulary; add its tokenizer.json or vocab.txt")
+        raise UserError(
+            "unusable-tokenizer",
+            f"the tokenizer {name} has no vocabulary; add its tokenizer.json or vocab.txt",
+        )
     if max(tokenizer.get_vocab().values()) >= len(tokenizer):
-        raise UserError(f"the ids of the tokenizer {name} have gaps; choose another tokenizer")
+        raise UserError(
+            "unusable-tokenizer", f"the ids of the tokenizer {name} have gaps; choose another tokenizer"
+        )
     check_case(name, tokenizer)
     return tokenizer
 
@@ -200,14 +210,18 @@ def _read_manifest(data_dir: Path) -> Manifest:
             return from_json(Manifest, text)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
+            "not-a-corpus",
             f"{data_dir} is not a prepared corpus (it has no manifest.json); "
-            "make one with launch/prepare_data.py"
+            "make one with launch/prepare_data.py",
         ) from error
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(_damaged(data_dir, f"manifest.json cannot be read: {first_line(error)}")) from error
+        raise UserError(
+            "damaged-corpus", _damaged(data_dir, f"manifest.json cannot be read: {first_line(error)}")
+        ) from error
     raise UserError(
+        "unsupported-format",
         f"{data_dir} has corpus format {found} and this version reads {FORMAT_VERSION}; "
-        "prepare it again with launch/prepare_data.py"
+        "prepare it again with launch/prepare_data.py",
     )
 
 

@@ -68,23 +68,26 @@ def check_text(file: InputFile, lines: range, longest_line: float) -> int:
                 decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 raise UserError(
+                    "not-utf8",
                     f"{path} is not UTF-8 at byte {offset - carried + error.start}; "
-                    "convert it to UTF-8, or unpack it if it is an archive"
+                    "convert it to UTF-8, or unpack it if it is an archive",
                 ) from error
             if not block:
                 return offset
             if (place := block.find(b"\0")) >= 0:
                 raise UserError(
+                    "not-utf8",
                     f"{path} is binary or UTF-16: byte {offset + place} is 0; "
-                    "convert it to UTF-8, or unpack it if it is an archive"
+                    "convert it to UTF-8, or unpack it if it is an archive",
                 )
             if (end := block.rfind(b"\n")) >= 0:
                 line_start = offset + end + 1
             offset += len(block)
             if offset - line_start > longest_line:
                 raise UserError(
+                    "line-too-long",
                     f"{path} has a line of more than {LONGEST_LINE >> 20} MiB at byte {line_start}; "
-                    "give it a line for each document"
+                    "give it a line for each document",
                 )
 
 
@@ -118,7 +121,7 @@ def read_paragraphs(file: InputFile, lines: range) -> Iterator[str]:
         paragraph.append(line)
         length += len(line)
         if length > LONGEST_LINE:
-            raise UserError(_too_long(file.path, paragraph[0]))
+            raise UserError("line-too-long", _too_long(file.path, paragraph[0]))
     if paragraph:
         yield "\n".join(paragraph)
 

@@ -38,29 +38,38 @@ def _check_belong_together(shards: Sequence[Corpus]) -> None:
     for corpus in shards:
         shard = corpus.manifest.shard
         if shard == WHOLE:
-            raise UserError(f"{corpus.path} is no shard but a whole corpus; leave it out")
+            raise UserError("shard-mismatch", f"{corpus.path} is no shard but a whole corpus; leave it out")
         if shard.count != count:
             raise UserError(
+                "shard-mismatch",
                 f"{first.path} is one of {count} shards and {corpus.path} one of {shard.count}; "
-                "merge shards of one corpus"
+                "merge shards of one corpus",
             )
         if shard in by_shard:
-            raise UserError(f"{by_shard[shard].path} and {corpus.path} are both shard {shard}; leave one out")
+            raise UserError(
+                "shard-mismatch",
+                f"{by_shard[shard].path} and {corpus.path} are both shard {shard}; leave one out",
+            )
         by_shard[shard] = corpus
         for name in COMMON_FIELDS:
             ours, theirs = getattr(first.manifest, name), getattr(corpus.manifest, name)
             if ours != theirs:
                 raise UserError(
+                    "shard-mismatch",
                     f"{first.path} and {corpus.path} differ in {name}: {_shown(first.manifest, name)} and "
-                    f"{_shown(corpus.manifest, name)}; merge shards made with the same arguments"
+                    f"{_shown(corpus.manifest, name)}; merge shards made with the same arguments",
                 )
     missing = [str(shard) for index in range(count) if (shard := Shard(index, count)) not in by_shard]
     if missing:
-        raise UserError(f"shard {', '.join(missing)} is missing; prepare it and give all {count} folders")
+        raise UserError(
+            "shard-mismatch",
+            f"shard {', '.join(missing)} is missing; prepare it and give all {count} folders",
+        )
     if first.manifest.versions != installed_versions():
         raise UserError(
+            "shard-mismatch",
             f"{first.path} was prepared with other versions than are installed here (its manifest.json names "
-            "them); merge with the same"
+            "them); merge with the same",
         )
 
 

@@ -30,8 +30,9 @@ def _open_zstd(path: Path) -> Any:
     # pyarrow, because Python itself reads zstd from 3.14 on only.
     if not pa.Codec.is_available("zstd"):
         raise UserError(
+            "missing-package",
             f"{path} is compressed with zstd, which this pyarrow was built without; "
-            "install PyPI's pyarrow, or unpack the file"
+            "install PyPI's pyarrow, or unpack the file",
         )
     return pa.input_stream(str(path), compression="zstd")
 
@@ -100,19 +101,21 @@ class InputFile:
             begin = file.read(READ_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
         if name.endswith(PARQUET_SUFFIX) or self._is_parquet():
             if self.unpack is not None:
-                raise UserError(f"{self.path} is a compressed Parquet file; unpack it")
+                raise UserError("not-plain-text", f"{self.path} is a compressed Parquet file; unpack it")
             return Format.PARQUET
         if self.is_named_json():
             return Format.JSON_ARRAY if begin.startswith(b"[") else Format.JSON_LINES
         if name.endswith(TABLE_SUFFIXES):
             raise UserError(
+                "not-plain-text",
                 f"{self.path} is a table; put it into a folder of its own and give that as --dataset, "
-                "with --text_column"
+                "with --text_column",
             )
         if _begins_as_markup(begin):
             raise UserError(
+                "not-plain-text",
                 f"{self.path} is XML, HTML, RTF or PDF, not plain text; extract its text first "
-                "(a Wikipedia dump's with WikiExtractor --json)"
+                "(a Wikipedia dump's with WikiExtractor --json)",
             )
         if _begins_as_array(begin):
             return Format.JSON_ARRAY
@@ -150,7 +153,8 @@ class _Unpacked(io.RawIOBase):
             return self._file.readinto(buffer)
         except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
             raise UserError(
-                f"{self._path} cannot be unpacked: {first_line(error)}; copy or make it again"
+                "unreadable-file",
+                f"{self._path} cannot be unpacked: {first_line(error)}; copy or make it again",
             ) from error
 
     def close(self) -> None:

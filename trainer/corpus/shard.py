@@ -18,7 +18,9 @@ class Shard:
         """``I/N``; UserError unless it is that."""
         parts = text.split("/")
         if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-            raise UserError(f"--shard {text!r} is not I/N; give for example 0/16, the first of 16")
+            raise UserError(
+                "bad-argument", f"--shard {text!r} is not I/N; give for example 0/16, the first of 16"
+            )
         return cls(int(parts[0]), int(parts[1]))
 
     def of(self, things: int) -> range:

@@ -52,12 +52,15 @@ class Source:
             for value in self.read():
                 if value is not None and not isinstance(value, str):
                     raise UserError(
+                        "bad-record",
                         f"{self.record.name} holds {type(value).__name__} where text is expected; "
-                        "name the field that holds the text with --text_column"
+                        "name the field that holds the text with --text_column",
                     )
                 yield value
         except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-            raise UserError(f"{self.record.name} cannot be read: {first_line(error)}; check it") from error
+            raise UserError(
+                "unreadable-file", f"{self.record.name} cannot be read: {first_line(error)}; check it"
+            ) from error
 
 
 def file_source(path: Path, text_column: str, shard: Shard = WHOLE, separator: Separator = "line") -> Source:
@@ -68,11 +71,13 @@ def file_source(path: Path, text_column: str, shard: Shard = WHOLE, separator: S
     read.
     """
     if not path.is_file():
-        raise UserError(f"there is no text file {path}; check --text (a folder goes with --dataset)")
+        raise UserError(
+            "missing-file", f"there is no text file {path}; check --text (a folder goes with --dataset)"
+        )
     record = SourceRecord(path.name, path.stat().st_size)
     file = InputFile.of(path)
     if record.bytes == 0 or (file.unpack is not None and _is_empty(file)):
-        raise UserError(f"the text file {path} is empty; leave it out or fill it")
+        raise UserError("no-text", f"the text file {path} is empty; leave it out or fill it")
     form = file.format()
     if form is Format.PARQUET:
         return Source(record, lambda: _read_parquet(path, text_column, shard))
@@ -91,11 +96,13 @@ def dataset_source(specification: str, text_column: str, shard: Shard = WHOLE) -
     """``NAME[:CONFIG[:SPLIT]]``: a folder where one exists (its name may hold colons), else a hub dataset."""
     name, *options = split_specification(specification)
     if not name:
-        raise UserError(f"--dataset {specification!r} names no dataset; give NAME[:CONFIG[:SPLIT]]")
+        raise UserError(
+            "bad-argument", f"--dataset {specification!r} names no dataset; give NAME[:CONFIG[:SPLIT]]"
+        )
     if len(options) > 2:
-        raise UserError(f"--dataset {specification} is not NAME[:CONFIG[:SPLIT]]; check it")
+        raise UserError("bad-argument", f"--dataset {specification} is not NAME[:CONFIG[:SPLIT]]; check it")
     if Path(name).is_file():
-        raise UserError(f"--dataset {specification} is a file; give it as --text")
+        raise UserError("bad-argument", f"--dataset {specification} is a file; give it as --text")
     config, split = (*(option or None for option in options), None, None)[:2]
     is_folder = Path(name).is_dir()
     size = sum(file.stat().st_size for file in Path(name).rglob("*") if file.is_file()) if is_folder else None
@@ -142,14 +149,14 @@ def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON: {error}; correct it") from error
+        raise UserError("not-json", f"{where} is not JSON: {error}; correct it") from error
 
 
 def _column_of(record: Any, text_column: str, where: str) -> Any:
     if not isinstance(record, dict):
-        raise UserError(f"{where} is not an object; give records with a field {text_column!r}")
+        raise UserError("bad-record", f"{where} is not an object; give records with a field {text_column!r}")
     if text_column not in record:
-        raise UserError(_no_column(where, text_column, record))
+        raise UserError("missing-field", _no_column(where, text_column, record))
     value = record[text_column]
     # JSON can spell half of a surrogate pair ("\ud83d"), which is no character and cannot be tokenised.
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
@@ -162,7 +169,7 @@ def _no_column(where: str, text_column: str, columns: Any) -> str:
 def _read_parquet(path: Path, text_column: str, shard: Shard) -> Iterator[Any]:
     with pyarrow.parquet.ParquetFile(path) as file:
         if text_column not in file.schema_arrow.names:
-            raise UserError(_no_column(str(path), text_column, file.schema_arrow.names))
+            raise UserError("missing-field", _no_column(str(path), text_column, file.schema_arrow.names))
         rows = shard.of(file.metadata.num_rows)
         end = 0
         for group in range(file.num_row_groups):
@@ -190,19 +197,23 @@ def _read_dataset(
             dataset = split_dataset_by_node(dataset, shard.index, shard.count)
         for batch in dataset.iter(READ_BATCH):
             if text_column not in batch:
-                raise UserError(_no_column(f"the dataset {specification}", text_column, batch))
+                raise UserError(
+                    "missing-field", _no_column(f"the dataset {specification}", text_column, batch)
+                )
             yield from batch[text_column]
     except UserError:
         raise
     except Exception as error:  # the hub, file systems and every format's reader have errors of their own
         if (cache := _unwritable_cache(error)) is not None:
             raise UserError(
+                "unwritable-output",
                 f"the cache of datasets cannot be written: {cache}; "
-                "set HF_HOME or HF_DATASETS_CACHE to a writable folder"
+                "set HF_HOME or HF_DATASETS_CACHE to a writable folder",
             ) from error
         raise UserError(
+            "unusable-dataset",
             f"the dataset {specification} cannot be read: {first_line(error)}; "
-            "check its name, configuration and split, and the connection to the hub"
+            "check its name, configuration and split, and the connection to the hub",
         ) from error
 
 
@@ -221,5 +232,7 @@ def _load_saved_dataset(folder: str, split: str | None) -> datasets.Dataset:
     if isinstance(saved, datasets.DatasetDict):
         return saved[split or "train"]
     if split is not None:
-        raise UserError(f"{folder} is a saved dataset without splits; leave {split!r} out")
+        raise UserError(
+            "unusable-dataset", f"{folder} is a saved dataset without splits; leave {split!r} out"
+        )
     return saved

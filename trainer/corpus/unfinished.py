@@ -109,15 +109,21 @@ def _what_was_written(folder: Path, recipe: Recipe, resume: bool) -> WriterState
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         return None
     if not resume:
-        raise UserError(f"{folder} holds an unfinished build; go on with --resume, or remove it")
+        raise UserError(
+            "unfinished-build", f"{folder} holds an unfinished build; go on with --resume, or remove it"
+        )
     try:
         progress = from_json(Progress, path.read_text(encoding="utf-8"))
         sizes = [(folder / split / "data.arrow").stat().st_size for split in ("train", "held_out")]
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} cannot be gone on with: {error}; remove it to start anew") from error
+        raise UserError(
+            "damaged-build", f"{path} is damaged: {error}; remove {folder} to start anew"
+        ) from error
     _check_same_recipe(folder, progress.recipe, recipe)
     if sizes[0] < progress.written.train_bytes or sizes[1] < progress.written.held_out_bytes:
-        raise UserError(f"{folder} is damaged: its rows are cut short; remove it to start anew")
+        raise UserError(
+            "damaged-build", f"{folder} is damaged: its rows are cut short; remove it to start anew"
+        )
     return progress.written
 
 
@@ -126,6 +132,7 @@ def _check_same_recipe(folder: Path, begun: Recipe, asked: Recipe) -> None:
         now = asdict(asked)[name]
         if now != before:
             raise UserError(
+                "changed-build",
                 f"{folder} was begun with {name} {before}, not {now}; "
-                "give the same arguments, or remove it to start anew"
+                "give the same arguments, or remove it to start anew",
             )

@@ -54,7 +54,8 @@ def check_case(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
     with_capitals = sum(piece.lower() != piece for piece in pieces)
     if with_capitals > max(CAPITALS_ODDITIES, CAPITALS_SHARE * with_case):
         raise UserError(
+            "unusable-tokenizer",
             f"the tokenizer {name} lower-cases text, but {with_capitals:,} of its vocabulary's {with_case:,} pieces "
             'of letters have capitals and can never match; set "do_lower_case": false in its '
-            'tokenizer_config.json, and "lowercase": false in tokenizer.json where there is one'
+            'tokenizer_config.json, and "lowercase": false in tokenizer.json where there is one',
         )

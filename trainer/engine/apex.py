@@ -43,14 +43,17 @@ def find_apex() -> Apex | None:
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     if not any(all((folder / part).is_dir() for part in NVIDIA_PARTS) for folder in folders):
         raise UserError(
+            "wrong-package",
             "the installed package apex is not NVIDIA's but an unrelated one of that name; "
-            f"pip uninstall apex, then {HOW_TO_INSTALL} or do without"
+            f"pip uninstall apex, then {HOW_TO_INSTALL} or do without",
         )
     try:
         optimizers = importlib.import_module("apex.optimizers")
         normalization = importlib.import_module("apex.normalization")
     except (ImportError, RuntimeError, AttributeError) as error:
-        raise UserError(f"the installed apex cannot be imported: {error}; {HOW_TO_INSTALL} again") from error
+        raise UserError(
+            "wrong-package", f"the installed apex cannot be imported: {error}; {HOW_TO_INSTALL} again"
+        ) from error
     return Apex(
         optimizers.FusedLAMB if importlib.util.find_spec(LAMB_EXTENSION) else None,
         normalization.FusedLayerNorm if importlib.util.find_spec(LAYER_NORM_EXTENSION) else None,
@@ -64,11 +67,14 @@ def fused_layer_norm(device: torch.device) -> Any:
         UserError: it cannot run on ``device``, or is not installed.
     """
     if device.type != "cuda":
-        raise UserError(f"--apex_layer_norm needs a GPU, and this run is on {device}; leave it out")
+        raise UserError("no-gpu", f"--apex_layer_norm needs a GPU, and this run is on {device}; leave it out")
     apex = find_apex()
     if apex is None or apex.fused_layer_norm is None:
         what = "apex is not installed" if apex is None else f"apex lacks its extension {LAYER_NORM_EXTENSION}"
-        raise UserError(f"--apex_layer_norm: {what}; {HOW_TO_INSTALL} with CUDA extensions, or leave it out")
+        raise UserError(
+            "missing-package",
+            f"--apex_layer_norm: {what}; {HOW_TO_INSTALL} with CUDA extensions, or leave it out",
+        )
     return apex.fused_layer_norm
 
 

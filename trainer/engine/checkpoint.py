@@ -77,8 +77,9 @@ class Checkpoint:
         found = fields["format_version"]
         if found != FORMAT_VERSION:
             raise UserError(
+                "unsupported-format",
                 f"the checkpoint {path} has format {found}, and this version reads {FORMAT_VERSION}; "
-                "go on with the version that wrote it, or start anew with another --output_dir"
+                "go on with the version that wrote it, or start anew with another --output_dir",
             )
         files = tuple(FileRecord(**file) for file in fields["files"])
         return cls(path, Progress(**fields["progress"]), fields["world_size"], files)
@@ -132,7 +133,8 @@ class Checkpoints:
                 problem = f"its {MANIFEST} cannot be read: {first_line(error)}"
             except OSError as error:  # the disk's or the network's, which may pass
                 raise UserError(
-                    f"the checkpoint {path} cannot be read: {first_line(error)}; make it readable and try again"
+                    "unreadable-file",
+                    f"the checkpoint {path} cannot be read: {first_line(error)}; make it readable and try again",
                 ) from error
             if problem is None:
                 for bad, what in damaged:
@@ -145,8 +147,9 @@ class Checkpoints:
         if damaged:
             path, what = damaged[0]
             raise UserError(
+                "damaged-checkpoint",
                 f"no checkpoint in {self.folder} is whole ({path.name}: {what}); "
-                "bring one back from a copy, or start anew with another --output_dir"
+                "bring one back from a copy, or start anew with another --output_dir",
             )
         return None
 
@@ -170,8 +173,9 @@ class Checkpoints:
             parts = len(list(beside.glob("*_optim_states.pt")))
             if engine.zero_optimization() and parts != torch.distributed.get_world_size():
                 raise UserError(
+                    "unshared-output",
                     f"{beside} has the states of {parts} of {torch.distributed.get_world_size()} ranks; "
-                    "choose an --output_dir that all hosts share, and no node-local or decoupled checkpoints"
+                    "choose an --output_dir that all hosts share, and no node-local or decoupled checkpoints",
                 )
             for script in self.folder.glob("*.py"):
                 script.chmod(0o644)  # DeepSpeed's tools for its checkpoints, which it makes executable
@@ -199,9 +203,11 @@ class Checkpoints:
             with _own_settings(engine, checkpoint.progress.step), contextlib.redirect_stdout(io.StringIO()):
                 loaded, _ = engine.load_checkpoint(str(self.folder), tag=path.name)
         except Exception as error:  # DeepSpeed raises whatever it came upon
-            raise UserError(f"the checkpoint {path} cannot be loaded: {first_line(error)}") from error
+            raise UserError(
+                "damaged-checkpoint", f"the checkpoint {path} cannot be loaded: {first_line(error)}"
+            ) from error
         if loaded is None:
-            raise UserError(f"DeepSpeed finds no checkpoint in {path}")
+            raise UserError("damaged-checkpoint", f"DeepSpeed finds no checkpoint in {path}")
         if path != checkpoint.path:
             torch.distributed.barrier()
             if torch.distributed.get_rank() == 0:
@@ -310,8 +316,9 @@ def _make_universal(checkpoint: Checkpoint) -> None:
             ds_to_universal.main(arguments)
     except KeyError as error:
         raise UserError(
+            "changed-ranks",
             f"DeepSpeed lays out Adam's states alone for another number of ranks, and {checkpoint.path} has no "
-            f"{error}; resume it on {checkpoint.world_size} ranks"
+            f"{error}; resume it on {checkpoint.world_size} ranks",
         ) from error
     (checkpoint.path.parent / "latest_universal").unlink()
 
@@ -327,5 +334,6 @@ def _errors_of_writing(path: Path) -> Iterator[None]:
             raise
         shutil.rmtree(path, ignore_errors=True)
         raise UserError(
-            f"cannot write {path}: {first_line(error)}; make room there and go on with --resume"
+            "unwritable-output",
+            f"cannot write {path}: {first_line(error)}; make room there and go on with --resume",
         ) from error

@@ -201,26 +201,31 @@ def settings_of(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def no_meaning_of_auto(name: str) -> UserError:
-    return UserError(f'"auto" has no meaning for "{name}" in the DeepSpeed config; give a value')
+    return UserError(
+        "bad-config", f'"auto" has no meaning for "{name}" in the DeepSpeed config; give a value'
+    )
 
 
 def _check_parts(raw: Mapping[str, Any]) -> None:
     """Raise a UserError unless the parts that are read here have the types and values that they need."""
     for name in ("fp16", "bf16", "bfloat16"):
         if not isinstance(_section(raw, name).get("enabled", False), bool):
-            raise UserError(f'"{name}.enabled" in the DeepSpeed config must be true or false')
+            raise UserError("bad-config", f'"{name}.enabled" in the DeepSpeed config must be true or false')
     for name in ("optimizer", "scheduler"):
         section = _section(raw, name)
         _section(section, "params", name)
         if name in raw and not (section.get("type") and isinstance(section["type"], str)):
-            raise UserError(f'"{name}" in the DeepSpeed config has no "type"; give it one, see ds_configs/')
+            raise UserError(
+                "bad-config", f'"{name}" in the DeepSpeed config has no "type"; give it one, see ds_configs/'
+            )
     _check_zero(_section(raw, "zero_optimization"))
     _section(raw, "data_types")
     for name in BATCH_KEYS:
         value = raw.get(name, AUTO)
         if value != AUTO and (type(value) is not int or value < 1):
             raise UserError(
-                f'"{name}" in the DeepSpeed config is {value!r}; it must be a whole number above 0 or "auto"'
+                "bad-config",
+                f'"{name}" in the DeepSpeed config is {value!r}; it must be a whole number above 0 or "auto"',
             )
     _precision(raw)
 
@@ -231,7 +236,8 @@ def _check_zero(zero: Mapping[str, Any]) -> None:
         raise no_meaning_of_auto("zero_optimization.stage")
     if type(stage) is not int or not 0 <= stage <= 3:
         raise UserError(
-            f'"zero_optimization.stage" in the DeepSpeed config is {stage!r}; choose 0, 1, 2 or 3'
+            "bad-config",
+            f'"zero_optimization.stage" in the DeepSpeed config is {stage!r}; choose 0, 1, 2 or 3',
         )
     for name in ("offload_optimizer", "offload_param"):
         if zero.get(name) is not None:
@@ -240,12 +246,14 @@ def _check_zero(zero: Mapping[str, Any]) -> None:
 
 def _precision(raw: Mapping[str, Any]) -> str:
     if "amp" in raw:
-        raise UserError('"amp" in the DeepSpeed config is not supported; use "fp16" or "bf16"')
+        raise UserError("bad-config", '"amp" in the DeepSpeed config is not supported; use "fp16" or "bf16"')
     sections = {"fp16": _section(raw, "fp16")}
     sections["bf16"] = _section(raw, "bf16" if "bf16" in raw else "bfloat16")  # its old name
     enabled = [name for name, section in sections.items() if section.get("enabled", False)]
     if len(enabled) == 2:
-        raise UserError('the DeepSpeed config enables both "fp16" and "bf16"; choose one')
+        raise UserError(
+            "conflicting-config", 'the DeepSpeed config enables both "fp16" and "bf16"; choose one'
+        )
     return enabled[0] if enabled else "fp32"
 
 
@@ -253,5 +261,7 @@ def _section(raw: Mapping[str, Any], name: str, within: str = "") -> dict[str, A
     section = raw.get(name, {})
     if not isinstance(section, dict):
         path = f"{within}.{name}".lstrip(".")
-        raise UserError(f'"{path}" in the DeepSpeed config is {section!r}; it must be an object')
+        raise UserError(
+            "bad-config", f'"{path}" in the DeepSpeed config is {section!r}; it must be an object'
+        )
     return section

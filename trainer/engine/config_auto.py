@@ -103,8 +103,9 @@ def _check_learning_rate(learning_rate: float | None, config: DeepSpeedConfig) -
     for name in PEAKS:
         if learning_rate is not None and stated.get(name, AUTO) not in (AUTO, learning_rate):
             raise UserError(
+                "conflicting-config",
                 f'--learning_rate {learning_rate} contradicts "{name}": {stated[name]} in the DeepSpeed config; '
-                'set that to "auto"'
+                'set that to "auto"',
             )
 
 

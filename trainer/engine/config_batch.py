@@ -41,8 +41,9 @@ def resolve_batch_equation(
         accumulation = total // (micro * world_size)
     if total != micro * accumulation * world_size:
         raise UserError(
+            "indivisible-batch",
             f"train_batch_size {total} is not micro-batch {micro} x {accumulation} accumulation steps x {world_size} "
-            f'ranks = {micro * accumulation * world_size}; set one of the three to "auto"'
+            f'ranks = {micro * accumulation * world_size}; set one of the three to "auto"',
         )
     return BatchEquation(total, micro, accumulation, world_size)
 
@@ -53,7 +54,8 @@ def _stated(config: DeepSpeedConfig, key: str, argument: int | None, flag: str) 
         return argument
     if argument is not None and argument != value:
         raise UserError(
-            f'{flag} {argument} contradicts "{key}": {value} in the DeepSpeed config; set that to "auto"'
+            "conflicting-config",
+            f'{flag} {argument} contradicts "{key}": {value} in the DeepSpeed config; set that to "auto"',
         )
     return value
 
@@ -63,5 +65,6 @@ def _require_divisible(total: int, unit: int, product: str) -> None:
         below, above = total // unit * unit, (total // unit + 1) * unit
         nearest = f"{below} and {above}" if below else str(above)
         raise UserError(
-            f"train_batch_size {total} cannot be divided into {product}; the nearest that can: {nearest}"
+            "indivisible-batch",
+            f"train_batch_size {total} cannot be divided into {product}; the nearest that can: {nearest}",
         )

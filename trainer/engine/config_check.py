@@ -64,7 +64,8 @@ def _check_keys(config: DeepSpeedConfig) -> None:
         raise _invalid(error, watched.last) from error
     except Exception as error:  # whatever the value it did not expect led to
         raise UserError(
-            f'DeepSpeed cannot read "{watched.last}" in its config: {first_line(error)}; correct the value'
+            "bad-config",
+            f'DeepSpeed cannot read "{watched.last}" in its config: {first_line(error)}; correct the value',
         ) from error
     _check_all_was_read(watched, "", READ_BY_INITIALIZE)
     for name, section in watched.items():
@@ -121,7 +122,8 @@ def _invalid(error: ValidationError, section: str) -> UserError:
     if found["type"] == "extra_forbidden":
         return unknown_key(path, _names_of_models())
     return UserError(
-        f'"{path}" in the DeepSpeed config is {found["input"]!r}: {found["msg"]}; correct the value'
+        "bad-config",
+        f'"{path}" in the DeepSpeed config is {found["input"]!r}: {found["msg"]}; correct the value',
     )
 
 
@@ -143,7 +145,9 @@ def _check_all_was_read(section: _Watched, prefix: str, also_read: Iterable[str]
         fits = isinstance(value, kind) and (kind == (bool,) or not isinstance(value, bool))
         if isinstance(default, bool | int | float) and not fits:
             wanted = "true or false" if kind == (bool,) else "a number"
-            raise UserError(f'"{prefix}{key}" in the DeepSpeed config is {value!r}; it must be {wanted}')
+            raise UserError(
+                "bad-config", f'"{prefix}{key}" in the DeepSpeed config is {value!r}; it must be {wanted}'
+            )
 
 
 def _check_smallest(config: DeepSpeedConfig) -> None:
@@ -151,7 +155,9 @@ def _check_smallest(config: DeepSpeedConfig) -> None:
     for name, smallest in SMALLEST.items():
         value = settings.get(name, smallest)
         if isinstance(value, bool) or not isinstance(value, int | float) or value < smallest:
-            raise UserError(f'"{name}" in the DeepSpeed config is {value!r}; give a number from {smallest}')
+            raise UserError(
+                "bad-config", f'"{name}" in the DeepSpeed config is {value!r}; give a number from {smallest}'
+            )
 
 
 def _check_offload(config: DeepSpeedConfig) -> None:
@@ -162,8 +168,9 @@ def _check_offload(config: DeepSpeedConfig) -> None:
         folder = offload.nvme_path
         if offload.device == "nvme" and not (folder and Path(folder).is_dir()):
             raise UserError(
+                "bad-config",
                 f'"zero_optimization.{name}" in the DeepSpeed config offloads to nvme, and its "nvme_path", '
-                f"{folder!r}, is no folder here; make it, or offload to cpu"
+                f"{folder!r}, is no folder here; make it, or offload to cpu",
             )
 
 
@@ -176,8 +183,9 @@ def check_monitors(config: DeepSpeedConfig) -> None:
                     import_it()
         except Exception as error:  # whatever a package that does not fit the others raises
             raise UserError(
+                "missing-package",
                 f'"{name}" is enabled in the DeepSpeed config, and its package cannot be imported '
-                f"({first_line(error)}); pip install '{package}', or disable it"
+                f"({first_line(error)}); pip install '{package}', or disable it",
             ) from error
     for name in WRITING_MONITORS:
         section = config.section(name)
@@ -186,8 +194,9 @@ def check_monitors(config: DeepSpeedConfig) -> None:
         can_write = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
         if section.get("enabled", False) and not can_write:
             raise UserError(
+                "unwritable-output",
                 f'"{name}.output_path" in the DeepSpeed config: {nearest} is not a directory that can be written; '
-                "choose another"
+                "choose another",
             )
 
 
@@ -199,12 +208,14 @@ def _check_accumulation(config: DeepSpeedConfig) -> None:
         dtype = DtypeEnum(stated).value
     except ValueError as error:
         raise UserError(
+            "bad-config",
             f'"data_types.grad_accum_dtype" in the DeepSpeed config is {stated!r}; '
-            f"choose one of {', '.join(PRECISIONS)}"
+            f"choose one of {', '.join(PRECISIONS)}",
         ) from error
     obstacle = config.obstacle_to_fp32_accumulation()
     if dtype == torch.float32 and config.precision != "fp32" and obstacle:
         raise UserError(
+            "conflicting-config",
             f'"data_types.grad_accum_dtype" in the DeepSpeed config is "{stated}": {obstacle}; '
-            "remove it, or choose another ZeRO stage"
+            "remove it, or choose another ZeRO stage",
         )

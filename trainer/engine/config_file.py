@@ -31,13 +31,16 @@ def read_deepspeed_config(path: Path) -> DeepSpeedConfig:
         )
     except OSError as error:
         raise UserError(
+            "unreadable-config",
             f"cannot read the DeepSpeed config {path}: {error.strerror}; "
-            f"give a file, or one that ships: {', '.join(shipped_configs())}"
+            f"give a file, or one that ships: {', '.join(shipped_configs())}",
         ) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"the DeepSpeed config {path} is not valid JSON: {error}; see ds_configs/") from error
+        raise UserError(
+            "unreadable-config", f"the DeepSpeed config {path} is not valid JSON: {error}; see ds_configs/"
+        ) from error
     if not isinstance(config, dict):
-        raise UserError(f"the DeepSpeed config {path} must hold a JSON object; see ds_configs/")
+        raise UserError("bad-config", f"the DeepSpeed config {path} must hold a JSON object; see ds_configs/")
     return DeepSpeedConfig(config)
 
 

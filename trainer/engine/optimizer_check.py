@@ -56,7 +56,8 @@ def _check_params(made: type[Optimizer], config: DeepSpeedConfig) -> None:
         one_number_optimizer(params)
     except Exception as error:  # whatever the value leads to
         raise UserError(
-            f'"optimizer.params" in the DeepSpeed config cannot be used: {first_line(error)}; correct the value'
+            "bad-config",
+            f'"optimizer.params" in the DeepSpeed config cannot be used: {first_line(error)}; correct the value',
         ) from error
 
 
@@ -65,13 +66,15 @@ def _check_stage(made: type[Optimizer], config: DeepSpeedConfig) -> None:
         return
     if made is Lamb:
         raise UserError(
+            "conflicting-config",
             f"Lamb scales the update of each parameter tensor, and ZeRO stage {config.zero_stage} joins all tensors "
-            'into one; set "stage": 0 in the DeepSpeed config, or use AdamW'
+            'into one; set "stage": 0 in the DeepSpeed config, or use AdamW',
         )
     if made not in ZERO_SUPPORTED_OPTIMIZERS and not config.allows_untested_optimizer:
         raise UserError(
+            "unsupported-optimizer",
             f"DeepSpeed has not been tested with ZeRO and {made.__name__}; "
-            'use "AdamW", set "stage": 0, or set "zero_allow_untested_optimizer": true'
+            'use "AdamW", set "stage": 0, or set "zero_allow_untested_optimizer": true',
         )
 
 
@@ -110,17 +113,20 @@ def check_scheduler(config: DeepSpeedConfig, total_steps: int) -> None:
         trains = any(rate > 0 for rate in learning_rates(config, min(total_steps, STEPS_TO_LOOK_AT)))
     except Exception as error:  # whatever the value leads to
         raise UserError(
-            f'"scheduler.params" in the DeepSpeed config cannot be used: {first_line(error)}; correct the value'
+            "bad-config",
+            f'"scheduler.params" in the DeepSpeed config cannot be used: {first_line(error)}; correct the value',
         ) from error
     if not trains:
         raise UserError(
+            "unsuitable-schedule",
             f"the scheduler {scheduler.type} has a learning rate of 0 in all of the {total_steps} steps; "
-            'train longer, or set its lengths to "auto"'
+            'train longer, or set its lengths to "auto"',
         )
     if scheduler.type == "OneCycleLR" and (length := _one_cycle_steps(scheduler.params)) < total_steps:
         raise UserError(
+            "unsuitable-schedule",
             f"the scheduler OneCycleLR ends after {length} steps, and the run takes {total_steps}; "
-            f'set "scheduler.params.total_steps" to {total_steps}'
+            f'set "scheduler.params.total_steps" to {total_steps}',
         )
 
 
@@ -136,13 +142,15 @@ def _check_schedule(scheduler: Component, config: DeepSpeedConfig) -> None:
     kinds = (lr_schedules.WARMUP_LOG_RATE, lr_schedules.WARMUP_LINEAR_RATE)
     if params.get("warmup_type", kinds[0]) not in kinds:
         raise UserError(
+            "bad-config",
             f'"scheduler.params.warmup_type" in the DeepSpeed config is {params["warmup_type"]!r}; '
-            f"choose {' or '.join(kinds)}"
+            f"choose {' or '.join(kinds)}",
         )
     if name not in lr_schedules.VALID_LR_SCHEDULES and (config.zero_stage or config.precision != "fp32"):
         raise UserError(
+            "unsupported-scheduler",
             f"the scheduler {name} is torch's, which DeepSpeed takes in fp32 at ZeRO stage 0 alone; "
-            f"choose one of DeepSpeed's: {', '.join(lr_schedules.VALID_LR_SCHEDULES)}"
+            f"choose one of DeepSpeed's: {', '.join(lr_schedules.VALID_LR_SCHEDULES)}",
         )
 
 

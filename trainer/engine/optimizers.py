@@ -76,8 +76,9 @@ def settle_optimizer(config: ResolvedConfig, device: torch.device, local_rank: i
     rank, obstacle = next(((rank, each) for rank, each in enumerate(obstacles) if each), (0, ""))
     if obstacle and wanted != AUTO:
         raise UserError(
+            "failed-build",
             f"DeepSpeed's {builder.name} cannot be built on rank {rank}: {obstacle}; "
-            'set "torch_adam": "auto" in the optimizer\'s "params", or mend that'
+            'set "torch_adam": "auto" in the optimizer\'s "params", or mend that',
         )
     if obstacle and torch.distributed.get_rank() == 0:
         logger.info(
@@ -132,8 +133,9 @@ def _wait_for_build(name: str) -> None:
             return
         if age > SECONDS_OF_BUILD:
             raise UserError(
+                "failed-build",
                 f"{lock} is {age / 60:.0f} minutes old: the build of DeepSpeed's {name} that made it was killed; "
-                "delete it if no build runs"
+                "delete it if no build runs",
             )
         if not has_told:
             logger.info("waiting for another build of DeepSpeed's %s; if none runs, delete %s", name, lock)

@@ -27,20 +27,25 @@ def check_precision(precision: str, device: torch.device) -> None:
     """Raise a UserError if the device cannot train in ``precision``, or DeepSpeed is too old to train at all."""
     if Version(deepspeed.__version__) < OLDEST_DEEPSPEED:
         raise UserError(
-            f"DeepSpeed {deepspeed.__version__} scales gradients wrongly; install deepspeed>={OLDEST_DEEPSPEED}"
+            "wrong-package",
+            f"DeepSpeed {deepspeed.__version__} scales gradients wrongly; install deepspeed>={OLDEST_DEEPSPEED}",
         )
     if device.type == "cuda" and (device.index or 0) >= max(1, torch.cuda.device_count()):
         raise UserError(
+            "no-gpu",
             f"rank {device.index} of this host has no GPU: it sees {torch.cuda.device_count()}; start no more ranks "
-            "than GPUs, and let each see all of the host's (under Slurm --gpus-per-node, not --gpus-per-task)"
+            "than GPUs, and let each see all of the host's (under Slurm --gpus-per-node, not --gpus-per-task)",
         )
     if precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise UserError(
-            f'this device ({device}) cannot train in fp16; enable "bf16" in the config, or neither'
+            "unsupported-precision",
+            f'this device ({device}) cannot train in fp16; enable "bf16" in the config, or neither',
         )
     too_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST_BF16_CAPABILITY
     if precision == "bf16" and (too_old or not get_accelerator().is_bf16_supported()):
-        raise UserError(f'this device ({device}) has no bf16; enable "fp16" in the config')
+        raise UserError(
+            "unsupported-precision", f'this device ({device}) has no bf16; enable "fp16" in the config'
+        )
 
 
 def student_engine(module: nn.Module, deepspeed_config: DeepSpeedConfig) -> deepspeed.DeepSpeedEngine:
@@ -66,9 +71,13 @@ def student_engine(module: nn.Module, deepspeed_config: DeepSpeedConfig) -> deep
         TypeError,
         NotImplementedError,
     ) as error:
-        raise UserError(f"DeepSpeed refuses the config: {error}; correct --deepspeed_config") from error
+        raise UserError(
+            "bad-config", f"DeepSpeed refuses the config: {error}; correct --deepspeed_config"
+        ) from error
     if engine.optimizer is None or not engine.optimizer_name():
-        raise UserError('the DeepSpeed config names no "optimizer"; give it one, for example "AdamW"')
+        raise UserError(
+            "bad-config", 'the DeepSpeed config names no "optimizer"; give it one, for example "AdamW"'
+        )
     forget_dummy_step(engine)
     apply_first_rate(engine.lr_scheduler)
     return engine

@@ -51,7 +51,7 @@ LONGEST_NAME = 60
 def choose_device(name: str) -> torch.device:
     """``auto`` is the GPU where there is one. ``UserError`` for a GPU that is not there."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, and PyTorch sees no GPU; use --device cpu")
+        raise UserError("no-gpu", "--device cuda, and PyTorch sees no GPU; use --device cpu")
     return torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
 
 
@@ -59,7 +59,9 @@ def _check_output_dir(output_dir: Path) -> None:
     check_unoccupied(output_dir)
     nearest = next(folder for folder in output_dir.absolute().parents if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"{output_dir} cannot be made in {nearest}; choose another --output_dir")
+        raise UserError(
+            "unwritable-output", f"{output_dir} cannot be made in {nearest}; choose another --output_dir"
+        )
 
 
 # --- the comparison -------------------------------------------------------------------------------------

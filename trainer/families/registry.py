@@ -29,14 +29,17 @@ def checked_family(config: PreTrainedConfig, model_name: str) -> Family:
     """
     supported = [model_type for family in FAMILIES for model_type in _types(family)]
     if config.model_type not in supported:
-        raise UserError(f"{_called(config, model_name)}; choose a model of type {_listed(supported)}")
+        raise UserError(
+            "unsupported-model", f"{_called(config, model_name)}; choose a model of type {_listed(supported)}"
+        )
     family = family_of(config)
     refusal = family.refusal(config)
     if refusal:
-        raise UserError(f"{model_name} {refusal}")
+        raise UserError("unsupported-model", f"{model_name} {refusal}")
     if config.num_hidden_layers < 1:
         raise UserError(
-            f"{model_name} has {config.num_hidden_layers} layers; choose a model with at least one"
+            "unsupported-model",
+            f"{model_name} has {config.num_hidden_layers} layers; choose a model with at least one",
         )
     return family
 
@@ -50,12 +53,13 @@ def checked_teacher_family(config: PreTrainedConfig, model_name: str) -> Family:
     supported = [model_type for family in FAMILIES for model_type in family.teacher_types]
     if config.model_type not in supported:
         raise UserError(
-            f"{_called(config, model_name)}; distilspeed distils models of type {_listed(supported)}"
+            "unsupported-model",
+            f"{_called(config, model_name)}; distilspeed distils models of type {_listed(supported)}",
         )
     family = checked_family(config, model_name)
     refusal = family.teacher_refusal(config)
     if refusal:
-        raise UserError(f"{model_name} {refusal}")
+        raise UserError("unsupported-model", f"{model_name} {refusal}")
     return family
 
 

@@ -83,9 +83,9 @@ class Settings:
             limits = each.metadata.get("limits", Limits())
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, float) and not math.isfinite(number):
-                    raise UserError(f"--{each.name} is {number}; give a finite number")
+                    raise UserError("bad-argument", f"--{each.name} is {number}; give a finite number")
                 if isinstance(number, int | float) and not limits.hold(number):
-                    raise UserError(f"--{each.name} must be {limits}")
+                    raise UserError("bad-argument", f"--{each.name} must be {limits}")
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NoReturn
 from distilspeed.trainer.errors import (
     CommandError,
     UserError,
+    UserErrorCode,
     environment_rank,
     show_error,
     status_of,
@@ -44,7 +45,12 @@ class PlainParser(argparse.ArgumentParser):
             self.register("type", text_type, os.path.expanduser)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+        code: UserErrorCode = "bad-argument"
+        if "arguments are required" in message:  # argparse tells its errors apart by their text alone
+            code = "missing-argument"
+        elif "not allowed with argument" in message:
+            code = "conflicting-arguments"
+        raise UserError(code, f"{message}; see {self.prog} --help")
 
 
 def with_default(text: str, default: object) -> str:

@@ -38,12 +38,15 @@ def this_process() -> Process:
     for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         value = os.environ.get(name, default)
         if not value.isdecimal():
-            raise UserError(f"{name} is {value!r}, which is no number; unset it, or set it as torchrun does")
+            raise UserError(
+                "bad-ranks", f"{name} is {value!r}, which is no number; unset it, or set it as torchrun does"
+            )
         numbers.append(int(value))
     rank, local_rank, world_size = numbers
     if not rank < world_size:
         raise UserError(
-            f"RANK is {rank} and WORLD_SIZE {world_size}; unset them, or set them as torchrun does"
+            "bad-ranks",
+            f"RANK is {rank} and WORLD_SIZE {world_size}; unset them, or set them as torchrun does",
         )
     return Process(rank, local_rank, world_size, torch.device(get_accelerator().device_name(local_rank)))
 
@@ -109,8 +112,9 @@ def _join(process: Process, timeout: float = 1800.0) -> None:
         )
     except torch.distributed.DistError as error:
         raise UserError(
+            "bad-ranks",
             f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
-            f"{first_line(error)}; choose another port (deepspeed --master_port)"
+            f"{first_line(error)}; choose another port (deepspeed --master_port)",
         ) from error
 
 
@@ -118,8 +122,9 @@ def _check_meeting_place() -> None:
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             raise UserError(
+                "bad-ranks",
                 f"{os.environ['WORLD_SIZE']} ranks need {name}, which is not set; set MASTER_ADDR to the host of "
-                "rank 0 and MASTER_PORT to a free port there, for all ranks, or start them with deepspeed or torchrun"
+                "rank 0 and MASTER_PORT to a free port there, for all ranks, or start them with deepspeed or torchrun",
             )
 
 

@@ -91,8 +91,9 @@ def _place(rank: str, size: str, local_rank: str, given: Mapping[str, str]) -> d
     numbers = [_number(name, given) for name in (rank, size, local_rank)]
     if not numbers[2] <= numbers[0] < numbers[1]:
         raise UserError(
+            "bad-ranks",
             f"{rank} is {numbers[0]}, {local_rank} {numbers[2]} and {size} {numbers[1]}, which do not go together; "
-            "set RANK, LOCAL_RANK and WORLD_SIZE, or start the ranks with deepspeed"
+            "set RANK, LOCAL_RANK and WORLD_SIZE, or start the ranks with deepspeed",
         )
     return dict(zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), numbers, strict=True))
 
@@ -101,7 +102,8 @@ def _number(name: str, given: Mapping[str, str]) -> int:
     value = given.get(name, "")
     if not value.isdecimal():
         raise UserError(
+            "bad-ranks",
             f"{name} is {value!r}, where srun or mpirun gives a number; "
-            "set RANK, LOCAL_RANK and WORLD_SIZE, or start the ranks with deepspeed"
+            "set RANK, LOCAL_RANK and WORLD_SIZE, or start the ranks with deepspeed",
         )
     return int(value)

@@ -58,11 +58,12 @@ def select_teacher_layers(num_layers: int, chosen: Sequence[int] | None) -> tupl
         return tuple(int(i * (num_layers - 1) / max(1, kept - 1) + 0.5) for i in range(kept))
     if not chosen or any(not 0 <= layer < num_layers for layer in chosen):
         raise UserError(
+            "bad-argument",
             f"--student_layers {_listed(chosen)} does not fit a teacher of {num_layers} layers; "
-            f"choose from 0 to {num_layers - 1}"
+            f"choose from 0 to {num_layers - 1}",
         )
     if any(first >= second for first, second in itertools.pairwise(chosen)):
-        raise UserError(f"--student_layers {_listed(chosen)} must rise from each to the next")
+        raise UserError("bad-argument", f"--student_layers {_listed(chosen)} must rise from each to the next")
     return tuple(chosen)
 
 
@@ -94,15 +95,19 @@ def load_masked_language_model(role: str, name: str) -> PreTrainedModel:
     )
     for weight, found, expected in sorted(loading["mismatched_keys"])[:1]:
         raise UserError(
+            "damaged-model",
             f"the {role} {name} has {weight} of shape {list(found)}, and its config.json says {list(expected)}; "
-            "give the config that goes with the weights"
+            "give the config that goes with the weights",
         )
     if loading["missing_keys"]:
-        raise UserError(_missing_weights(f"the {role} {name}", model, sorted(loading["missing_keys"])))
+        raise UserError(
+            "damaged-model", _missing_weights(f"the {role} {name}", model, sorted(loading["missing_keys"]))
+        )
     for weight, values in model.named_parameters():
         if not values.isfinite().all():
             raise UserError(
-                f"the {role} {name} has NaN or infinite weights ({weight}); save it again or choose another"
+                "damaged-model",
+                f"the {role} {name} has NaN or infinite weights ({weight}); save it again or choose another",
             )
     return model.eval()
 
@@ -123,9 +128,10 @@ def _refuse_pickles(role: str, folder: Path) -> None:
     pickles, whole = sorted(folder.glob("pytorch_model*.bin")), sorted(folder.glob("*.safetensors"))
     if pickles and not whole:
         raise UserError(
+            "pickled-weights",
             f"the {role} {folder} has pickled weights alone ({pickles[0].name}), and pickles can run code; "
             "if you trust them, convert them: AutoModelForMaskedLM.from_pretrained(FOLDER, use_safetensors=False)"
-            ".save_pretrained(FOLDER)"
+            ".save_pretrained(FOLDER)",
         )
 
 
@@ -166,7 +172,8 @@ def model_from_config(name: str, seed: int) -> PreTrainedModel:
         return family.model_class.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     except Exception as error:  # a config is checked by what its values lead to
         raise UserError(
-            f"--student_config {name} makes no masked language model: {first_line(error)}; correct the config"
+            "unusable-model",
+            f"--student_config {name} makes no masked language model: {first_line(error)}; correct the config",
         ) from error
 
 
@@ -199,7 +206,8 @@ def make_with_head(role: str, name: str, head: Head) -> PreTrainedModel:
         return head.model_class.from_config(config, dtype=torch.float32)
     except Exception as error:  # a config is checked by what its values lead to
         raise UserError(
-            f"the {role} {name} makes no {head.model_class.__name__}: {first_line(error)}; correct its config.json"
+            "unusable-model",
+            f"the {role} {name} makes no {head.model_class.__name__}: {first_line(error)}; correct its config.json",
         ) from error
 
 
@@ -222,13 +230,15 @@ def check_fits_corpus(role: str, name: str, model: PreTrainedModel, corpus: Corp
         _check_same_tokenizer(role, name, corpus)
     if shape.vocab_size < manifest.vocab_size:
         raise UserError(
+            "tokenizer-mismatch",
             f"the {role} {name} has a vocabulary of {shape.vocab_size} tokens, the corpus's tokenizer one of "
-            f"{manifest.vocab_size}; choose the model that goes with the tokenizer"
+            f"{manifest.vocab_size}; choose the model that goes with the tokenizer",
         )
     if shape.positions < manifest.seq_length:
         raise UserError(
+            "rows-too-long",
             f"the corpus has rows of {manifest.seq_length} tokens, the {role} {name} only "
-            f"{shape.positions} positions; prepare it with --seq_length {shape.positions} or less"
+            f"{shape.positions} positions; prepare it with --seq_length {shape.positions} or less",
         )
 
 
@@ -255,8 +265,9 @@ def _check_same_tokenizer(role: str, name: str, corpus: Corpus) -> None:
     tokenizer = load_tokenizer(name)
     if tokenizer_hash(tokenizer) != corpus.manifest.tokenizer_hash:
         raise UserError(
+            "tokenizer-mismatch",
             f"the corpus was made with another tokenizer than that of the {role} {name}; "
-            f"prepare it with --tokenizer {name}"
+            f"prepare it with --tokenizer {name}",
         )
 
 
@@ -266,5 +277,6 @@ def _load(auto_class: Any, role: str, name: str, **options: Any) -> Any:
         return auto_class.from_pretrained(name, trust_remote_code=False, **CALLED_WITH, **options)
     except Exception as error:  # the hub's, the file system's, safetensors' and transformers' own
         raise UserError(
-            f"cannot load the {role} {name}: {first_line(error)}; give a folder or hub id with safetensors weights"
+            "unusable-model",
+            f"cannot load the {role} {name}: {first_line(error)}; give a folder or hub id with safetensors weights",
         ) from error

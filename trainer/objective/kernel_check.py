@@ -24,7 +24,9 @@ def check_kernels(device: torch.device) -> None:
     try:
         run_losses(device)
     except Exception as error:  # Triton's, its compiler's, the driver's, or the device's
-        raise UserError(f"the loss kernels cannot run on {device}: {_reason_and_mend(error)}") from error
+        raise UserError(
+            "unusable-kernels", f"the loss kernels cannot run on {device}: {_reason_and_mend(error)}"
+        ) from error
 
 
 def run_losses(device: torch.device) -> None:

@@ -31,4 +31,4 @@ def check_terms(terms: Sequence[Term], has_teacher: bool) -> None:
     """Raise a UserError unless a term that can be computed has a weight."""
     if not any(term.weight for term in terms if has_teacher or not term.needs_teacher):
         flags = ", ".join(f"--{term.weight_flag}" for term in terms)
-        raise UserError(f"no loss is left to train on; give one of {flags} a value above 0")
+        raise UserError("bad-argument", f"no loss is left to train on; give one of {flags} a value above 0")

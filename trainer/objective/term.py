@@ -74,7 +74,7 @@ class Term(Settings, ABC):
         """
         super().__post_init__()
         if self.weight < 0:
-            raise UserError(f"--{self.weight_flag} must not be negative")
+            raise UserError("bad-argument", f"--{self.weight_flag} must not be negative")
 
     @abstractmethod
     def needs(self, models: "Models") -> Needs:

@@ -79,8 +79,10 @@ class Process:
                 return json.loads(line.removeprefix(ANSWER))
         status = self._process.wait()
         if status == UserError.status:  # it has said why
-            raise UserError(f"the process that runs {self.name!r} could not start; see above")
-        raise UserError(f"the process that runs {self.name!r} ended with status {status}; see above")
+            raise UserError("failed-step", f"the process that runs {self.name!r} could not start; see above")
+        raise UserError(
+            "failed-step", f"the process that runs {self.name!r} ended with status {status}; see above"
+        )
 
 
 def compare(
@@ -126,6 +128,8 @@ def _fastest(arguments: Sequence[str], ranks: int) -> Lap:
     result = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, check=False)
     lines = [line for line in result.stdout.splitlines() if line.startswith(ANSWER)]
     if result.returncode or not lines:
-        raise UserError(f"the trainer on {ranks} ranks ended with status {result.returncode}; see above")
+        raise UserError(
+            "failed-step", f"the trainer on {ranks} ranks ended with status {result.returncode}; see above"
+        )
     laps = [Lap(**json.loads(line.removeprefix(ANSWER))) for line in lines]
     return max(laps, key=lambda lap: lap.tokens_per_s)

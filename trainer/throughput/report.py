@@ -128,7 +128,7 @@ def read_stored(path: Path) -> tuple[float, dict[str, Any]]:
             raise ValueError(f"its ratio is {ratio}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{path} is no stored benchmark ({error}); give a file that --output wrote"
+            "unreadable-file", f"{path} is no stored benchmark ({error}); give a file that --output wrote"
         ) from error
     return ratio, setting
 
@@ -139,9 +139,13 @@ def check_against(stored: Path, report: BenchmarkReport) -> None:
     names = {**setting, **report.setting}
     different = [name for name in names if setting.get(name) != report.setting.get(name)]
     if different:
-        raise UserError(f"{stored} was measured with another {', '.join(different)}; compare with the same")
+        raise UserError(
+            "changed-benchmark",
+            f"{stored} was measured with another {', '.join(different)}; compare with the same",
+        )
     if report.ratio < (1 - TOLERATED_LOSS) * ratio:
         raise UserError(
+            "slower-than-before",
             f"the trainer is {report.ratio:.2f} times as fast as the eager recipe and was {ratio:.2f} times "
-            f"({stored}); find out what made it slower"
+            f"({stored}); find out what made it slower",
         )

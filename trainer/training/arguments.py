@@ -79,24 +79,30 @@ class TrainArguments(StepArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.gpu_memory is not None and not self.plan:
-            raise UserError("--gpu_memory says what card a plan is for; give --plan, too")
+            raise UserError("missing-argument", "--gpu_memory says what card a plan is for; give --plan, too")
         if self.has_teacher and self.student_config is not None:
             raise UserError(
-                "--student_config goes with --teacher none; a distilled student's config follows from its teacher"
+                "conflicting-arguments",
+                "--student_config goes with --teacher none; a distilled student's config follows from its teacher",
             )
         if not self.has_teacher:
             self._check_without_teacher()
 
     def _check_without_teacher(self) -> None:
         if self.student_config is None:
-            raise UserError("--teacher none trains from a config; name it with --student_config FILE_OR_DIR")
+            raise UserError(
+                "missing-argument",
+                "--teacher none trains from a config; name it with --student_config FILE_OR_DIR",
+            )
         if self.student_layers is not None:
             raise UserError(
-                "--student_layers picks layers of a teacher; it has no meaning with --teacher none"
+                "conflicting-arguments",
+                "--student_layers picks layers of a teacher; it has no meaning with --teacher none",
             )
         if self.teacher_zero3:
             raise UserError(
-                "--teacher_zero3 shares out a teacher's weights; it has no meaning with --teacher none"
+                "conflicting-arguments",
+                "--teacher_zero3 shares out a teacher's weights; it has no meaning with --teacher none",
             )
 
     @property

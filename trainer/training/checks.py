@@ -24,15 +24,23 @@ def check_output_dir(arguments: TrainArguments) -> None:
     folder = arguments.output_dir.absolute()
     nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not nearest.is_dir():
-        raise UserError(f"--output_dir {arguments.output_dir}: {nearest} is no folder; choose another")
+        raise UserError(
+            "unwritable-output",
+            f"--output_dir {arguments.output_dir}: {nearest} is no folder; choose another",
+        )
     if not os.access(nearest, os.R_OK | os.W_OK | os.X_OK):
-        raise UserError(f"--output_dir {arguments.output_dir}: {nearest} cannot be written; choose another")
+        raise UserError(
+            "unwritable-output",
+            f"--output_dir {arguments.output_dir}: {nearest} cannot be written; choose another",
+        )
     for flag, given in (("--data_dir", arguments.data_dir), ("--teacher", Path(arguments.teacher))):
         if given.is_dir() and folder.resolve().is_relative_to(given.resolve()):
             raise UserError(
-                f"--output_dir {arguments.output_dir} is inside {flag} {given}; choose a folder outside"
+                "output-inside-input",
+                f"--output_dir {arguments.output_dir} is inside {flag} {given}; choose a folder outside",
             )
     if not arguments.resume and folder.is_dir() and any(folder.iterdir()):
         raise UserError(
-            f"{arguments.output_dir} holds files already; continue it with --resume or choose another --output_dir"
+            "output-exists",
+            f"{arguments.output_dir} holds files already; continue it with --resume or choose another --output_dir",
         )

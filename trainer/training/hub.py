@@ -18,14 +18,18 @@ def check_can_push(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise UserError(f"--push_to_hub {repo_id}: {first_line(error)}; give NAME or OWNER/NAME") from error
+        raise UserError(
+            "bad-argument", f"--push_to_hub {repo_id}: {first_line(error)}; give NAME or OWNER/NAME"
+        ) from error
     if is_offline_mode():
         raise UserError(
-            "--push_to_hub needs the hub and HF_HUB_OFFLINE is set; unset it or leave out the flag"
+            "unusable-hub",
+            "--push_to_hub needs the hub and HF_HUB_OFFLINE is set; unset it or leave out the flag",
         )
     if get_token() is None:
         raise UserError(
-            "--push_to_hub needs a token of the hub; set HF_TOKEN, or log in with `hf auth login`"
+            "unusable-hub",
+            "--push_to_hub needs a token of the hub; set HF_TOKEN, or log in with `hf auth login`",
         )
 
 
@@ -44,6 +48,7 @@ def push_student(folder: Path, repo_id: str) -> None:
     except Exception as error:  # of the hub, its client, the network, the file system
         again = shlex.join(["hf", "upload", repo_id, str(folder)])
         raise UserError(
-            f"the student in {folder} was not uploaded: {first_line(error)}; repeat it with `{again}`"
+            "unusable-hub",
+            f"the student in {folder} was not uploaded: {first_line(error)}; repeat it with `{again}`",
         ) from error
     logger.info("student uploaded to %s", repository)

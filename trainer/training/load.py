@@ -40,7 +40,10 @@ def load_corpus(arguments: TrainArguments) -> Corpus:
     """
     corpus = open_corpus(arguments.data_dir)
     if not corpus.manifest.counts.train_rows:
-        raise UserError(f"the corpus {arguments.data_dir} has no training rows; prepare it from more text")
+        raise UserError(
+            "not-enough-text",
+            f"the corpus {arguments.data_dir} has no training rows; prepare it from more text",
+        )
     return corpus
 
 

@@ -113,7 +113,8 @@ def _compare_with_folder(run: Run, identity: dict[str, Any]) -> tuple[Changes, b
     if record is None:
         if taken:
             raise UserError(
-                f"{folder} has checkpoints and no train_config.json; bring it back, or choose another --output_dir"
+                "damaged-record",
+                f"{folder} has checkpoints and no train_config.json; bring it back, or choose another --output_dir",
             )
         return {}, False
     changes = find_changes(record, identity, run.deepspeed_config, run.total_steps)
@@ -121,19 +122,22 @@ def _compare_with_folder(run: Run, identity: dict[str, Any]) -> tuple[Changes, b
     steps = max(taken, record.student_step) if has_student else taken
     if run.total_steps < steps:
         raise UserError(
+            "changed-run",
             f"this run has taken {steps} steps, more than {run.total_steps}; give at least as many, "
-            "or choose another --output_dir"
+            "or choose another --output_dir",
         )
     is_complete = has_student and record.student_step == run.total_steps
     if is_complete and (settings := changes.keys() - {TOTAL_STEPS}):
         raise UserError(
+            "finished-run",
             f"this run is complete: {min(settings)} cannot be changed any more; give more steps, "
-            "or choose another --output_dir"
+            "or choose another --output_dir",
         )
     if has_student and not is_complete and not taken:
         raise UserError(
+            "damaged-checkpoint",
             f"the student in {folder} is of step {record.student_step}, and its checkpoints are gone; "
-            "bring one back from a copy, or choose another --output_dir"
+            "bring one back from a copy, or choose another --output_dir",
         )
     return changes, is_complete
 

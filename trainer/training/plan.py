@@ -69,8 +69,9 @@ def _check_fits(run: Run, memory: MemoryPlan) -> None:
         else "raise the ZeRO stage, offload, or share out the teacher (--teacher_zero3)"
     )
     raise UserError(
+        "out-of-memory",
         f"the plan needs {memory.total / GIB:.1f} GiB of tensors and about {RESERVE_BYTES / GIB:.0f} GiB beside them, "
-        f"and the card has {card / GIB:.1f} GiB; {advice}"
+        f"and the card has {card / GIB:.1f} GiB; {advice}",
     )
 
 

@@ -89,7 +89,8 @@ def read_record(output_dir: Path) -> Record | None:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(
-            f"{path} cannot be read: {first_line(error)}; bring it back, or choose another --output_dir"
+            "damaged-record",
+            f"{path} cannot be read: {first_line(error)}; bring it back, or choose another --output_dir",
         ) from error
 
 
@@ -117,9 +118,10 @@ def find_changes(
             continue
         if name == SCHEDULE_LENGTH and total_steps != record.started.total_steps:
             raise UserError(
+                "unsuitable-schedule",
                 f"the learning rate of this run was planned to fall to 0 over {record.started.total_steps} steps "
                 f"({settings[1]['scheduler.type']}), not over {total_steps}; resume it with as many, or train with "
-                "another --output_dir. A run that starts with WarmupLR, or a larger total_num_steps, can be extended"
+                "another --output_dir. A run that starts with WarmupLR, or a larger total_num_steps, can be extended",
             )
         if name not in CHANGEABLE:
             raise _refusal(name, before, now)
@@ -146,15 +148,17 @@ def _check_schedule_lasts(config: DeepSpeedConfig, total_steps: int) -> None:
     last = list(islice(learning_rates(config, total_steps), total_steps - 1, None))
     if total_steps > length or not any(last):
         raise UserError(
+            "unsuitable-schedule",
             f"the schedule of this run ends before step {total_steps} ({SCHEDULE_LENGTH} {length}); "
-            "give fewer steps, or start a run with a longer schedule in another --output_dir"
+            "give fewer steps, or start a run with a longer schedule in another --output_dir",
         )
 
 
 def _refusal(name: str, before: object, now: object) -> UserError:
     return UserError(
+        "changed-run",
         f"this run was started with {name} {_shown(before)}, not {_shown(now)}; "
-        "resume it with the same, or choose another --output_dir"
+        "resume it with the same, or choose another --output_dir",
     )
 
 

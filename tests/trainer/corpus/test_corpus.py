@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from user_errors import raises_user_error
 
 from distilspeed.trainer.corpus.format import Corpus, load_tokenizer, open_corpus, read_rows, tokenizer_hash
-from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.errors import UserErrorCode
 from distilspeed.trainer.files import FileRecord
 
 SHARED_DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
@@ -78,7 +79,7 @@ def bert_folder(folder: Path, pieces: list[str], **config: bool) -> str:
 def test_a_cased_vocabulary_is_not_read_in_lower_case(tmp_path: Path) -> None:
     letters = [*string.ascii_lowercase, *(f"##{letter}" for letter in string.ascii_lowercase)]
     cased = [*letters, "York", "A", "##A"]
-    with pytest.raises(UserError, match=r'3 of its .* 55 pieces .* capitals.*set "do_lower_case": false in'):
+    with raises_user_error("unusable-tokenizer", "biobert", "3", "55", '"do_lower_case": false'):
         load_tokenizer(bert_folder(tmp_path / "biobert", cased))
     mended = load_tokenizer(bert_folder(tmp_path / "mended", cased, do_lower_case=False))
     assert mended.tokenize("York") == ["York"]
@@ -102,7 +103,7 @@ def test_a_corpus_of_a_cased_vocabulary_read_in_lower_case_is_refused_before_tra
         record |= asdict(FileRecord.of(copied_corpus_dir, copied_corpus_dir / record["path"]))
     (copied_corpus_dir / "manifest.json").write_text(json.dumps(manifest))
     open_corpus(copied_corpus_dir)
-    with pytest.raises(UserError, match="lower-cases text"):
+    with raises_user_error("unusable-tokenizer", '"do_lower_case": false'):
         open_corpus(copied_corpus_dir, verify_checksums=True)
 
 
@@ -122,40 +123,40 @@ def test_a_corpus_can_be_moved(copied_corpus_dir: Path, corpus: Corpus) -> None:
 
 def test_a_folder_that_is_no_corpus_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(UserError, match="is not a prepared corpus"):
+        with raises_user_error("not-a-corpus", str(folder)):
             open_corpus(folder)
 
 
 @pytest.mark.parametrize(
-    ("manifest", "message"),
+    ("manifest", "code", "named"),
     [
-        ('{"format_version": 99}', "has corpus format 99 and this version reads 1"),
-        ("{}", "has corpus format None"),
-        ('{"format_version": 1}', "manifest.json cannot be read"),
-        ("[]", "manifest.json cannot be read"),
-        ('{"format', "manifest.json cannot be read"),
+        ('{"format_version": 99}', "unsupported-format", "format 99"),
+        ("{}", "unsupported-format", "format None"),
+        ('{"format_version": 1}', "damaged-corpus", "manifest.json"),
+        ("[]", "damaged-corpus", "manifest.json"),
+        ('{"format', "damaged-corpus", "manifest.json"),
     ],
 )
 def test_a_foreign_or_damaged_manifest_is_refused(
-    copied_corpus_dir: Path, manifest: str, message: str
+    copied_corpus_dir: Path, manifest: str, code: UserErrorCode, named: str
 ) -> None:
     (copied_corpus_dir / "manifest.json").write_text(manifest)
-    with pytest.raises(UserError, match=message):
+    with raises_user_error(code, str(copied_corpus_dir), named):
         open_corpus(copied_corpus_dir)
 
 
 def test_damage_to_any_file_is_found(copied_corpus_dir: Path) -> None:
     files = [path for path in copied_corpus_dir.rglob("*") if path.is_file() and path.name != "manifest.json"]
     for path in files:
-        content = path.read_bytes()
+        content, name = path.read_bytes(), path.relative_to(copied_corpus_dir).as_posix()
         path.unlink()
-        with pytest.raises(UserError, match=f"{path.name} is missing"):
+        with raises_user_error("damaged-corpus", name):
             open_corpus(copied_corpus_dir)
         path.write_bytes(content[:-1])
-        with pytest.raises(UserError, match=f"{path.name} has {len(content) - 1} bytes instead of"):
+        with raises_user_error("damaged-corpus", name, str(len(content) - 1), str(len(content))):
             open_corpus(copied_corpus_dir)
         path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
-        with pytest.raises(UserError, match=f"content of .*{path.name} has changed"):
+        with raises_user_error("damaged-corpus", name):
             open_corpus(copied_corpus_dir, verify_checksums=True)
         path.write_bytes(content)
     open_corpus(copied_corpus_dir, verify_checksums=True)
@@ -164,5 +165,5 @@ def test_damage_to_any_file_is_found(copied_corpus_dir: Path) -> None:
 def test_damage_that_keeps_the_size_is_an_error_and_no_traceback(copied_corpus_dir: Path) -> None:
     path = copied_corpus_dir / "train" / "data.arrow"
     path.write_bytes(b"\0" * path.stat().st_size)
-    with pytest.raises(UserError, match="is damaged"):
+    with raises_user_error("damaged-corpus", str(copied_corpus_dir)):
         open_corpus(copied_corpus_dir)

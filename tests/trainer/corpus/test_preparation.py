@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import pytest
 from transformers import AutoTokenizer, BertTokenizer
+from user_errors import raises_user_error
 
 from distilspeed.trainer.corpus import writer
 from distilspeed.trainer.corpus.arguments import CorpusArguments
@@ -21,7 +22,6 @@ from distilspeed.trainer.corpus.merge import merge_shards
 from distilspeed.trainer.corpus.shard import Shard
 from distilspeed.trainer.corpus.writer import is_held_out
 from distilspeed.trainer.data.batches import corpus_masking_rule
-from distilspeed.trainer.errors import UserError
 
 PiecesOf = Callable[[datasets.Dataset], list[tuple[int, ...]]]
 SHARED_DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
@@ -235,6 +235,7 @@ def test_a_failure_while_writing_leaves_nothing(
         raise failure
 
     monkeypatch.setattr(writer.SplitWriter, "write", fail)
-    with pytest.raises(UserError if isinstance(failure, OSError) else KeyboardInterrupt):
+    is_stopped = isinstance(failure, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt) if is_stopped else raises_user_error("unwritable-output"):
         prepare_corpus(arguments)
     assert not arguments.output_dir.parent.exists()

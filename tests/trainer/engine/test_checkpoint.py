@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch.distributed
 from deepspeed.runtime import lr_schedules
+from user_errors import raises_user_error
 
 from distilspeed.trainer.engine.checkpoint import Checkpoint, Checkpoints, Progress, _own_settings
-from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.files import FileRecord, write_text
 
 
@@ -121,14 +121,14 @@ def put_a_link_there(path: Path) -> None:
 
 
 DAMAGES: list[tuple[Callable[[Path], None], str]] = [
-    (truncate, "zero_pp_rank_0_mp_rank_00_optim_states.pt has 1999 bytes instead of 2000"),
-    (alter, "the content of zero_pp_rank_0_mp_rank_00_optim_states.pt has changed"),
-    (remove_a_file, "mp_rank_00_model_states.pt is missing"),
-    (remove_the_manifest, "manifest.json cannot be read"),
-    (cut_the_manifest, "manifest.json cannot be read"),
-    (add_a_pickle, "zero_pp_rank_1_mp_rank_00_optim_states.pt does not belong to it"),
-    (link_to_another_folder, "mp_rank_00_model_states.pt is missing"),
-    (put_a_link_there, "it is a link to another folder"),
+    (truncate, "zero_pp_rank_0_mp_rank_00_optim_states.pt"),
+    (alter, "zero_pp_rank_0_mp_rank_00_optim_states.pt"),
+    (remove_a_file, "mp_rank_00_model_states.pt"),
+    (remove_the_manifest, "manifest.json"),
+    (cut_the_manifest, "manifest.json"),
+    (add_a_pickle, "zero_pp_rank_1_mp_rank_00_optim_states.pt"),
+    (link_to_another_folder, "mp_rank_00_model_states.pt"),
+    (put_a_link_there, "link"),
 ]
 
 
@@ -154,9 +154,8 @@ def test_where_all_are_damaged_it_is_an_error_and_nothing_changes(
     checkpoints = saved(tmp_path, 3, 6)
     for name in ("step_000000003", "step_000000006"):
         spoil(tmp_path / name)
-    with pytest.raises(UserError, match="no checkpoint in") as error:
+    with raises_user_error("damaged-checkpoint", str(tmp_path), what):
         checkpoints.newest_good()
-    assert what in str(error.value)
     assert names(tmp_path) == ["step_000000003", "step_000000006"]
 
 
@@ -180,7 +179,7 @@ def test_one_of_another_format_is_refused_and_not_taken_for_damaged(tmp_path: Pa
     checkpoints = saved(tmp_path, 3, 6)
     manifest = tmp_path / "step_000000006" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(UserError, match="has format 2"):
+    with raises_user_error("unsupported-format", "step_000000006", "format 2"):
         checkpoints.newest_good()
     assert names(tmp_path) == ["step_000000003", "step_000000006"]
 
@@ -188,7 +187,7 @@ def test_one_of_another_format_is_refused_and_not_taken_for_damaged(tmp_path: Pa
 def test_one_that_lacks_a_ranks_part_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = saved(tmp_path, 3)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(UserError, match="1 of 2 ranks"):
+    with raises_user_error("unshared-output", "1 of 2 ranks", "--output_dir"):
         checkpoints.save(Engine(), Progress(6, 6, 600))  # type: ignore[arg-type]
     assert newest_step(checkpoints) == 3
 
@@ -210,7 +209,7 @@ def test_an_error_of_writing_is_a_line_and_leaves_what_was_there(tmp_path: Path,
             raise error
 
     checkpoints = saved(tmp_path, 3, 6)
-    with pytest.raises(UserError, match=r"cannot write .*step_000000009"):
+    with raises_user_error("unwritable-output", "step_000000009"):
         checkpoints.save(FullDisk(), Progress(9, 9, 900))  # type: ignore[arg-type]
     assert names(tmp_path) == ["step_000000003", "step_000000006"]
     assert (tmp_path / "latest").read_text() == "step_000000006"

@@ -4,9 +4,9 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from user_errors import raises_user_error
 
 from distilspeed.trainer.engine.student import check_precision
-from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.job.ranks import Process, this_process
 
 CPU = torch.device("cpu")
@@ -15,7 +15,7 @@ CUDA = torch.device("cuda", 0)
 
 def test_fp16_is_refused_where_the_device_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
-    with pytest.raises(UserError, match="cannot train in fp16; enable"):
+    with raises_user_error("unsupported-precision", "fp16", '"bf16"'):
         check_precision("fp16", CPU)
     check_precision("fp32", CPU)
 
@@ -28,7 +28,7 @@ def test_bf16_is_refused_on_gpus_that_emulate_it(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     if refused:
-        with pytest.raises(UserError, match="no bf16; enable"):
+        with raises_user_error("unsupported-precision", "bf16", '"fp16"'):
             check_precision("bf16", CUDA)
     else:
         check_precision("bf16", CUDA)
@@ -39,7 +39,7 @@ def test_a_deepspeed_that_scales_gradients_wrongly_is_refused(
     monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
     monkeypatch.setattr(deepspeed, "__version__", version)
-    with pytest.raises(UserError, match=version):
+    with raises_user_error("wrong-package", version):
         check_precision("fp32", CPU)
 
 

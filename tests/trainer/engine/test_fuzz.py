@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from user_errors import raises_user_error
 
 from distilspeed.trainer.corpus.format import open_corpus
 from distilspeed.trainer.engine.config_auto import resolve_deepspeed_config
@@ -119,7 +120,7 @@ def test_a_key_that_nothing_reads_is_always_refused(
     place[f"my {key}"] = value
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
-    with pytest.raises(UserError):
+    with raises_user_error("unknown-config-key"):
         read_and_resolve(path)
 
 
@@ -187,6 +188,6 @@ def test_any_flipped_byte_is_found_where_checksums_are_verified(
     path = data.draw(st.sampled_from(files_of(copied_corpus_dir)))
     content = bytearray(path.read_bytes())
     content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
-    with replaced(path, bytes(content)), pytest.raises(UserError):
+    with replaced(path, bytes(content)), raises_user_error("damaged-corpus"):
         open_corpus(copied_corpus_dir, verify_checksums=True)
     open_corpus(copied_corpus_dir)

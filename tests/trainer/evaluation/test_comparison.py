@@ -11,9 +11,9 @@ import torch
 from transformers import (
     AutoModelForMaskedLM,
 )
+from user_errors import raises_user_error
 
 from distilspeed.trainer.corpus.format import open_corpus
-from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.evaluation import comparison
 from distilspeed.trainer.evaluation.arguments import EvaluateArguments
 from distilspeed.trainer.evaluation.comparison import choose_device, evaluate, shown_names
@@ -141,7 +141,7 @@ def test_models_are_called_by_what_tells_them_apart(tmp_path: Path, monkeypatch:
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == torch.device("cpu")
-    with pytest.raises(UserError, match="sees no GPU"):
+    with raises_user_error("no-gpu", "--device cuda", "--device cpu"):
         choose_device("cuda")
 
 
@@ -152,7 +152,7 @@ def test_a_failure_half_way_leaves_nothing(
         raise OSError("No space left on device")
 
     monkeypatch.setattr("distilspeed.trainer.evaluation.report.draw_report", full_disk)
-    with pytest.raises(UserError, match="No space left"):
+    with raises_user_error("unwritable-output", "No space left"):
         evaluate(arguments)
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
     assert not arguments.output_dir.exists()

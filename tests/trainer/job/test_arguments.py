@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from user_errors import raises_user_error
 
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.job.arguments import Settings, setting, whole_numbers
@@ -104,11 +105,11 @@ def test_a_wrong_command_line_is_one_sentence(line: str, said: str) -> None:
     ids=str,
 )
 def test_limits_hold_in_python_and_on_the_command_line(wrong: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=f"^{said}$"):
+    with raises_user_error("bad-argument", said):
         Example(name="x", **wrong)
     ((name, value),) = wrong.items()
     text = ",".join(map(str, value)) if isinstance(value, tuple) else value
-    with pytest.raises(UserError, match=f"^{said}$"):
+    with raises_user_error("bad-argument", said):
         parser().parse(["--name", "x", f"--{name}={text}"])
 
 

@@ -19,9 +19,9 @@ from transformers import (
     RobertaConfig,
     RobertaForMaskedLM,
 )
+from user_errors import raises_user_error
 
 from distilspeed.trainer.corpus.format import open_corpus
-from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.families.vocabulary import pad_vocabulary
 from distilspeed.trainer.models.loading import (
     check_fits_corpus,
@@ -149,7 +149,7 @@ def test_a_student_is_tied_where_the_teachers_weights_are_whatever_its_config_sa
 def test_tied_weights_under_a_config_that_says_untied_are_refused(
     tmp_path: Path, left_out: tuple[str, ...]
 ) -> None:
-    with pytest.raises(UserError, match=r"cls\.predictions.*tie_word_embeddings.*set it to true"):
+    with raises_user_error("damaged-model", "cls.predictions", '"tie_word_embeddings"'):
         load_teacher(str(untied_checkpoint(tmp_path, left_out, config_says_tied=False)))
 
 
@@ -175,22 +175,22 @@ def test_layers_are_spread_evenly_with_both_ends() -> None:
 
 @pytest.mark.parametrize("layers", [(), (0, 12), (-1, 3), (3, 3), (5, 2)])
 def test_a_wrong_list_of_layers_is_refused(layers: tuple[int, ...]) -> None:
-    with pytest.raises(UserError, match="student_layers"):
+    with raises_user_error("bad-argument", "--student_layers"):
         select_teacher_layers(12, layers)
 
 
 def test_what_is_no_bert_with_an_mlm_head_is_refused(tiny_teacher_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot load"):
+    with raises_user_error("unusable-model", str(tmp_path / "absent")):
         load_teacher(str(tmp_path / "absent"))
     AutoModel.from_pretrained(tiny_teacher_dir).save_pretrained(tmp_path / "headless")
-    with pytest.raises(UserError, match="head"):
+    with raises_user_error("damaged-model", str(tmp_path / "headless"), "cls.predictions"):
         load_teacher(str(tmp_path / "headless"))
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     RobertaForMaskedLM(RobertaConfig(vocab_size=50, **sizes)).save_pretrained(tmp_path / "roberta")
-    with pytest.raises(UserError, match='"roberta"'):
+    with raises_user_error("unsupported-model", '"roberta"'):
         load_teacher(str(tmp_path / "roberta"))
     BertForMaskedLM(BertConfig(vocab_size=50, layer_norm_eps=1e-5, **sizes)).save_pretrained(tmp_path / "eps")
-    with pytest.raises(UserError, match="layer_norm_eps"):
+    with raises_user_error("unsupported-model", "layer_norm_eps"):
         load_teacher(str(tmp_path / "eps"))
 
 
@@ -201,10 +201,10 @@ def test_a_teacher_that_does_not_go_with_the_corpus_is_refused(
     check_fits_corpus("teacher", str(tiny_teacher_dir), teacher, corpus)
 
     small = BertForMaskedLM(BertConfig(**(teacher.config.to_dict() | {"vocab_size": 500})))
-    with pytest.raises(UserError, match="500"):
+    with raises_user_error("tokenizer-mismatch", "500"):
         check_fits_corpus("teacher", str(tiny_teacher_dir), small, corpus)
     short = BertForMaskedLM(BertConfig(**(teacher.config.to_dict() | {"max_position_embeddings": 32})))
-    with pytest.raises(UserError, match="32 positions"):
+    with raises_user_error("rows-too-long", "--seq_length 32"):
         check_fits_corpus("teacher", str(tiny_teacher_dir), short, corpus)
 
 
@@ -252,7 +252,7 @@ def test_tokenizers_are_compared_by_any_file_with_a_vocabulary(
     if is_the_corpus_tokenizer:
         check_fits_corpus("student", str(folder), teacher, corpus)
     else:
-        with pytest.raises(UserError, match="another tokenizer than that of the student"):
+        with raises_user_error("tokenizer-mismatch", f"student {folder}", "--tokenizer"):
             check_fits_corpus("student", str(folder), teacher, corpus)
     warn_without_tokenizer("student", str(folder))
     assert capfd.readouterr().err == ""
@@ -269,7 +269,7 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(
     name: str,
 ) -> None:
     folder = copy_of(every_file(True), tmp_path / "model", name, "config.json")
-    with pytest.raises(UserError, match="has no vocabulary"):
+    with raises_user_error("unusable-tokenizer", str(folder)):
         check_fits_corpus("student", str(folder), teacher, open_corpus(small_corpus_dir))
 
 
@@ -292,7 +292,7 @@ def test_a_model_from_a_config_has_the_seeds_weights(tiny_teacher_dir: Path, tmp
     first, again, other = (model_from_config(config, seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
-    with pytest.raises(UserError, match="student's config"):
+    with raises_user_error("unusable-model", "student", str(tmp_path / "absent")):
         model_from_config(str(tmp_path / "absent"), 0)
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 from transformers import BertForMaskedLM
+from user_errors import raises_user_error
 
 from distilspeed.trainer.corpus.format import open_corpus
 from distilspeed.trainer.data.batch_equation import BatchEquation
 from distilspeed.trainer.data.batches import MicroBatches
 from distilspeed.trainer.data.micro_batch import MicroBatch
-from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.models.loading import load_teacher, make_student
 from distilspeed.trainer.models.packed_forward import forward_packed
 from distilspeed.trainer.objective.fused import FusedTerms, fused_losses
@@ -64,16 +64,12 @@ def models_of(teacher: BertForMaskedLM) -> Models:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        ({"temperature": 0.0}, "--temperature must be above 0"),
-        ({"temperature": float("nan")}, "--temperature is nan"),
-        ({"alpha_ce": -1.0}, "--alpha_ce must not be negative"),
-        ({"alpha_cos": float("inf")}, "--alpha_cos is inf"),
-    ],
+    "wrong",
+    [{"temperature": 0.0}, {"temperature": float("nan")}, {"alpha_ce": -1.0}, {"alpha_cos": float("inf")}],
+    ids=str,
 )
-def test_senseless_settings_are_refused(wrong: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_senseless_settings_are_refused(wrong: dict[str, Any]) -> None:
+    with raises_user_error("bad-argument", f"--{next(iter(wrong))}"):
         take_terms(wrong)
 
 
@@ -84,7 +80,7 @@ def test_a_loss_must_be_left_to_train_on() -> None:
         ({"alpha_mlm": 0.0}, False),
         (dict.fromkeys(("alpha_ce", "alpha_mlm", "alpha_cos"), 0.0), True),
     ):
-        with pytest.raises(UserError, match="one of --alpha_ce, --alpha_mlm, --alpha_cos a value above 0"):
+        with raises_user_error("bad-argument", "--alpha_ce", "--alpha_mlm", "--alpha_cos"):
             check_terms(take_terms(settings), has_teacher)
 
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from user_errors import raises_user_error
 
-from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.training.record import NAME, read_record
 
 
@@ -29,5 +29,5 @@ def test_the_config_that_a_run_was_started_with_is_read_with_its_changes(tmp_pat
 
 @pytest.mark.parametrize("config", [None, "auto", {"optimizer": []}, {"zero_optimization": {"stage": 7}}])
 def test_a_record_with_a_config_that_is_none_is_refused_and_named(tmp_path: Path, config: object) -> None:
-    with pytest.raises(UserError, match=f"{NAME} cannot be read"):
+    with raises_user_error("damaged-record", NAME):
         read_record(write(tmp_path, config))

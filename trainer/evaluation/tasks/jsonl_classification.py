@@ -87,7 +87,8 @@ class JsonLinesClassification(Task):
         fields = {_text_fields(record) for records in files.values() for record in records}
         if len(fields) > 1:
             raise UserError(
-                f'the task {folder} mixes "text" with "text_a", "text_b"; use one of the two throughout'
+                "bad-task",
+                f'the task {folder} mixes "text" with "text_a", "text_b"; use one of the two throughout',
             )
         labelled = {file: _labelled(records, folder / file) for file, records in files.items()}
         labels = _classes(folder, *labelled.values())
@@ -139,8 +140,9 @@ def _labelled(records: Sequence[Record], path: Path) -> list[Record]:
     left_out = [record["label"] for record in records if record["label"] in UNLABELLED]
     if len(left_out) > UNLABELLED_FRACTION * len(records):
         raise UserError(
+            "bad-task",
             f"{len(left_out):,} of {len(records):,} examples in {path} have the label {json.dumps(left_out[0])}, which "
-            "SNLI and GLUE give to unlabelled ones; remove them, or name the class otherwise"
+            "SNLI and GLUE give to unlabelled ones; remove them, or name the class otherwise",
         )
     return labelled
 
@@ -150,17 +152,20 @@ def _classes(folder: Path, train: Sequence[Record], dev: Sequence[Record]) -> tu
     if len(one_of_kind) > 1:
         kinds = " and ".join(map(json.dumps, one_of_kind.values()))
         raise UserError(
-            f"the task {folder} mixes labels of different kinds ({kinds}); use integers or strings throughout"
+            "bad-task",
+            f"the task {folder} mixes labels of different kinds ({kinds}); use integers or strings throughout",
         )
     labels = tuple(sorted({record["label"] for record in train}))
     if len(labels) < 2:
         raise UserError(
-            f"all training examples of the task {folder} have the label {labels[0]!r}; give two or more"
+            "bad-task",
+            f"all training examples of the task {folder} have the label {labels[0]!r}; give two or more",
         )
     unknown = sorted({str(record["label"]) for record in dev}.difference(map(str, labels)))
     if unknown:
         raise UserError(
-            f"dev.jsonl of the task {folder} has labels that train.jsonl lacks ({', '.join(unknown[:3])}); correct it"
+            "bad-task",
+            f"dev.jsonl of the task {folder} has labels that train.jsonl lacks ({', '.join(unknown[:3])}); correct it",
         )
     return labels
 
@@ -171,12 +176,13 @@ def _read_records(path: Path) -> list[Record]:
             records = [_parse(line, f"{path}, line {number}") for number, line in enumerate(file, start=1)]
     except OSError as error:
         raise UserError(
-            f"cannot read {path}: {error.strerror}; a task is a folder with train.jsonl and dev.jsonl"
+            "bad-task",
+            f"cannot read {path}: {error.strerror}; a task is a folder with train.jsonl and dev.jsonl",
         ) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8; convert it to UTF-8") from error
+        raise UserError("bad-task", f"{path} is not UTF-8; convert it to UTF-8") from error
     if not records:
-        raise UserError(f"{path} is empty; a task needs examples to train and to test on")
+        raise UserError("bad-task", f"{path} is empty; a task needs examples to train and to test on")
     return records
 
 
@@ -184,18 +190,20 @@ def _parse(line: str, where: str) -> Record:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON: {error}; a task has one object a line") from error
+        raise UserError("bad-task", f"{where} is not JSON: {error}; a task has one object a line") from error
     if not isinstance(record, dict):
-        raise UserError(f"{where} is not an object; a task has one object a line")
+        raise UserError("bad-task", f"{where} is not an object; a task has one object a line")
     texts, label = [record.get(field) for field in _text_fields(record)], record.get("label")
     if isinstance(label, float) or (isinstance(label, str) and _is_score(label)):
         raise UserError(
+            "bad-task",
             f"{where} has the label {json.dumps(label)}, a score, and tasks are classifications (regression is not "
-            "supported); give classes, as integers or names"
+            "supported); give classes, as integers or names",
         )
     if not all(isinstance(text, str) for text in texts) or not isinstance(label, Label) or label == "":
         raise UserError(
-            f'{where} needs "text", or "text_a" and "text_b", as strings and "label" as integer or name; correct it'
+            "bad-task",
+            f'{where} needs "text", or "text_a" and "text_b", as strings and "label" as integer or name; correct it',
         )
     return record
 

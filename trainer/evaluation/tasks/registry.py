@@ -20,7 +20,8 @@ def read_tasks(names: Sequence[str]) -> list[Task]:
     tasks = [_kind_of(name).read(name) for name in names]
     if len({task.name for task in tasks}) < len(tasks):
         raise UserError(
-            "two --task folders have the same name; the report could not tell them apart, rename one"
+            "conflicting-arguments",
+            "two --task folders have the same name; the report could not tell them apart, rename one",
         )
     return tasks
 
