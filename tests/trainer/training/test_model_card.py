@@ -7,6 +7,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from distilspeed.trainer.corpus.format import Corpus, SourceRecord
+from distilspeed.trainer.data.batch_equation import BatchEquation
+from distilspeed.trainer.engine.config import ResolvedConfig
 from distilspeed.trainer.evaluation.quality import MaskedTokenQuality
 from distilspeed.trainer.objective.registry import take_terms
 from distilspeed.trainer.training.arguments import TrainArguments
@@ -43,7 +45,7 @@ def card_of(corpus: Corpus, teacher: str, *sources: SourceRecord) -> ModelCard:
     record = TrainingRecord(
         arguments=arguments,
         terms=take_terms({}),
-        deepspeed_config={"optimizer": {"type": "AdamW"}, "train_batch_size": 16},
+        deepspeed_config=ResolvedConfig({"optimizer": {"type": "AdamW"}}, BatchEquation(16, 8, 1, 2)),
         corpus=replace(corpus, manifest=replace(corpus.manifest, sources=sources)),
         layers=(0, 3),
         world_size=2,
