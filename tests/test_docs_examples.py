@@ -39,7 +39,7 @@ class ParsedError(Exception):
     """Ends a command where it has parsed its arguments."""
 
 
-@pytest.mark.parametrize(("script", "arguments"), command_lines(), ids=" ".join)
+@pytest.mark.parametrize(("script", "arguments"), command_lines())
 def test_a_command_line_is_one_that_the_command_takes(
     script: str, arguments: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
