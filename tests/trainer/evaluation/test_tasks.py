@@ -174,7 +174,7 @@ def test_a_score_that_is_no_number_ends_the_evaluation(
     task = Broken.read(str(separable_task(tmp_path / "task", train=16, dev=8)))
     settings = FineTuning(epochs=1, learning_rate=1e-3, batch_size=8, max_length=32)
     tokenizer = AutoTokenizer.from_pretrained(small_tokenizer_dir)
-    with pytest.raises(NumericalError, match="on the task task with seed 3, has accuracy nan"):
+    with pytest.raises(NumericalError, match="on the task task with seed 3 has accuracy nan"):
         fine_tune(str(tiny_teacher_dir), task, tokenizer, settings, seed=3, device=CPU)
 
 
