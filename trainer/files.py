@@ -55,7 +55,7 @@ def _sha256(path: Path) -> str:
 
 
 def check_unoccupied(output_dir: Path) -> None:
-    """Raise UserError if a command's output folder exists and is not empty."""
+    """Raise UserError if ``output_dir`` exists, unless it is an empty folder."""
     try:
         output_dir.lstat()
         # The finished folder is renamed to output_dir: a rename replaces an empty folder, but not a link to one.

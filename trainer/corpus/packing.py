@@ -14,8 +14,8 @@ import numpy as np
 
 from distilspeed.trainer.corpus.tokenization import TokenizedDocuments
 
-# DistilBERT's original code drops sequences of at most 11 tokens, and those of which half or more are unknown. Both
-# include special tokens: remove_empty_sequences and remove_unknown_sequences in lm_seqs_dataset.py.
+# DistilBERT's original code drops sequences of at most 11 tokens, and sequences with at least half unknown tokens. Both
+# counts include special tokens: remove_empty_sequences and remove_unknown_sequences in lm_seqs_dataset.py.
 MINIMUM_PIECE_TOKENS = 12
 UNKNOWN_SHARE_LIMIT = 0.5
 
