@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one."""
+"""Write files and folders atomically: a reader never sees a partial one."""
 
 import contextlib
 import fcntl
@@ -20,7 +20,7 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One file of a folder: its path inside it, its size, and its SHA-256 in hexadecimal."""
+    """A file in a folder: its path relative to the folder, its size, and its SHA-256 in hexadecimal."""
 
     path: str
     bytes: int
@@ -31,7 +31,7 @@ class FileRecord:
         return cls(path.relative_to(folder).as_posix(), path.stat().st_size, _sha256(path))
 
     def damage(self, folder: Path, content: bool = True) -> str | None:
-        """What is wrong with the file now, its content only where asked for; None: nothing."""
+        """Return what is wrong with the file now, or None; compare its checksum only if ``content`` is true."""
         path = folder / self.path
         if path.is_symlink() or not path.is_file():
             return f"{self.path} is missing"
@@ -43,7 +43,7 @@ class FileRecord:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Every file below ``folder``, in order; links are files."""
+    """Return every file below ``folder``, sorted; symbolic links count as files."""
     return sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
 
 
@@ -53,39 +53,41 @@ def _sha256(path: Path) -> str:
 
 
 def check_unoccupied(output_dir: Path) -> None:
-    """Raise UserError where a command's output folder is there already, unless it is an empty folder."""
+    """Raise UserError if ``output_dir`` exists, unless it is an empty folder."""
     try:
         output_dir.lstat()
-        # A folder is renamed to it in the end: that replaces an empty folder, but no link to one.
+        # The finished folder is renamed to output_dir: a rename replaces an empty folder, but not a link to one.
         if output_dir.is_symlink() or not output_dir.is_dir() or any(output_dir.iterdir()):
             raise UserError(
-                "output-exists", f"{output_dir} exists already; choose another --output_dir or remove it"
+                "output-exists", f"{output_dir} already exists; choose another --output_dir or remove it"
             )
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
         raise UserError(
-            "unwritable-output", f"{output_dir} cannot be made: {error.strerror}; choose another --output_dir"
+            "unwritable-output",
+            f"cannot create {output_dir}: {error.strerror}; choose another --output_dir",
         ) from error
 
 
 def check_new_file(path: Path) -> None:
-    """Raise UserError where a command's output file is there already, or could not be written."""
+    """Raise UserError if a command's output file exists already or its folder is not writable."""
     try:
         if path.exists() or path.is_symlink():
-            raise UserError("output-exists", f"{path} exists already; choose another --output or remove it")
+            raise UserError("output-exists", f"{path} already exists; choose another --output or remove it")
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
             raise UserError(
-                "unwritable-output", f"{path} cannot be made: {path.parent} is no folder to write to; make it"
+                "unwritable-output",
+                f"cannot create {path}: {path.parent} is not a writable directory; create it",
             )
     except OSError as error:
         raise UserError(
-            "unwritable-output", f"{path} cannot be made: {error.strerror}; choose another --output"
+            "unwritable-output", f"cannot create {path}: {error.strerror}; choose another --output"
         ) from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text``: written beside, synced to disk, renamed."""
+    """Replace the content of ``path``: write a temporary file beside it, sync it to disk, rename it."""
     beside = path.with_name(f".{path.name}.incomplete")
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -96,10 +98,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def from_json(record: type[Record], text: str) -> Record:
-    """A dataclass's instance from the JSON of its ``asdict``.
+    """Parse a dataclass instance from the JSON of its ``asdict``.
 
     Raises:
-        ValueError: it is not one; says in one line which field is wrong.
+        ValueError: the JSON does not match the dataclass; one line that names the wrong field.
     """
     from pydantic import TypeAdapter, ValidationError  # not at the top: `distilspeed profile` runs without it
 
@@ -113,16 +115,16 @@ def from_json(record: type[Record], text: str) -> Record:
 
 @contextmanager
 def locked(folder: Path, wait: float, refusal: str) -> Iterator[None]:
-    """Keep other processes that want the same out of ``folder``.
+    """Hold a lock on ``folder`` that excludes other processes that lock it.
 
     Args:
-        wait: seconds to wait for one that is there.
-        refusal: the UserError for when it stays.
+        wait: seconds to wait for a process that holds the lock.
+        refusal: message of the UserError if that process still holds it then.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        # File systems without locks (some network ones) do without. The package filelock would leave a file in the
-        # folder, and on such file systems a lock that survives a kill.
+        # On file systems without locks (some network ones) nothing is locked. The package filelock would leave a file
+        # in the folder, and on such file systems a lock that outlives a killed process.
         with contextlib.suppress(OSError):
             end = time.monotonic() + wait
             while True:
@@ -140,7 +142,7 @@ def locked(folder: Path, wait: float, refusal: str) -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an ``OSError`` into a UserError that says what could not be written."""
+    """Turn an ``OSError`` into a UserError that names ``path``."""
     try:
         yield
     except OSError as error:
@@ -151,7 +153,10 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def parents_made(output_dir: Path) -> Iterator[None]:
-    """Make the folders above an output folder; those that stay empty go again. ``OSError`` becomes UserError."""
+    """Create the parents of an output folder, and remove the new ones that stay empty.
+
+    An ``OSError`` in the block becomes a UserError.
+    """
     made = [folder for folder in output_dir.absolute().parents if not folder.exists()]
     try:
         with writing(output_dir):
@@ -165,18 +170,18 @@ def parents_made(output_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def folder_written_whole(path: Path, *, replaces: bool = False) -> Iterator[Path]:
-    """Give a new folder beside ``path``; on success it becomes ``path``, on failure it goes.
+    """Yield a new folder beside ``path``; rename it to ``path`` on success, remove it on failure.
 
     Args:
-        replaces: the folder that ``path`` is now, which stays whole until then. A process that is killed between the
-            two renames leaves it beside; :func:`bring_back_replaced` puts it right.
+        replaces: replace an existing folder ``path``, which stays complete until the rename. A process killed between
+            the two renames leaves the old folder beside ``path``; :func:`bring_back_replaced` restores it.
     """
     previous = _previous(path)
     beside = Path(tempfile.mkdtemp(prefix=f"{path.name}.incomplete-", dir=path.parent))
     try:
         yield beside
         sync_tree(beside)
-        # mkdtemp makes folders that only their owner may read, safetensors such files; output follows the umask.
+        # mkdtemp and safetensors give access to the owner alone; output follows the umask.
         umask = os.umask(0)
         os.umask(umask)
         for made in [beside, *beside.rglob("*")]:
@@ -194,7 +199,7 @@ def folder_written_whole(path: Path, *, replaces: bool = False) -> Iterator[Path
 
 
 def bring_back_replaced(path: Path) -> None:
-    """Undo or complete a replacement of ``path`` that was cut off."""
+    """Undo or complete an interrupted replacement of ``path``."""
     previous = _previous(path)
     if not path.exists() and previous.exists():
         previous.rename(path)
@@ -206,13 +211,13 @@ def _previous(path: Path) -> Path:
 
 
 def sync_tree(folder: Path) -> None:
-    """Have a folder and all that is in it on disk."""
+    """Sync a folder and everything in it to disk."""
     for path in [folder, *folder.rglob("*")]:
         sync(path)
 
 
 def sync(path: Path) -> None:
-    """Have one file, or a folder's list of files, on disk."""
+    """Sync a file, or a folder's list of entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

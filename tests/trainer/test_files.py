@@ -1,4 +1,4 @@
-"""A folder that replaces another: one of the two is there whole, whenever the process ends."""
+"""Replacing a folder: whenever the process ends, the old or the new folder is complete."""
 
 from pathlib import Path
 
@@ -19,14 +19,14 @@ def replace(student: Path) -> None:
         (beside / "step").write_text("20")
 
 
-def test_it_is_replaced_and_nothing_else_is_left(student: Path) -> None:
+def test_a_folder_is_replaced_and_no_other_folder_remains(student: Path) -> None:
     replace(student)
     assert (student / "step").read_text() == "20"
     assert [path.name for path in student.parent.iterdir()] == ["student"]
 
 
 @pytest.mark.parametrize("failing", [1, 2])
-def test_one_that_cannot_be_replaced_stays(
+def test_a_folder_that_cannot_be_replaced_stays(
     student: Path, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
     renamed, rename = [], Path.rename
@@ -45,7 +45,7 @@ def test_one_that_cannot_be_replaced_stays(
 
 
 @pytest.mark.parametrize(("killed_after", "expected"), [(1, "10"), (2, "20")])
-def test_a_kill_between_the_renames_loses_neither(
+def test_a_kill_after_either_rename_loses_no_folder(
     student: Path, monkeypatch: pytest.MonkeyPatch, killed_after: int, expected: str
 ) -> None:
     class Killed(BaseException):
@@ -57,7 +57,7 @@ def test_a_kill_between_the_renames_loses_neither(
         result = rename(path, target)
         renamed.append(path.name)
         if len(renamed) == killed_after:
-            # A killed process tidies nothing up.
+            # A killed process does not clean up.
             monkeypatch.setattr("distilspeed.trainer.files.bring_back_replaced", lambda path: None)
             monkeypatch.setattr("shutil.rmtree", lambda path, ignore_errors: None)
             raise Killed
@@ -73,7 +73,7 @@ def test_a_kill_between_the_renames_loses_neither(
     assert not (student.parent / "student.previous").exists()
 
 
-def test_bringing_back_does_nothing_where_nothing_was_replaced(student: Path) -> None:
+def test_bring_back_replaced_does_nothing_if_nothing_was_replaced(student: Path) -> None:
     bring_back_replaced(student)
     assert (student / "step").read_text() == "10"
     bring_back_replaced(student.with_name("absent"))

@@ -1,1 +1,1 @@
-"""Text to packed rows of tokens on disk."""
+"""Prepare a corpus: text to packed rows of tokens on disk."""

@@ -1,4 +1,4 @@
-"""Text to a corpus on disk (its format: format.py): written beside, renamed when complete."""
+"""Prepare a corpus on disk from text; format.py describes the format."""
 
 import contextlib
 from concurrent.futures.process import BrokenProcessPool
@@ -24,15 +24,15 @@ from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.files import check_unoccupied, parents_made
 
 MINIMUM_SEQ_LENGTH = 16
-MAXIMUM_SEQ_LENGTH = 1 << 16  # some tokenizers know no limit
+MAXIMUM_SEQ_LENGTH = 1 << 16  # some tokenizers have no limit
 
 
 def prepare_corpus(arguments: CorpusArguments) -> Corpus:
-    """Make the corpus that ``arguments`` describe and open it.
+    """Prepare the corpus that ``arguments`` describe, and open it.
 
-    It is written beside ``output_dir`` and renamed to it when complete, so a folder of that name is never
-    partial (unfinished.py says what stays behind when it is interrupted). The same arguments give the same
-    bytes whatever ``num_proc``, interrupted or not. ``UserError`` for anything the caller can put right.
+    The corpus is written to a folder beside ``output_dir`` and renamed when it is complete, so ``output_dir`` is never
+    partial (unfinished.py describes what an interrupted build leaves). The same arguments give the same bytes for any
+    ``num_proc``, interrupted or not. Raises ``UserError`` for anything the caller can fix.
     """
     sources, tokenizer = open_input(arguments)
     recipe = Recipe(
@@ -54,18 +54,18 @@ def prepare_corpus(arguments: CorpusArguments) -> Corpus:
     except BrokenProcessPool as error:
         raise UserError(
             "out-of-memory",
-            "a tokenising process died, most often for lack of memory; try again with a smaller --num_proc",
+            "a tokenising process died, probably out of memory; try a smaller --num_proc",
         ) from error
     return open_corpus(arguments.output_dir)
 
 
 def open_input(arguments: CorpusArguments) -> tuple[list[Source], PreTrainedTokenizerFast]:
-    """Sources and tokenizer. ``UserError`` for all that can be known to be wrong before anything is written."""
+    """Open the sources and the tokenizer; raise ``UserError`` for bad input before anything is written."""
     check_unoccupied(arguments.output_dir)
     sources = _open_sources(arguments)
     tokenizer = load_tokenizer(arguments.tokenizer)
     _check_seq_length(arguments.seq_length, tokenizer)
-    if arguments.shard.count == 1:  # a shard may well find nothing in a small source
+    if arguments.shard.count == 1:  # a shard of a small source may be empty
         for source in sources:
             _check_holds_text(source)
     return sources, tokenizer
@@ -83,8 +83,8 @@ def _open_sources(arguments: CorpusArguments) -> list[Source]:
     if arguments.document_separator != "line" and not any(source.is_plain_text for source in sources):
         raise UserError(
             "conflicting-arguments",
-            f"--document_separator {arguments.document_separator} needs a plain text file among --text; "
-            "give one or leave it out",
+            f"--document_separator {arguments.document_separator} applies only to plain text, and --text has no such "
+            "file; add one or leave out the flag",
         )
     for name in arguments.dataset:
         folder = Path(split_specification(name)[0])
@@ -101,15 +101,15 @@ def _check_seq_length(seq_length: int, tokenizer: PreTrainedTokenizerFast) -> No
     if not MINIMUM_SEQ_LENGTH <= seq_length <= limit:
         raise UserError(
             "bad-argument",
-            f"--seq_length {seq_length} is not between {MINIMUM_SEQ_LENGTH} and the tokenizer's limit of "
-            f"{limit} tokens; choose one that is",
+            f"--seq_length {seq_length} is out of range; choose from {MINIMUM_SEQ_LENGTH} to {limit}, the limit of the "
+            "tokenizer",
         )
 
 
 def _check_holds_text(source: Source) -> None:
     with contextlib.closing(source.documents()) as documents:
         if next(documents, None) is None:
-            raise UserError("no-text", f"{source.record.name} holds no text; leave it out or fill it")
+            raise UserError("no-text", f"{source.record.name} contains no text; leave it out or add text")
 
 
 def _write_corpus(
@@ -138,7 +138,7 @@ def _write_corpus(
             raise UserError(
                 "not-enough-text",
                 f"the text fills {counts.train_rows + counts.held_out_rows} row(s) of {arguments.seq_length} "
-                "tokens, too few for training and held-out rows; give more text or a smaller --seq_length",
+                "tokens, too few for train and held-out rows; give more text or a smaller --seq_length",
             )
         build.record(writer)
     records = tuple(source.record for source in sources)

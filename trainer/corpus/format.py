@@ -1,11 +1,11 @@
-"""A corpus on disk: text to packed rows of token ids, memory-mapped, with a manifest that vouches for them.
+"""The corpus format on disk: packed rows of token ids, memory-mapped, and a manifest with their checksums.
 
-train/, held_out/   `datasets.Dataset` folders (Arrow). A row: input_ids [seq_length] uint16 or int32,
-                    whole pieces ``[CLS] … [SEP]`` one after the other, then padding;
-                    document_lengths, int32, the tokens of each piece; real_tokens, their sum;
-                    maskable_tokens, how many are not special (``special_ids`` of the manifest)
-token_counts.npy    int64 [vocabulary], how often each token occurs in train, padding not counted
-tokenizer/          the tokenizer, as ``save_pretrained`` leaves it
+train/, held_out/   `datasets.Dataset` folders (Arrow). Columns of a row:
+                    input_ids [seq_length] uint16 or int32: whole pieces ``[CLS] … [SEP]``, then padding;
+                    document_lengths, int32: the tokens of each piece; real_tokens: their sum;
+                    maskable_tokens: the number of tokens that are not in the manifest's ``special_ids``
+token_counts.npy    int64 [vocabulary]: how often each token occurs in train, without padding
+tokenizer/          the tokenizer, as ``save_pretrained`` writes it
 manifest.json       :class:`Manifest`
 """
 
@@ -31,7 +31,7 @@ SPECIAL_TOKENS = ("pad", "cls", "sep", "mask", "unk")
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """One source as the manifest names it: no folders of the machine; ``bytes`` is None for the hub."""
+    """A source in the manifest: ``name`` has no parent folders; ``bytes`` is None for a hub dataset."""
 
     name: str
     bytes: int | None
@@ -39,10 +39,10 @@ class SourceRecord:
 
 @dataclass(frozen=True)
 class CorpusCounts:
-    """How much was read and what became of it; tokens include ``[CLS]`` and ``[SEP]``, never padding.
+    """Counts of documents, pieces, rows and tokens; tokens include ``[CLS]`` and ``[SEP]`` but no padding.
 
-    ``documents``: those with text. ``dropped_null`` and ``dropped_blank`` are documents without (0 in corpora from
-    before they were counted), ``dropped_short`` and ``dropped_unknown`` pieces.
+    ``documents`` have text. ``dropped_null`` and ``dropped_blank`` count documents without text; older corpora have 0
+    there. ``dropped_short`` and ``dropped_unknown`` count pieces.
     """
 
     documents: int = 0
@@ -63,10 +63,10 @@ class CorpusCounts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a corpus says of itself.
+    """The metadata of a corpus.
 
-    ``vocab_size`` is the tokenizer's length, added tokens included. ``special_ids`` are never masked; the unknown
-    token is one of them, an added token that stands for content ("<url>") is not.
+    ``vocab_size`` is the tokenizer's length, added tokens included. ``special_ids`` are never masked. They include the
+    unknown token, but not added tokens that stand for content ("<url>").
     """
 
     format_version: int
@@ -84,7 +84,7 @@ class Manifest:
     sources: tuple[SourceRecord, ...]
     versions: dict[str, str]
     files: tuple[FileRecord, ...]
-    # What the first corpora of this format do not say:
+    # The first corpora of this format do not have these fields.
     shard: Shard = WHOLE
     document_separator: str = "line"
 
@@ -108,7 +108,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class RowBatch:
-    """``input_ids``: [rows, seq_length] int64, padding behind. ``document_lengths``: one int64 array a row."""
+    """``input_ids``: [rows, seq_length] int64, padded at the end. ``document_lengths``: one int64 array per row."""
 
     input_ids: np.ndarray
     document_lengths: list[np.ndarray]
@@ -117,8 +117,8 @@ class RowBatch:
 def open_corpus(data_dir: Path, verify_checksums: bool = False) -> Corpus:
     """Open a prepared corpus, memory-mapped.
 
-    Every file's presence and size is checked, and with ``verify_checksums`` its content: token ids and tokenizer, too.
-    ``UserError`` for a folder that is no corpus, one of another format, and one with a missing or damaged file.
+    Checks that every file exists and has its size. ``verify_checksums`` also checks content, token ids and tokenizer.
+    Raises ``UserError`` if the folder is not a corpus, has another format version, or has a missing or damaged file.
     """
     manifest = _read_manifest(data_dir)
     try:
@@ -135,7 +135,7 @@ def open_corpus(data_dir: Path, verify_checksums: bool = False) -> Corpus:
         _check_agreement(corpus, token_ids=verify_checksums)
     except UserError:
         raise
-    except Exception as error:  # whatever a damaged file leads datasets, pyarrow and numpy to
+    except Exception as error:  # datasets, pyarrow and numpy raise many types for a damaged file
         raise UserError("damaged-corpus", _damaged(data_dir, first_line(error))) from error
     if verify_checksums:
         corpus.load_tokenizer()
@@ -143,7 +143,7 @@ def open_corpus(data_dir: Path, verify_checksums: bool = False) -> Corpus:
 
 
 def read_rows(dataset: datasets.Dataset, indices: Sequence[int] | np.ndarray) -> RowBatch:
-    """Fetch rows (at least one) of a split by index, in the order asked for; ``IndexError`` out of range."""
+    """Read one or more rows of a split by index, in the given order; raise ``IndexError`` if out of range."""
     table = dataset.with_format("arrow")[[int(index) for index in indices]]
     input_ids = table.column("input_ids").combine_chunks()
     lengths = table.column("document_lengths").combine_chunks()
@@ -155,15 +155,18 @@ def read_rows(dataset: datasets.Dataset, indices: Sequence[int] | np.ndarray) ->
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """A fast tokenizer from a folder or the hub; ``UserError`` for one that masking cannot use or with a wrong case."""
+    """Load a fast tokenizer from a folder or the hub.
+
+    Raises ``UserError`` if it cannot be loaded or used for masking, or lower-cases text for a cased vocabulary.
+    """
     try:
-        # False, because unless told transformers asks at the terminal whether to run a repository's code.
+        # The default makes transformers ask at the terminal whether to run the repository's code.
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # the hub's, the file system's, and bare ones out of the tokenizers library
+    except Exception as error:  # from the hub, the file system, or a bare Exception of tokenizers
         raise UserError(
             "unusable-tokenizer",
-            f"the tokenizer {name} cannot be loaded: {first_line(error)}; "
-            "check the folder, or the name and the connection to the hub",
+            f"cannot load the tokenizer {name}: {first_line(error)}; "
+            "check the folder, or the hub id and the connection",
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
@@ -176,7 +179,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
             "unusable-tokenizer",
             f"the tokenizer {name} has no {', '.join(missing)} token; add it or choose another tokenizer",
         )
-    # transformers makes a tokenizer of special tokens alone where the file with the vocabulary is missing.
+    # Without a vocabulary file, transformers makes a tokenizer that has only special tokens.
     if tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).keys() <= set(
         tokenizer.all_special_tokens
     ):
@@ -193,10 +196,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
-    """SHA-256 of what a tokenizer does to text, in hexadecimal.
+    """Return the SHA-256 of a tokenizer's pipeline, in hexadecimal.
 
-    Truncation and padding are left out: they are switches of a call, and a tokenizer that was used with
-    them is still the same one.
+    The hash leaves out truncation and padding: a call sets them, and they do not change the token ids of a text.
     """
     pipeline = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     return hashlib.sha256(json.dumps(pipeline, sort_keys=True).encode()).hexdigest()
@@ -211,41 +213,43 @@ def _read_manifest(data_dir: Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             "not-a-corpus",
-            f"{data_dir} is not a prepared corpus (it has no manifest.json); "
-            "make one with launch/prepare_data.py",
+            f"{data_dir} is not a prepared corpus (no manifest.json); "
+            "prepare one with launch/prepare_data.py",
         ) from error
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(
-            "damaged-corpus", _damaged(data_dir, f"manifest.json cannot be read: {first_line(error)}")
+            "damaged-corpus", _damaged(data_dir, f"cannot read manifest.json: {first_line(error)}")
         ) from error
     raise UserError(
         "unsupported-format",
-        f"{data_dir} has corpus format {found} and this version reads {FORMAT_VERSION}; "
+        f"{data_dir} has corpus format {found}, and this version reads {FORMAT_VERSION}; "
         "prepare it again with launch/prepare_data.py",
     )
 
 
 def _check_agreement(corpus: Corpus, token_ids: bool) -> None:
-    """Raise ``ValueError`` unless the files hold what the manifest says; reads all rows where ``token_ids``."""
+    """Raise ``ValueError`` unless the files match the manifest; reads all rows if ``token_ids`` is true."""
     manifest = corpus.manifest
     length, vocab_size = manifest.seq_length, manifest.vocab_size
     ids = {manifest.pad_id, manifest.cls_id, manifest.sep_id, manifest.mask_id, manifest.unk_id}
     if length < 1 or not all(0 <= token < vocab_size for token in ids | set(manifest.special_ids)):
-        raise ValueError("manifest.json names special tokens beyond the vocabulary, or rows of no length")
+        raise ValueError(
+            "manifest.json has special token ids outside the vocabulary, or a seq_length below 1"
+        )
     counts = corpus.token_counts
     if counts.shape != (vocab_size,) or counts.dtype != np.int64 or counts.min() < 0:
-        raise ValueError(f"token_counts.npy does not count a vocabulary of {vocab_size} tokens")
-    said = {"train": manifest.counts.train_rows, "held_out": manifest.counts.held_out_rows}
+        raise ValueError(f"token_counts.npy has no valid counts for a vocabulary of {vocab_size} tokens")
+    expected = {"train": manifest.counts.train_rows, "held_out": manifest.counts.held_out_rows}
     for name, split in (("train", corpus.train), ("held_out", corpus.held_out)):
-        if len(split) != said[name]:
-            raise ValueError(f"{name} has {len(split)} rows instead of {said[name]}")
+        if len(split) != expected[name]:
+            raise ValueError(f"{name} has {len(split)} rows instead of {expected[name]}")
         table = split.data
         column = table.column("input_ids")
         if column.type.list_size != length:
             raise ValueError(f"the rows of {name} have {column.type.list_size} tokens instead of {length}")
         most = pc.max(table.column("real_tokens")).as_py() or 0
         if most > length:
-            raise ValueError(f"{name} has a row with {most} tokens of {length}")
+            raise ValueError(f"{name} has a row with {most} real tokens, and rows have {length} tokens")
         if token_ids:
             highest = max((pc.max(chunk.flatten()).as_py() or 0 for chunk in column.chunks), default=0)
             if highest >= vocab_size:
@@ -256,5 +260,5 @@ def _load_split(folder: Path) -> datasets.Dataset:
     return datasets.Dataset.load_from_disk(str(folder), keep_in_memory=False)
 
 
-def _damaged(data_dir: Path, what: str) -> str:
-    return f"the corpus {data_dir} is damaged: {what}; prepare it again with launch/prepare_data.py"
+def _damaged(data_dir: Path, reason: str) -> str:
+    return f"the corpus {data_dir} is damaged: {reason}; prepare it again with launch/prepare_data.py"

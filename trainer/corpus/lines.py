@@ -1,6 +1,6 @@
-"""Files of lines: cut between lines or documents for shards, checked to be text, and read.
+"""Files of lines: split them into shards, check that they are text, and read them.
 
-A document is a line, or lines up to a blank one. A shard of a compressed file is the same as of the file unpacked.
+A document is one line, or the lines up to a blank line. Compressing a file does not change its shards.
 """
 
 import codecs
@@ -14,36 +14,36 @@ from distilspeed.trainer.corpus.shard import WHOLE, Shard
 from distilspeed.trainer.corpus.tokenization import is_blank
 from distilspeed.trainer.errors import UserError
 
-# A longer line, give or take READ_BYTES, or document is refused: one as long takes 2 GB to prepare (November 2026).
+# A longer line (give or take READ_BYTES) or document is refused: this length takes 2 GB of memory (November 2026).
 LONGEST_LINE = 64 << 20
 
 
 def lines_of(file: InputFile, shard: Shard, separator: Separator) -> range:
-    """The bytes of a shard's lines: of documents that begin in its part of the file.
+    """Return the byte range of a shard: the documents that begin in its part of the file.
 
-    ``UserError`` unless they are UTF-8 in lines, or documents, that are not too long.
+    Raises ``UserError`` if the text is not UTF-8, or has a line or document that is too long.
     """
     if shard == WHOLE:
-        lines = range(sys.maxsize)  # to the end, which the check finds
+        lines = range(sys.maxsize)  # to the end of the file, which check_text finds
     else:
         part = shard.of(file.size())
         lines = range(_next_start(file, part.start, separator), _next_start(file, part.stop, separator))
     lines = range(lines.start, check_text(file, lines, LONGEST_LINE))
     if separator == "blank_line":
         for _ in read_paragraphs(file, lines):
-            pass  # it refuses a document that is too long
+            pass  # raises for a document that is too long
     return lines
 
 
 def _next_start(file: InputFile, offset: int, separator: Separator) -> int:
-    """Where the first line, or the first line after a blank one, begins that begins at ``offset`` or later.
+    """Return the offset of the first line at or after ``offset``; with "blank_line", the first after a blank line.
 
-    A line that is blank in ASCII counts: between documents there may be more blank lines, not fewer.
+    Only ASCII white space makes a line blank here. A missed blank line moves a boundary but never splits a document.
     """
     if offset == 0:
         return 0
     place = offset - 1
-    is_blank = False  # so far; the line that holds this byte may have begun before it
+    is_blank = False  # the line of this byte may begin earlier, so it never counts as blank
     with file.open(place) as content:
         while part := content.readline(READ_BYTES):
             place += len(part)
@@ -56,7 +56,7 @@ def _next_start(file: InputFile, offset: int, separator: Separator) -> int:
 
 
 def check_text(file: InputFile, lines: range, longest_line: float) -> int:
-    """Where the lines end; ``UserError`` unless they are text in UTF-8."""
+    """Return the offset where ``lines`` end; raise ``UserError`` if they are not UTF-8 or one is too long."""
     path = file.path
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = line_start = lines.start
@@ -87,29 +87,32 @@ def check_text(file: InputFile, lines: range, longest_line: float) -> int:
                 raise UserError(
                     "line-too-long",
                     f"{path} has a line of more than {LONGEST_LINE >> 20} MiB at byte {line_start}; "
-                    "give it a line for each document",
+                    "put each document on its own line",
                 )
 
 
 def read_lines(file: InputFile, lines: range) -> Iterator[str]:
-    """The lines in a range of bytes, without their ends: \\n, \\r\\n or \\r."""
+    """Yield the lines in a byte range, without their line ends (\\n, \\r\\n or \\r)."""
     with file.open(lines.start) as content:
         left = len(lines)
         while left > 0:
             line = content.readline()
             if not line:
-                raise OSError("it has become shorter")
+                raise OSError("the file was truncated while it was read")
             if left == len(lines) and lines.start == 0:
                 left -= len(BYTE_ORDER_MARK) if line.startswith(BYTE_ORDER_MARK) else 0
                 line = line.removeprefix(BYTE_ORDER_MARK)
             left -= len(line)
-            # A file of an old Macintosh is one line to readline().
+            # readline() does not split at \r alone, the line end of old Macintosh files.
             for part in line.splitlines():
                 yield part.decode("utf-8")
 
 
 def read_paragraphs(file: InputFile, lines: range) -> Iterator[str]:
-    """The lines between blank ones, joined by line ends. ``UserError`` for more than ``LONGEST_LINE`` characters."""
+    """Yield documents: the lines between blank lines, joined by \\n.
+
+    Raises ``UserError`` for a document of more than ``LONGEST_LINE`` characters.
+    """
     paragraph: list[str] = []
     length = 0
     for line in read_lines(file, lines):
@@ -128,6 +131,6 @@ def read_paragraphs(file: InputFile, lines: range) -> Iterator[str]:
 
 def _too_long(path: Path, first: str) -> str:
     return (
-        f"{path} has a document of more than {LONGEST_LINE >> 20} Mi characters, which begins {first[:40]!r}; "
+        f"{path} has a document of more than {LONGEST_LINE >> 20} Mi characters that begins with {first[:40]!r}; "
         "put blank lines between documents, or leave out --document_separator"
     )

@@ -1,4 +1,4 @@
-"""Shards of one corpus to the corpus: their rows one shard after the other, nothing tokenised again."""
+"""Merge the shards of a corpus: copy their rows in shard order, without tokenising again."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,15 +12,15 @@ from distilspeed.trainer.corpus.writer import SplitWriter, finish_corpus, instal
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.files import check_unoccupied, folder_written_whole, parents_made
 
-# What shards of one corpus have in common, by the manifest's names.
+# Manifest fields that are equal in all shards of a corpus.
 COMMON_FIELDS = ("tokenizer_hash", "seq_length", "sources", "document_separator", "versions")
 
 
 def merge_shards(shard_dirs: Sequence[Path], output_dir: Path) -> Corpus:
-    """Join all the shards of a corpus, given in any order; the same shards give the same bytes.
+    """Merge all shards of a corpus, given in any order; the same shards give the same bytes.
 
-    Train rows stay train rows and held-out rows held out. Every shard's checksums are verified first.
-    ``UserError`` for shards that are missing, repeated, damaged, or of different corpora.
+    Rows keep their split. The checksums of every shard are verified first.
+    Raises ``UserError`` for shards that are missing, repeated, damaged, or of different corpora.
     """
     check_unoccupied(output_dir)
     shards = [open_corpus(folder, verify_checksums=True) for folder in shard_dirs]
@@ -38,17 +38,17 @@ def _check_belong_together(shards: Sequence[Corpus]) -> None:
     for corpus in shards:
         shard = corpus.manifest.shard
         if shard == WHOLE:
-            raise UserError("shard-mismatch", f"{corpus.path} is no shard but a whole corpus; leave it out")
+            raise UserError("shard-mismatch", f"{corpus.path} is a whole corpus, not a shard; leave it out")
         if shard.count != count:
             raise UserError(
                 "shard-mismatch",
-                f"{first.path} is one of {count} shards and {corpus.path} one of {shard.count}; "
-                "merge shards of one corpus",
+                f"{first.path} is one of {count} shards, and {corpus.path} is one of {shard.count}; "
+                "merge shards of the same corpus",
             )
         if shard in by_shard:
             raise UserError(
                 "shard-mismatch",
-                f"{by_shard[shard].path} and {corpus.path} are both shard {shard}; leave one out",
+                f"{by_shard[shard].path} and {corpus.path} are both shard {shard}; leave out one",
             )
         by_shard[shard] = corpus
         for name in COMMON_FIELDS:
@@ -68,8 +68,8 @@ def _check_belong_together(shards: Sequence[Corpus]) -> None:
     if first.manifest.versions != installed_versions():
         raise UserError(
             "shard-mismatch",
-            f"{first.path} was prepared with other versions than are installed here (its manifest.json names "
-            "them); merge with the same",
+            f"{first.path} was prepared with other package versions than those installed; "
+            "install the versions in its manifest.json",
         )
 
 
@@ -85,7 +85,7 @@ def _write_merged(folder: Path, shards: Sequence[Corpus]) -> None:
     for split in ("train", "held_out"):
         writer = SplitWriter(folder / split, rules)
         for shard in shards:
-            # Not memory-mapped: the pages of a mapped file would count as this process's memory.
+            # Not memory-mapped: mapped pages count towards the memory of this process.
             with pa.OSFile(str(shard.path / split / "data.arrow")) as file:
                 for batch in pa.ipc.open_stream(file):
                     writer.write(batch)

@@ -1,8 +1,8 @@
-"""Token ids to rows: cut documents into pieces, pack whole pieces into rows.
+"""Pack token ids into rows: cut documents into pieces, then pack whole pieces into rows.
 
-A *piece* is ``[CLS] … [SEP]``: a document, or a part of one that is longer than a row. A *row* holds
-whole pieces, at most ``seq_length`` tokens in all. Workers import this module, so it stays light:
-no torch, no transformers, no datasets.
+A *piece* is ``[CLS] … [SEP]``: a whole document, or a part of a document that is longer than a row. A *row* has whole
+pieces, at most ``seq_length`` tokens in all. Workers import this module, so it imports no torch, transformers or
+datasets.
 """
 
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ import numpy as np
 
 from distilspeed.trainer.corpus.tokenization import TokenizedDocuments
 
-# DistilBERT's own corpus keeps sequences of more than 11 tokens of which less than half are unknown,
-# special tokens counted: remove_empty_sequences and remove_unknown_sequences, lm_seqs_dataset.py.
+# DistilBERT's original code drops sequences of at most 11 tokens, and sequences with at least half unknown tokens. Both
+# counts include special tokens: remove_empty_sequences and remove_unknown_sequences in lm_seqs_dataset.py.
 MINIMUM_PIECE_TOKENS = 12
 UNKNOWN_SHARE_LIMIT = 0.5
 
 
 @dataclass(frozen=True)
 class RowRules:
-    """What a row is: pieces of ``cls_id … sep_id``, at most ``seq_length`` tokens, then ``pad_id``.
+    """The layout of a row: pieces ``cls_id … sep_id``, at most ``seq_length`` tokens, then ``pad_id``.
 
-    ``dtype``: of the ids stored. ``special_ids`` are never masked, and no text becomes one but ``unk_id``.
+    ``dtype``: type of the stored ids. ``special_ids`` are never masked; text never becomes one, except ``unk_id``.
     """
 
     seq_length: int
@@ -38,10 +38,10 @@ class RowRules:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Which parts of the documents' tokens are pieces, and how many were left out.
+    """The pieces of a batch of documents, and how many were dropped.
 
-    ``starts``: [pieces] int64, the first token of each in ``tokens``. ``lengths``: [pieces] int64,
-    ``[CLS]`` and ``[SEP]`` counted, so two more than lie in ``tokens``.
+    ``starts``: [pieces] int64, index of each piece's first token in ``tokens``. ``lengths``: [pieces] int64, including
+    ``[CLS]`` and ``[SEP]``, which are not in ``tokens``.
     """
 
     tokens: np.ndarray
@@ -55,9 +55,9 @@ class Pieces:
 class PackedRows:
     """Rows as arrays.
 
-    ``input_ids``: [rows, seq_length], padding behind the pieces. ``piece_lengths``: [pieces] int32, row after
-    row. ``pieces_per_row``, ``real_tokens``, ``maskable_tokens``: [rows] int32; a row's real tokens are the sum
-    of its pieces, its maskable ones are not special.
+    ``input_ids``: [rows, seq_length], padded at the end. ``piece_lengths``: [pieces] int32, row by row.
+    ``pieces_per_row``, ``real_tokens``, ``maskable_tokens``: [rows] int32. ``real_tokens`` excludes padding;
+    ``maskable_tokens`` excludes special tokens, too.
     """
 
     input_ids: np.ndarray
@@ -67,7 +67,7 @@ class PackedRows:
     maskable_tokens: np.ndarray
 
     def select(self, rows: np.ndarray) -> Self:
-        """The rows where ``rows`` ([rows] bool) is true."""
+        """Return the rows where ``rows`` ([rows] bool) is true."""
         return type(self)(
             input_ids=self.input_ids[rows],
             piece_lengths=self.piece_lengths[np.repeat(rows, self.pieces_per_row)],
@@ -78,18 +78,17 @@ class PackedRows:
 
 
 def cut_into_pieces(documents: TokenizedDocuments, rules: RowRules) -> Pieces:
-    """Cut each document to rows' length and leave out the pieces too short or too unknown to learn from.
+    """Cut each document into pieces, and drop pieces that are too short or have too many unknown tokens.
 
-    A special token that the vocabulary has as a word and the text spells becomes the unknown one.
+    A special token that the text spells out as a word of the vocabulary becomes the unknown token.
     """
     tokens = np.where(np.isin(documents.tokens, rules.special_ids), rules.unk_id, documents.tokens)
     room = rules.seq_length - 2
     pieces_per_document = -(-documents.lengths // room)
     document = np.repeat(np.arange(len(documents.lengths)), pieces_per_document)
     first_piece = np.cumsum(pieces_per_document) - pieces_per_document
-    before = (
-        np.arange(len(document)) - first_piece[document]
-    ) * room  # tokens of the document before a piece
+    # tokens of the document before each piece
+    before = (np.arange(len(document)) - first_piece[document]) * room
     starts = (np.cumsum(documents.lengths) - documents.lengths)[document] + before
     inside = np.minimum(documents.lengths[document] - before, room)
     unknown_up_to = np.concatenate([[0], np.cumsum(tokens == rules.unk_id)])
@@ -108,17 +107,17 @@ def cut_into_pieces(documents: TokenizedDocuments, rules: RowRules) -> Pieces:
 
 
 def pack_best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put every piece, longest first, into the row whose remaining room it fills best.
+    """Put every piece, longest first, into the row with the least room that still fits it.
 
-    ``lengths``: tokens of each piece, 1 to ``capacity``. Returns rows of indices into ``lengths``, each
-    index once, no row above ``capacity`` tokens; rows are ordered by the first piece they hold, so that
-    they follow the text and not the lengths. ``ValueError`` for a piece that fits no row.
-    Best-fit decreasing is within 11/9 of the fewest rows (Johnson 1973).
+    ``lengths``: tokens of each piece, 1 to ``capacity``. Returns rows of indices into ``lengths``: each index once, at
+    most ``capacity`` tokens per row. Rows are sorted by their lowest index, so they follow the order of the text.
+    Raises ``ValueError`` for a piece that fits no row. Best-fit decreasing needs at most about 11/9 of the fewest
+    possible rows (Johnson 1973).
     """
     rows: list[list[int]] = []
     rows_by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    # Bit r is set while some row has room for exactly r tokens: the best fit is the lowest bit that is
-    # at or above the length, found without a search.
+    # Bit r is set while some row has room for exactly r tokens. The best fit is the lowest set bit at or above the
+    # length, so no search over rows is needed.
     rooms = 0
     for piece in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         length = lengths[piece]
@@ -140,11 +139,11 @@ def pack_best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list
 
 
 def lay_out_rows(pieces: Pieces, rows: Sequence[Sequence[int]], rules: RowRules) -> PackedRows:
-    """Write each row's pieces (indices into ``pieces``, at least one a row) one after the other."""
+    """Write the pieces of each row one after the other; ``rows`` has indices into ``pieces``, at least one per row."""
     order = np.fromiter(chain.from_iterable(rows), dtype=np.int64)
     pieces_per_row = np.fromiter(map(len, rows), dtype=np.int32, count=len(rows))
     lengths = pieces.lengths[order]
-    ends = np.concatenate([[0], np.cumsum(lengths)])  # of the pieces, if no row had padding
+    ends = np.concatenate([[0], np.cumsum(lengths)])  # of the pieces, without padding
     row_ends = ends[np.concatenate([[0], np.cumsum(pieces_per_row)])]
     padding_before = np.arange(len(rows)) * rules.seq_length - row_ends[:-1]
     places = ends[:-1] + np.repeat(padding_before, pieces_per_row)

@@ -1,4 +1,4 @@
-"""The processes that turn documents into packed rows, a batch of documents at a time."""
+"""Worker processes that turn batches of documents into packed rows."""
 
 import multiprocessing
 import os
@@ -19,18 +19,18 @@ from distilspeed.trainer.corpus.packing import (
 from distilspeed.trainer.corpus.tokenization import DocumentTokenizer, is_blank
 from distilspeed.trainer.job.processes import children_deaf_to
 
-# The documents packed together, by what their text takes in memory.
+# The size of a batch of documents, by the memory that the text takes.
 BATCH_CHARACTERS = 2_000_000
-STRING_OVERHEAD = 50  # bytes of a str beside its characters, so that a batch of tiny documents is no larger
-# One that is worked on, one to begin at once, one more for when the first in line takes longer than others.
+STRING_OVERHEAD = 50  # bytes of a str besides its characters; bounds batches of tiny documents
+# One batch in work, one ready to start, and one more in case the oldest batch is slow.
 BATCHES_PER_WORKER = 3
-# A terminal sends these to parent and workers alike, and the parent ends its workers, by SIGTERM where they hang.
+# A terminal sends these to the parent and the workers. The parent ends its workers, with SIGTERM if they hang.
 LEFT_TO_PARENT = (signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """The rows that a batch of documents fills, and what of it was left out; see ``CorpusCounts``."""
+    """The rows of a batch of documents, and what was dropped; see ``CorpusCounts``."""
 
     rows: PackedRows
     documents: int
@@ -43,14 +43,14 @@ class PackedBatch:
 def pack_documents(
     documents: Iterable[str | None], tokenizer_json: str, rules: RowRules, num_proc: int
 ) -> Generator[PackedBatch]:
-    """Tokenise and pack in ``num_proc`` processes; the batches and their order do not depend on how many.
+    """Tokenise and pack documents in ``num_proc`` processes; the batches and their order do not depend on ``num_proc``.
 
-    ``documents``: None for one without a text; it and blank ones are counted and left out.
-    ``tokenizer_json``: a `tokenizers` tokenizer, serialised. At most ``BATCHES_PER_WORKER`` batches a process
-    are on their way at a time, so memory does not grow with the corpus. Close the iterator to stop the
-    processes. ``BrokenProcessPool`` when a process dies.
+    ``documents``: None for a document without text; None and blank documents are counted and left out.
+    ``tokenizer_json``: a serialised `tokenizers` tokenizer. At most ``BATCHES_PER_WORKER`` batches per process are in
+    flight, so memory does not grow with the corpus. Close the iterator to stop the processes. Raises
+    ``BrokenProcessPool`` if a process dies.
     """
-    # Spawn, because a fork while threads run (the tokenizer's, Arrow's, a hub download's) can deadlock.
+    # Spawn, because forking while threads run (tokenizers, Arrow, a hub download) can deadlock.
     with children_deaf_to(LEFT_TO_PARENT):
         pool = ProcessPoolExecutor(
             num_proc,
@@ -61,7 +61,7 @@ def pack_documents(
     waiting: deque[Future[PackedBatch]] = deque()
     try:
         for batch in _batches(documents):
-            with children_deaf_to(LEFT_TO_PARENT):  # the pool starts its processes as work comes
+            with children_deaf_to(LEFT_TO_PARENT):  # the pool starts its processes on demand
                 waiting.append(pool.submit(_pack_in_worker, batch))
             if len(waiting) >= BATCHES_PER_WORKER * num_proc:
                 yield waiting.popleft().result()
@@ -72,7 +72,7 @@ def pack_documents(
 
 
 def pack_batch(documents: Sequence[str | None], tokenizer: DocumentTokenizer, rules: RowRules) -> PackedBatch:
-    """What a worker does with one batch."""
+    """Tokenise and pack one batch of documents."""
     texts = [document for document in documents if document is not None and not is_blank(document)]
     dropped_null = documents.count(None)
     pieces = cut_into_pieces(tokenizer.tokenize(texts), rules)
@@ -100,19 +100,19 @@ def _batches(documents: Iterable[str | None]) -> Iterator[list[str | None]]:
         yield batch
 
 
-# A worker process holds its tokenizer here: an executor has no other place for a worker's state.
+# A worker process keeps its tokenizer here: an executor has no other place for per-worker state.
 _worker_state: tuple[DocumentTokenizer, RowRules]
 
 
 def _start_worker(tokenizer_json: str, rules: RowRules) -> None:
     global _worker_state
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a process: the processes are the parallelism
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per process
     _worker_state = (DocumentTokenizer(tokenizer_json), rules)
 
 
 def _end_with_parent() -> None:
-    # A worker waits for tasks on a pipe whose other end it holds itself, so it would outlive a killed parent.
+    # A worker waits for tasks on a pipe whose other end it also holds, so it would outlive a killed parent.
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

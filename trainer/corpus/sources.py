@@ -1,10 +1,10 @@
-"""Where documents come from: text, JSON and Parquet files, dataset folders, the hub; all read as streams.
+"""Sources of documents: text, JSON and Parquet files, dataset folders, and the hub; all are read as streams.
 
-Every source can be read in shards, each document in exactly one of them. Files of lines are divided by bytes, at
-the ends of documents, and Parquet files by rows: a shard reads no text of the others (it unpacks a compressed file up
-to its part). Of 94 MB of Gutenberg prose in 16 shards the largest is 0.5 % above the mean by bytes; by numbers of
-lines it would be 20 % (November 2026). Saved datasets are divided by rows and streamed ones as `datasets` divides them
-between nodes.
+Every source can be read in shards; each document is in exactly one shard. Files of lines are split by bytes, between
+documents. Parquet files and saved datasets are split by rows. Streamed datasets are split as `datasets` splits them
+between nodes. A shard of a file reads no text of the others, but decompresses a compressed file up to its own part.
+Splitting by bytes keeps shards even: with 16 shards of 94 MB of Gutenberg prose, the largest is 0.5 % above the mean;
+split by number of lines, it would be 20 % above (November 2026).
 """
 
 import json
@@ -33,9 +33,9 @@ READ_BATCH = 1000  # documents read from a dataset at a time
 
 @dataclass(frozen=True)
 class Source:
-    """Somewhere documents come from; ``read`` gives the text column's values, whatever they are.
+    """A source of documents; ``read`` yields the values of the text column, of any type.
 
-    ``record`` names the whole source, whatever shard of it is read. ``is_plain_text``: a file without records.
+    ``record`` describes the whole source, even if only a shard is read. ``is_plain_text``: a file without records.
     """
 
     record: SourceRecord
@@ -43,41 +43,41 @@ class Source:
     is_plain_text: bool = False
 
     def documents(self) -> Generator[str]:
-        """The documents that are not blank. ``UserError`` as of :meth:`values`."""
+        """Yield the documents that are not blank; raises as :meth:`values` does."""
         return (value for value in self.values() if value is not None and not is_blank(value))
 
     def values(self) -> Generator[str | None]:
-        """All documents, null and blank ones, too. ``UserError`` for what cannot be read or is not text."""
+        """Yield all documents, including null and blank ones; raise ``UserError`` if unreadable or not text."""
         try:
             for value in self.read():
                 if value is not None and not isinstance(value, str):
                     raise UserError(
                         "bad-record",
-                        f"{self.record.name} holds {type(value).__name__} where text is expected; "
-                        "name the field that holds the text with --text_column",
+                        f"{self.record.name} has {type(value).__name__} where text is expected; "
+                        "choose the text field with --text_column",
                     )
                 yield value
         except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
             raise UserError(
-                "unreadable-file", f"{self.record.name} cannot be read: {first_line(error)}; check it"
+                "unreadable-file", f"cannot read {self.record.name}: {first_line(error)}; check the file"
             ) from error
 
 
 def file_source(path: Path, text_column: str, shard: Shard = WHOLE, separator: Separator = "line") -> Source:
-    """A Parquet, JSON (an object a line, or an array) or text file, recognised by content and name (recognition.py).
+    """Open a Parquet, JSON (lines or array) or text file; recognition.py detects which.
 
-    A document of a text is a line, or with ``separator`` what stands between blank lines. An array is read whole,
-    anything else in parts. ``UserError`` for what is no file, or no text in UTF-8; ``OSError`` for what cannot be
-    read.
+    In plain text a document is a line, or with ``separator`` "blank_line" the lines between blank lines. A JSON array
+    is read whole, anything else in parts. Raises ``UserError`` if it is not a file or not UTF-8 text, ``OSError`` if it
+    cannot be read.
     """
     if not path.is_file():
         raise UserError(
-            "missing-file", f"there is no text file {path}; check --text (a folder goes with --dataset)"
+            "missing-file", f"there is no text file {path}; check --text (give folders as --dataset)"
         )
     record = SourceRecord(path.name, path.stat().st_size)
     file = InputFile.of(path)
     if record.bytes == 0 or (file.unpack is not None and _is_empty(file)):
-        raise UserError("no-text", f"the text file {path} is empty; leave it out or fill it")
+        raise UserError("no-text", f"the text file {path} is empty; leave it out or add text")
     form = file.format()
     if form is Format.PARQUET:
         return Source(record, lambda: _read_parquet(path, text_column, shard))
@@ -93,11 +93,11 @@ def file_source(path: Path, text_column: str, shard: Shard = WHOLE, separator: S
 
 
 def dataset_source(specification: str, text_column: str, shard: Shard = WHOLE) -> Source:
-    """``NAME[:CONFIG[:SPLIT]]``: a folder where one exists (its name may hold colons), else a hub dataset."""
+    """Open ``NAME[:CONFIG[:SPLIT]]``: a folder if it exists (its name may contain colons), else a hub dataset."""
     name, *options = split_specification(specification)
     if not name:
         raise UserError(
-            "bad-argument", f"--dataset {specification!r} names no dataset; give NAME[:CONFIG[:SPLIT]]"
+            "bad-argument", f"--dataset {specification!r} has no name; give NAME[:CONFIG[:SPLIT]]"
         )
     if len(options) > 2:
         raise UserError("bad-argument", f"--dataset {specification} is not NAME[:CONFIG[:SPLIT]]; check it")
@@ -111,7 +111,7 @@ def dataset_source(specification: str, text_column: str, shard: Shard = WHOLE) -
 
 
 def split_specification(specification: str) -> list[str]:
-    """Name or folder of a dataset, and the configuration and split that follow it."""
+    """Split a specification into the dataset's name or folder, and the configuration and split after it."""
     parts = specification.split(":")
     for used in range(len(parts), 0, -1):
         folder = ":".join(parts[:used])
@@ -149,21 +149,21 @@ def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError("not-json", f"{where} is not JSON: {error}; correct it") from error
+        raise UserError("not-json", f"{where} is not valid JSON: {error}; correct it") from error
 
 
 def _column_of(record: Any, text_column: str, where: str) -> Any:
     if not isinstance(record, dict):
-        raise UserError("bad-record", f"{where} is not an object; give records with a field {text_column!r}")
+        raise UserError("bad-record", f"{where} is not an object; give objects with a field {text_column!r}")
     if text_column not in record:
         raise UserError("missing-field", _no_column(where, text_column, record))
     value = record[text_column]
-    # JSON can spell half of a surrogate pair ("\ud83d"), which is no character and cannot be tokenised.
+    # JSON can contain half of a surrogate pair ("\ud83d"), which is not a character and cannot be tokenised.
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def _no_column(where: str, text_column: str, columns: Any) -> str:
-    return f"{where} has no field {text_column!r} but {', '.join(columns)}; choose one with --text_column"
+    return f"{where} has no field {text_column!r}, only {', '.join(columns)}; choose one with --text_column"
 
 
 def _read_parquet(path: Path, text_column: str, shard: Shard) -> Iterator[Any]:
@@ -189,7 +189,7 @@ def _read_dataset(
         if any((Path(name) / saved).is_file() for saved in ("state.json", "dataset_dict.json")):
             dataset = _load_saved_dataset(name, config or split)
         else:
-            # Streaming: nothing is copied into a cache and memory does not grow with the dataset.
+            # Streaming copies nothing into a cache, and memory does not grow with the dataset.
             dataset = datasets.load_dataset(name, config, split=split or "train", streaming=True)
         if text_column in (dataset.column_names or ()):
             dataset = dataset.select_columns([text_column])
@@ -203,22 +203,25 @@ def _read_dataset(
             yield from batch[text_column]
     except UserError:
         raise
-    except Exception as error:  # the hub, file systems and every format's reader have errors of their own
+    except Exception as error:  # the hub, file systems and format readers raise many types
         if (cache := _unwritable_cache(error)) is not None:
             raise UserError(
                 "unwritable-output",
-                f"the cache of datasets cannot be written: {cache}; "
+                f"cannot write the cache of datasets: {cache}; "
                 "set HF_HOME or HF_DATASETS_CACHE to a writable folder",
             ) from error
         raise UserError(
             "unusable-dataset",
-            f"the dataset {specification} cannot be read: {first_line(error)}; "
+            f"cannot read the dataset {specification}: {first_line(error)}; "
             "check its name, configuration and split, and the connection to the hub",
         ) from error
 
 
 def _unwritable_cache(error: Exception) -> str | None:
-    """What is wrong with the cache of `datasets`, in which it makes a file for every dataset, where that is it."""
+    """Return what is wrong with the cache of `datasets` if ``error`` comes from it, else None.
+
+    `datasets` writes a file there even for a streamed dataset.
+    """
     if not isinstance(error, OSError) or not isinstance(error.filename, str):
         return None
     failed, cache = Path(error.filename).absolute(), Path(datasets.config.HF_DATASETS_CACHE).absolute()
@@ -233,6 +236,6 @@ def _load_saved_dataset(folder: str, split: str | None) -> datasets.Dataset:
         return saved[split or "train"]
     if split is not None:
         raise UserError(
-            "unusable-dataset", f"{folder} is a saved dataset without splits; leave {split!r} out"
+            "unusable-dataset", f"{folder} is a saved dataset without splits; leave out {split!r}"
         )
     return saved

@@ -1,12 +1,12 @@
-"""Documents to token ids: the tokenizers library, asked once for each word where words are independent.
+"""Turn documents into token ids with the tokenizers library and a cache of words.
 
-BERT's pipeline cuts text at white space and around every punctuation mark, so the tokens of a document are those
-of its words one after the other. The library is asked for the words not seen lately, the rest is looking up;
-it stays the only one that knows the vocabulary, lower case, accents, Chinese characters and unknown words.
-Tokenizers that carry white space into their tokens (GPT-2, RoBERTa) get whole documents, and so does every tokenizer
-where a document holds an added token ("<url>").
+BERT's pipeline splits text at white space and around every punctuation mark, so the tokens of a document are the
+tokens of its words, one after the other. The library tokenises each word that is not in the cache; for the others the
+cache is enough. Only the library handles vocabulary, lower case, accents, Chinese characters and unknown words.
+Tokenizers whose tokens include white space (GPT-2, RoBERTa) get whole documents. So does every tokenizer if a document
+may contain an added token ("<url>").
 
-Workers import this module, so it stays light: no torch, no transformers, no datasets.
+Workers import this module, so it imports no torch, transformers or datasets.
 """
 
 import json
@@ -18,33 +18,33 @@ from itertools import chain, compress
 import numpy as np
 from tokenizers import Tokenizer
 
-# What is cut off here, BERT's pre-tokenizer cuts off too; what it cuts beyond that (other white space, other
-# punctuation, Chinese characters) stays inside a word, and the library cuts it. Python's own white space would
-# be wrong: BERT deletes \v, \f and other control characters and joins what is around them.
+# BERT's pre-tokenizer splits wherever this pattern does. It also splits at other white space, other punctuation and
+# Chinese characters; those stay inside a word here, and the library splits the word. Python's own white space would
+# be wrong: BERT deletes \v, \f and other control characters and joins the text around them.
 _words = re.compile(r"[^ \n\t!-/:-@\[-`{-~]+|[!-/:-@\[-`{-~]").findall
 
-# Words remembered at most, and their characters; then it starts afresh. 94 MB of Gutenberg prose have 20 million
-# words: the library is asked for 3.5 % of them with 32768, 2.0 % with 65536, 1.2 % with 131072 and 0.8 % with
-# all remembered (November 2026).
+# Limits of the word cache; above them it is emptied. Of the 20 million words in 94 MB of Gutenberg prose, the library
+# tokenises 3.5 % with a cache of 32768 words, 2.0 % with 65536, 1.2 % with 131072 and 0.8 % without a limit
+# (November 2026).
 REMEMBERED_WORDS = 65_536
 REMEMBERED_CHARACTERS = 16 * REMEMBERED_WORDS
-# Words of letters and digits are encoded joined, this many at a time: a call costs more than a word.
+# Words of letters and digits are joined and encoded this many at a time: a call costs more than a word.
 WORDS_PER_CALL = 1000
 
 
 @dataclass(frozen=True)
 class TokenizedDocuments:
-    """``tokens``: [sum of lengths] int32, no special tokens. ``lengths``: [documents] int64, in tokens."""
+    """``tokens``: [sum of lengths] int32, without special tokens. ``lengths``: [documents] int64, in tokens."""
 
     tokens: np.ndarray
     lengths: np.ndarray
 
 
 class DocumentTokenizer:
-    """Gives each document the ids that ``tokenizers`` gives it.
+    """Gives each document the same ids as ``tokenizers``.
 
-    ``tokenizer_json``: a `tokenizers` tokenizer, serialised. Text never becomes one of its special tokens: a
-    document that spells "[MASK]" or "[PAD]" talks about it. Text does become its other added tokens.
+    ``tokenizer_json``: a serialised `tokenizers` tokenizer. Text never becomes a special token: "[MASK]" in a document
+    is ordinary text. Text does become other added tokens.
     """
 
     def __init__(self, tokenizer_json: str) -> None:
@@ -54,7 +54,7 @@ class DocumentTokenizer:
         self._added_tokens = [token["content"] for token in pipeline["added_tokens"] if not token["special"]]
         self._words: _RememberedWords | None = None
         if words_are_independent(tokenizer_json):
-            # No added tokens: words that are encoded joined must not make one ("New York").
+            # Without added tokens: joined words must not form one ("New York").
             self._word_tokenizer = _tokenizer_of(json.dumps(pipeline | {"added_tokens": []}))
             self._words = _RememberedWords(self._word_tokenizer)
 
@@ -79,9 +79,10 @@ def is_blank(text: str) -> bool:
 
 
 def words_are_independent(tokenizer_json: str) -> bool:
-    """Whether a serialised tokenizer's tokens of a text without added tokens are those of its words: BERT's WordPiece.
+    """Return whether the tokens of a text are the tokens of its words, as in BERT's WordPiece.
 
-    An added token that is looked for in the normalised text may be in any document, so a tokenizer that has one is not.
+    ``tokenizer_json``: a serialised tokenizer. The answer holds for text without added tokens. It is False for a
+    tokenizer with an added token that matches normalised text, because any document may contain such a token.
     """
     pipeline = json.loads(tokenizer_json)
     parts = [(pipeline[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer", "model")]
@@ -119,14 +120,14 @@ class _RememberedWords:
 
     def _learn(self, words: list[str]) -> None:
         token_ids: list[list[int]] = [[] for _ in words]
-        # A word of ASCII letters and digits is one word to the library too: it says where each one begins.
+        # A word of ASCII letters and digits is also one word to the library: word_ids tells the joined words apart.
         joined = [place for place, word in enumerate(words) if word.isascii() and word.isalnum()]
         for start in range(0, len(joined), WORDS_PER_CALL):
             places = joined[start : start + WORDS_PER_CALL]
             text = " ".join(words[place] for place in places)
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
             for token, word in zip(encoding.ids, encoding.word_ids, strict=True):
-                assert word is not None  # only added tokens belong to no word
+                assert word is not None  # None only for added tokens, and there are none
                 token_ids[places[word]].append(token)
         apart = sorted(set(range(len(words))).difference(joined))
         for place, ids in zip(apart, _encode(self._tokenizer, [words[p] for p in apart]), strict=True):
@@ -140,7 +141,7 @@ class _RememberedWords:
 
 
 class _WordNumbers(dict[str, int]):
-    """Numbers words in the order in which they are first asked for."""
+    """Numbers words in the order of their first look-up."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +178,7 @@ def _join(token_ids: Sequence[list[int]]) -> TokenizedDocuments:
 def _interleave(
     some: TokenizedDocuments, others: TokenizedDocuments, is_other: np.ndarray
 ) -> TokenizedDocuments:
-    """Documents in order; ``is_other`` ([documents] bool): the next one is of ``others``."""
+    """Merge two batches in document order; ``is_other`` ([documents] bool): the document comes from ``others``."""
     lengths = np.empty(len(is_other), dtype=np.int64)
     lengths[~is_other], lengths[is_other] = some.lengths, others.lengths
     is_others_token = np.repeat(is_other, lengths)

@@ -1,8 +1,7 @@
-"""A corpus in the making: a folder beside the one it will be, with a record of how far it has come.
+"""An unfinished corpus: the folder that a build writes to, and a record of its progress.
 
-``NAME.incomplete`` beside ``NAME``: the files of the corpus (format.py) as far as they are written, and
-``progress.json``, a :class:`Progress`. What lies behind the bytes that the record vouches for is cut off when the
-build goes on, so a build may be killed at any moment.
+``NAME.incomplete``, beside ``NAME``, has the corpus files written so far (format.py) and ``progress.json``, a
+:class:`Progress`. A resumed build truncates the files to the sizes in that record, so a build may be killed any time.
 """
 
 import json
@@ -21,12 +20,12 @@ from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.files import from_json, locked, sync, sync_tree, write_text
 
 PROGRESS_FILE = "progress.json"
-SECONDS_BETWEEN_RECORDS = 10.0  # work that a kill can cost; a record takes a few fsyncs
+SECONDS_BETWEEN_RECORDS = 10.0  # a kill loses at most this much work; a record costs a few fsyncs
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a corpus's bytes depend on; a build goes on only with the same."""
+    """Everything that the bytes of a corpus depend on; a build can be resumed only with the same recipe."""
 
     sources: tuple[SourceRecord, ...]
     document_separator: str
@@ -40,7 +39,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Progress:
-    """What has been written, and from what; the next document is number ``written.counts.documents_read``."""
+    """What was written, and from which recipe; the next document is number ``written.counts.documents_read``."""
 
     recipe: Recipe
     written: WriterState
@@ -50,7 +49,7 @@ class Progress:
 
 
 class UnfinishedCorpus:
-    """The folder of a build under way; ``written`` is how far an earlier process came."""
+    """The folder of a running build; ``written`` is the progress of an earlier process."""
 
     def __init__(self, folder: Path, recipe: Recipe, written: WriterState | None) -> None:
         self.folder = folder
@@ -67,7 +66,7 @@ class UnfinishedCorpus:
             self.record(writer)
 
     def record(self, writer: RowWriter) -> None:
-        """Vouch for what has been written: the rows reach the disk before the record that counts them."""
+        """Save the progress; the rows are synced to disk before the record that counts them."""
         progress = Progress(self._recipe, writer.state())
         for split in ("train", "held_out"):
             sync(self.folder / split / "data.arrow")
@@ -77,17 +76,17 @@ class UnfinishedCorpus:
 
 @contextmanager
 def unfinished_corpus(output_dir: Path, recipe: Recipe, resume: bool) -> Iterator[UnfinishedCorpus]:
-    """The folder to build in, new or gone on with; on success it becomes ``output_dir``.
+    """Yield the folder to build in, new or resumed; rename it to ``output_dir`` on success.
 
-    What is wrong with the input (``UserError``) removes it. After anything else, from Ctrl-C to a full disk,
-    it stays for ``--resume`` if there is something in it to go on from. ``UserError`` where another build is
-    at work, where one was left and ``resume`` is false, and where that one had another recipe.
+    Bad input (``UserError``) removes the folder. After any other failure, from Ctrl-C to a full disk, the folder stays
+    for ``--resume`` if it has a progress record. Raises ``UserError`` if another build is running, if an unfinished
+    build exists and ``resume`` is false, or if that build has another recipe.
     """
     folder = output_dir.with_name(f"{output_dir.name}.incomplete")
     folder.mkdir(exist_ok=True)
-    at_work = f"another process is preparing {output_dir}; wait for it or choose another --output_dir"
-    with locked(folder, wait=0, refusal=at_work):
-        build = UnfinishedCorpus(folder, recipe, _what_was_written(folder, recipe, resume))
+    refusal = f"another process is preparing {output_dir}; wait for it or choose another --output_dir"
+    with locked(folder, wait=0, refusal=refusal):
+        build = UnfinishedCorpus(folder, recipe, _written_before(folder, recipe, resume))
         try:
             yield build
             sync_tree(folder)
@@ -96,34 +95,33 @@ def unfinished_corpus(output_dir: Path, recipe: Recipe, resume: bool) -> Iterato
             sync(output_dir.parent)
         except BaseException as error:
             if build.can_be_resumed and not isinstance(error, UserError):
-                print(f"{folder} keeps what was prepared; --resume goes on with it", file=sys.stderr)
+                print(f"{folder} has the unfinished build; continue with --resume", file=sys.stderr)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
 
-def _what_was_written(folder: Path, recipe: Recipe, resume: bool) -> WriterState | None:
+def _written_before(folder: Path, recipe: Recipe, resume: bool) -> WriterState | None:
     path = folder / PROGRESS_FILE
-    if not path.is_file():  # new, or killed before there was anything to go on from
+    if not path.is_file():  # new, or killed before the first record
         for left in folder.iterdir():
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         return None
     if not resume:
         raise UserError(
-            "unfinished-build", f"{folder} holds an unfinished build; go on with --resume, or remove it"
+            "unfinished-build",
+            f"{folder} has an unfinished build; continue with --resume, or remove it to start over",
         )
     try:
         progress = from_json(Progress, path.read_text(encoding="utf-8"))
         sizes = [(folder / split / "data.arrow").stat().st_size for split in ("train", "held_out")]
     except (OSError, ValueError) as error:
         raise UserError(
-            "damaged-build", f"{path} is damaged: {error}; remove {folder} to start anew"
+            "damaged-build", f"{path} is damaged: {error}; remove {folder} to start over"
         ) from error
     _check_same_recipe(folder, progress.recipe, recipe)
     if sizes[0] < progress.written.train_bytes or sizes[1] < progress.written.held_out_bytes:
-        raise UserError(
-            "damaged-build", f"{folder} is damaged: its rows are cut short; remove it to start anew"
-        )
+        raise UserError("damaged-build", f"{folder} is damaged: rows are missing; remove it to start over")
     return progress.written
 
 
@@ -133,6 +131,6 @@ def _check_same_recipe(folder: Path, begun: Recipe, asked: Recipe) -> None:
         if now != before:
             raise UserError(
                 "changed-build",
-                f"{folder} was begun with {name} {before}, not {now}; "
-                "give the same arguments, or remove it to start anew",
+                f"{folder} was started with {name} {before}, not {now}; "
+                "give the same arguments, or remove it to start over",
             )

@@ -1,4 +1,4 @@
-"""Which tokens of a tokenizer text may become, and whether its normaliser fits its vocabulary."""
+"""Tokens that text may become, and a check that a tokenizer's normaliser fits its vocabulary."""
 
 import json
 import re
@@ -7,30 +7,30 @@ from transformers import PreTrainedTokenizerFast
 
 from distilspeed.trainer.errors import UserError
 
-# The tokens that give a row its structure, by transformers' names: text never becomes one of them and they are never
-# masked. Every other added token ("<url>", "[NUM]") stands for content.
+# Structure tokens, by transformers' names: text never becomes one, and they are never masked. Every other added token
+# ("<url>", "[NUM]") stands for content.
 STRUCTURE_TOKENS = ("pad", "cls", "sep", "mask", "unk", "bos", "eos")
 
-# Capitals that a lower-cased vocabulary may hold: an oddity or two, or this share of its pieces with letters that have
-# a case. BERT's uncased vocabulary has none but in its special tokens; a cased one has them in every third piece, and
-# the smallest in one for each letter.
+# Pieces with capitals that a lower-cased vocabulary may have: two, or this share of the pieces whose letters have upper
+# and lower case. BERT's uncased vocabulary has capitals only in special tokens. A cased vocabulary has them in every
+# third piece; the smallest possible one has a capital for each letter.
 CAPITALS_SHARE = 0.05
 CAPITALS_ODDITIES = 2
-# "[unused1]" and "<s>" are names, whatever their letters.
+# "[unused1]" and "<s>" are names of tokens, not text.
 _is_name = re.compile(r"\[.*\]|<.*>").fullmatch
 
 
 def structure_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """The ids of the structure tokens that the tokenizer has, in order."""
+    """Return the sorted ids of the structure tokens that the tokenizer has."""
     ids = (getattr(tokenizer, f"{kind}_token_id") for kind in STRUCTURE_TOKENS)
     return tuple(sorted({token for token in ids if token is not None}))
 
 
 def document_pipeline(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The tokenizer as a :class:`~distilspeed.trainer.corpus.tokenization.DocumentTokenizer` takes it, serialised.
+    """Serialise a tokenizer for :class:`~distilspeed.trainer.corpus.tokenization.DocumentTokenizer`.
 
-    Only what text never becomes is special in it: the structure tokens, and all that are special to a tokenizer that
-    splits special tokens in text itself (``split_special_tokens``).
+    Only tokens that text never becomes are marked special: the structure tokens, and all special tokens if the
+    tokenizer has ``split_special_tokens``.
     """
     pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
     structure = structure_ids(tokenizer)
@@ -41,9 +41,9 @@ def document_pipeline(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def check_case(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raise a UserError where text is lower-cased and the vocabulary is not: "York" would become y ##o ##r ##k.
+    """Raise a UserError if the tokenizer lower-cases text but its vocabulary is cased: "York" becomes y ##o ##r ##k.
 
-    A folder with ``vocab.txt`` alone is read with BERT's defaults, which lower-case.
+    This happens to a cased model's folder that has only ``vocab.txt``: BERT's defaults lower-case.
     """
     backend = tokenizer.backend_tokenizer
     if backend.normalizer is None or "A" in backend.normalizer.normalize_str("A"):
@@ -55,7 +55,7 @@ def check_case(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
     if with_capitals > max(CAPITALS_ODDITIES, CAPITALS_SHARE * with_case):
         raise UserError(
             "unusable-tokenizer",
-            f"the tokenizer {name} lower-cases text, but {with_capitals:,} of its vocabulary's {with_case:,} pieces "
-            'of letters have capitals and can never match; set "do_lower_case": false in its '
-            'tokenizer_config.json, and "lowercase": false in tokenizer.json where there is one',
+            f"the tokenizer {name} lower-cases text, but {with_capitals:,} of the {with_case:,} pieces with letters in "
+            'its vocabulary have capitals and can never match; set "do_lower_case": false in its '
+            'tokenizer_config.json, and "lowercase": false in its tokenizer.json if it has one',
         )

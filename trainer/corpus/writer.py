@@ -1,4 +1,4 @@
-"""Writing a corpus folder (its format: format.py): rows as they come, the manifest at the end."""
+"""Write a corpus folder: rows as they come, the manifest at the end; format.py describes the format."""
 
 import json
 import math
@@ -32,7 +32,7 @@ ARROW_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 @dataclass(frozen=True)
 class WriterState:
-    """How far a :class:`RowWriter` has come: bytes of both ``data.arrow`` files, and what they hold."""
+    """The progress of a :class:`RowWriter`: sizes of both ``data.arrow`` files, and counts of their content."""
 
     train_bytes: int
     held_out_bytes: int
@@ -53,10 +53,10 @@ def row_rules(tokenizer: PreTrainedTokenizerFast, seq_length: int) -> RowRules:
 
 
 def is_held_out(row: int, fraction: float) -> bool:
-    """Whether a row is set apart: row 0, and each row at which ``row * fraction`` passes a whole number.
+    """Return whether a row is held out: row 0, and each row at which ``row * fraction`` passes a whole number.
 
-    Evenly spread, so every source gives its share; a function of the row's number and nothing else. The
-    pieces of one document longer than a row may fall on both sides.
+    Held-out rows are evenly spread, so every source has its share. They depend only on the row number. The pieces of a
+    document longer than a row may be in both splits.
     """
     return math.floor(row * fraction) != math.floor((row - 1) * fraction)
 
@@ -66,7 +66,7 @@ def installed_versions() -> dict[str, str]:
 
 
 class RowWriter:
-    """Writes the rows of both splits and counts them; goes on from ``state`` where one is given."""
+    """Writes and counts the rows of both splits; continues from ``state`` if given."""
 
     def __init__(
         self,
@@ -92,11 +92,11 @@ class RowWriter:
     def add(self, batch: PackedBatch) -> None:
         rows = batch.rows
         written = self._counts["train_rows"] + self._counts["held_out_rows"]
-        is_apart = np.array(
+        held_out_rows = np.array(
             [is_held_out(written + row, self._held_out_fraction) for row in range(len(rows.input_ids))],
             dtype=bool,
         )
-        train, held_out = rows.select(~is_apart), rows.select(is_apart)
+        train, held_out = rows.select(~held_out_rows), rows.select(held_out_rows)
         self._train.write_rows(train)
         self._held_out.write_rows(held_out)
         self.token_counts += np.bincount(train.input_ids.ravel(), minlength=len(self.token_counts))
@@ -116,7 +116,7 @@ class RowWriter:
         )
 
     def state(self) -> WriterState:
-        """Where a writer can go on, as soon as the files are on disk up to there."""
+        """Return the state that another writer can continue from, once the files are synced to disk."""
         return WriterState(
             train_bytes=self._train.flush(),
             held_out_bytes=self._held_out.flush(),
@@ -130,10 +130,10 @@ class RowWriter:
 
 
 class SplitWriter:
-    """A folder that ``datasets.load_from_disk`` reads, written as one Arrow stream.
+    """Writes a folder for ``datasets.load_from_disk``, as one Arrow stream.
 
-    ``keep_bytes``: of a ``data.arrow`` that is there already, to be continued; 0 begins one. Messages are
-    written as pyarrow serialises them, because its own stream writer cannot go on with a stream.
+    ``keep_bytes``: bytes of an existing ``data.arrow`` to continue after; 0 starts a new file. The class writes
+    serialised messages itself, because pyarrow's stream writer cannot append to a stream.
     """
 
     def __init__(self, folder: Path, rules: RowRules, keep_bytes: int = 0) -> None:
@@ -147,7 +147,7 @@ class SplitWriter:
         )
         folder.mkdir(exist_ok=True)
         datasets.DatasetInfo(features=features).write_to_directory(str(folder))
-        # What Dataset.save_to_disk writes; it would need the whole dataset, and write every row again.
+        # As Dataset.save_to_disk writes it; that call would need the whole dataset and write every row again.
         state: dict[str, object] = {
             "_data_files": [{"filename": "data.arrow"}],
             "_fingerprint": folder.name,
@@ -181,7 +181,7 @@ class SplitWriter:
         self._file.write(batch.serialize())
 
     def flush(self) -> int:
-        """Hand what has been written to the system; returns how many bytes the file has."""
+        """Flush to the operating system, and return the size of the file in bytes."""
         self._file.flush()
         return self._file.tell()
 
@@ -200,7 +200,7 @@ def finish_corpus(
     counts: CorpusCounts,
     token_counts: np.ndarray,
 ) -> None:
-    """Add to a folder with both splits what makes it a corpus: token counts, the tokenizer, the manifest."""
+    """Complete a folder that has both splits: add token counts, the tokenizer and the manifest."""
     np.save(folder / "token_counts.npy", token_counts)
     tokenizer.save_pretrained(folder / "tokenizer")
     places = (counts.train_rows + counts.held_out_rows) * seq_length

@@ -1,1 +1,1 @@
-"""Rows of a corpus to masked micro-batches."""
+"""Turn rows of a corpus into masked micro-batches."""

@@ -1,4 +1,4 @@
-"""How many rows make an optimiser step."""
+"""The batch equation: the number of rows in an optimiser step."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ class BatchEquation:
     world_size: int
 
     def micro_batch_number(self, accumulation_step: int, rank: int) -> int:
-        """Which of the global batch's micro-batches, counted from 0, a rank takes in an accumulation step."""
+        """Return the index (from 0) in the global batch of a rank's micro-batch in an accumulation step."""
         return accumulation_step * self.world_size + rank
 
     def __str__(self) -> str:

@@ -1,8 +1,8 @@
-"""Which rows make a global batch and each rank's micro-batches, and the loader that reads ahead.
+"""The rows of each global batch and each rank's micro-batches, and the loader that prefetches them.
 
-The rows of all epochs form one endless sequence: epoch e is a permutation of the training rows keyed
-by (seed, e). Global batch s is rows [s B, (s + 1) B) of it, whatever the split, and the place to
-resume from is the step number alone. A global batch may span two epochs; no row is ever dropped.
+The rows of all epochs form one endless sequence: epoch e is a permutation of the training rows, keyed by (seed, e).
+Global batch s of size B is rows [s B, (s + 1) B) of this sequence, for any split over ranks and accumulation steps. The
+step number alone is enough to resume. A global batch may span two epochs; no row is dropped.
 """
 
 import math
@@ -23,25 +23,25 @@ from distilspeed.trainer.data.masking import MaskingRule, masked_token_count, ma
 from distilspeed.trainer.data.micro_batch import MicroBatch, masked_micro_batch
 from distilspeed.trainer.job.processes import STOP_SIGNALS, children_deaf_to
 
-# Random streams beside masking's, which is 0.
+# Random streams besides the masking stream, 0.
 ROW_ORDER_STREAM, DROPOUT_STREAM = 1, 2
-# Micro-batches that each worker process has ready: a step of the original's recipe is tens of them long.
+# Micro-batches that each worker prefetches. A step of DistilBERT's recipe has tens of micro-batches.
 PREFETCH_FACTOR = 4
-# While a rank masks its own micro-batches it launches nothing on its GPU.
+# Without workers, the GPU would idle while its rank masks micro-batches.
 WORKERS_PER_GPU = 2
 
 
 def total_steps(num_rows: int, train_batch_size: int, max_steps: int | None, num_train_epochs: float) -> int:
-    """Optimiser steps of a run: ``max_steps``, or as many as see every row ``num_train_epochs`` times."""
+    """Return the number of optimiser steps: ``max_steps``, or enough steps for ``num_train_epochs`` epochs."""
     return max_steps or math.ceil(num_rows * num_train_epochs / train_batch_size)
 
 
 def corpus_masking_rule(corpus: Corpus) -> MaskingRule:
-    """The masking rule of a corpus: its training rows' token counts, its tokenizer's special tokens."""
+    """Return the masking rule for the token counts and special tokens of a corpus."""
     return masking_rule(corpus.token_counts, list(corpus.manifest.special_ids), corpus.manifest.mask_id)
 
 
-# Caches of functions, not of methods: a worker that is spawned gets a copy of the object, and a cache has none.
+# Cached functions, not cached methods: spawned workers pickle the object, and a cache cannot be pickled.
 @lru_cache(maxsize=2)
 def _epoch_order(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
     generator = np.random.Generator(philox(seed, epoch, stream=(ROW_ORDER_STREAM, 0)))
@@ -62,7 +62,10 @@ def _choose_rows(
 
 
 class MicroBatches(Dataset[MicroBatch]):
-    """Micro-batches of one rank; item i is accumulation step i % G of global batch i // G."""
+    """The micro-batches of one rank: item i is accumulation step i % G of global batch i // G.
+
+    G is the number of gradient accumulation steps.
+    """
 
     def __init__(self, corpus: Corpus, batch: BatchEquation, rank: int, seed: int) -> None:
         self.rows = corpus.train
@@ -76,25 +79,25 @@ class MicroBatches(Dataset[MicroBatch]):
         self.seed = seed
 
     def __len__(self) -> int:
-        raise TypeError("the sequence of micro-batches has no end; a sampler says which to take")
+        raise TypeError("the sequence of micro-batches is endless; select items with a sampler")
 
     def global_batch(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Epochs and row numbers of a global batch, int64 [train_batch_size] each."""
+        """Return the epochs and row numbers of a global batch, int64 [train_batch_size] each."""
         return _choose_rows(len(self.rows), self.seed, self.batch.train_batch_size, step)
 
     def count_tokens(self, step: int) -> int:
-        """Real tokens of global batch ``step``."""
+        """Return the number of real tokens in global batch ``step``."""
         _, rows = self.global_batch(step)
         return int(self.real_tokens[rows].sum())
 
     def _places(self, accumulation_step: int) -> slice:
-        """Where this rank's micro-batch of an accumulation step stands in the global batch."""
+        """Return the slice of the global batch that is this rank's micro-batch in an accumulation step."""
         size = self.batch.micro_batch_size
         first = self.batch.micro_batch_number(accumulation_step, self.rank) * size
         return slice(first, first + size)
 
     def rows_of(self, step: int, accumulation_step: int) -> list[int]:
-        """Row numbers of this rank's micro-batch."""
+        """Return the row numbers of this rank's micro-batch."""
         _, rows = self.global_batch(step)
         return rows[self._places(accumulation_step)].tolist()
 
@@ -114,7 +117,7 @@ class MicroBatches(Dataset[MicroBatch]):
         )
 
     def loader(self, first_batch: int, last_batch: int | None, num_workers: int) -> DataLoader[MicroBatch]:
-        """Micro-batches of the global batches [first_batch, last_batch), in order; None: without end."""
+        """Return a loader of the global batches [first_batch, last_batch), in order; None means no end."""
         accumulation_steps = self.batch.gradient_accumulation_steps
         end = sys.maxsize if last_batch is None else last_batch * accumulation_steps
         return _Loader(
@@ -123,19 +126,19 @@ class MicroBatches(Dataset[MicroBatch]):
             sampler=range(first_batch * accumulation_steps, end),
             num_workers=num_workers,
             worker_init_fn=_start_worker,
-            generator=torch.Generator(),  # it draws a seed for its workers, which must not come out of dropout's
+            generator=torch.Generator(),  # the loader draws a seed, which must not advance dropout's generator
             prefetch_factor=PREFETCH_FACTOR if num_workers else None,
             pin_memory=torch.cuda.is_available(),
         )
 
 
 def resolve_num_workers(asked: int | None, device: torch.device) -> int:
-    """Worker processes of a rank's loader: as many as asked for, or two on a GPU and none on a CPU."""
+    """Return the number of loader workers per rank: ``asked`` if given, else two on a GPU and none on a CPU."""
     return (WORKERS_PER_GPU if device.type == "cuda" else 0) if asked is None else asked
 
 
 class _Loader(DataLoader[MicroBatch]):
-    """Its workers leave signals to the trainer: the last step before a checkpoint still needs its data."""
+    """A DataLoader whose workers ignore stop signals: the last step before a checkpoint still needs its data."""
 
     def __iter__(self) -> Any:
         with children_deaf_to(STOP_SIGNALS):
@@ -143,25 +146,25 @@ class _Loader(DataLoader[MicroBatch]):
 
 
 def _start_worker(worker: int) -> None:
-    """Say nothing where the trainer has gone: which has been said, and the worker ends with it.
+    """Hide the errors that a worker gets when the trainer dies: the end of the trainer is reported elsewhere.
 
-    A thread of multiprocessing hands the tensors over and shows an error as an uncaught exception.
+    A thread of multiprocessing hands over the tensors, and its errors reach ``sys.excepthook``.
     """
     show = sys.excepthook
 
-    def show_unless_trainer_is_gone(
+    def show_unless_trainer_died(
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
     ) -> None:
-        # One without a number is multiprocessing's, of a message that was cut off.
-        cut_off = isinstance(error, OSError) and error.errno is None
-        if not (cut_off or isinstance(error, ConnectionError | EOFError)):
+        # multiprocessing raises an OSError without errno for a truncated message.
+        truncated = isinstance(error, OSError) and error.errno is None
+        if not (truncated or isinstance(error, ConnectionError | EOFError)):
             show(kind, error, traceback)
 
-    sys.excepthook = show_unless_trainer_is_gone
+    sys.excepthook = show_unless_trainer_died
 
 
 def on_device(batches: Iterable[MicroBatch], device: torch.device) -> Generator[MicroBatch, None, None]:
-    """The micro-batches on the device; to a GPU each is copied on a stream of its own, while the one before is used."""
+    """Yield the micro-batches on the device; a side stream copies each to a GPU while the one before is in use."""
     if device.type != "cuda":
         yield from batches
         return
@@ -172,7 +175,7 @@ def on_device(batches: Iterable[MicroBatch], device: torch.device) -> Generator[
             copied = batch.to(device)
         if ahead is not None:
             yield ahead
-        # What is computed next waits for the copy, and the memory is not given to others before it is done with it.
+        # Later kernels wait for the copy, and the allocator does not reuse the memory before they have finished.
         torch.cuda.current_stream(device).wait_stream(copies)
         for tensor in copied:
             tensor.record_stream(torch.cuda.current_stream(device))

@@ -1,12 +1,12 @@
-"""Dynamic masking: which tokens of a row are hidden, as a pure function of (seed, epoch, row).
+"""Dynamic masking: the masked tokens of a row are a pure function of (seed, epoch, row).
 
-Every draw comes from NumPy's Philox counter generator, keyed by (seed, epoch) and started at the
-row's own counter. It therefore does not depend on rank, world size, micro-batch, worker or restart.
-Raw 64-bit words are used, because NumPy guarantees their stream across versions.
+Every draw comes from NumPy's Philox counter generator, keyed by (seed, epoch) and started at the row's own counter. A
+draw therefore does not depend on rank, world size, micro-batch, worker or restart. Masking uses raw 64-bit words,
+because NumPy guarantees their stream across versions.
 
-Tokens are drawn without replacement with probability proportional to count(token)^-0.7 (Sanh et al.
-2019, following Lample & Conneau 2019): the k smallest of E_i / w_i, with E_i standard exponential,
-are such a draw (Efraimidis & Spirakis 2006).
+Tokens are drawn without replacement, with probability proportional to count(token)^-0.7 (Sanh et al. 2019, following
+Lample & Conneau 2019). With weights w_i and standard exponential E_i, the k smallest E_i / w_i are such a draw
+(Efraimidis & Spirakis 2006).
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class MaskingRule:
-    """What masking needs of a corpus.
+    """The parameters of masking that depend on the corpus.
 
     Attributes:
         sampling_weights: float64 [vocabulary], count(token)^-0.7; 0 for special tokens.
@@ -41,7 +41,7 @@ class MaskingRule:
 def masking_rule(token_counts: NDArray[np.int64], special_ids: list[int], mask_token_id: int) -> MaskingRule:
     """Make the rule from the token counts (int64 [vocabulary]) of the training rows.
 
-    A token that the training rows do not hold counts as one seen once, as in the original.
+    A token that is not in the training rows gets count 1, as in DistilBERT's code.
     """
     weights = np.maximum(token_counts, 1).astype(np.float64) ** -SMOOTHING
     weights[special_ids] = 0.0
@@ -51,19 +51,19 @@ def masking_rule(token_counts: NDArray[np.int64], special_ids: list[int], mask_t
 def masked_token_count(
     real_tokens: NDArray[np.integer], maskable_tokens: NDArray[np.integer]
 ) -> NDArray[np.int64]:
-    """Tokens that masking hides in each row: 15 % of its real tokens, rounded up, as far as it has non-special ones.
+    """Return the number of masked tokens per row: 15 % of its real tokens, rounded up, at most its maskable tokens.
 
-    A function of the row alone, so that every rank knows the whole global batch's count without asking.
+    The count depends on the row alone, so every rank knows the count of the global batch without communication.
     """
     return np.minimum(np.ceil(MASKED_FRACTION * real_tokens).astype(np.int64), maskable_tokens)
 
 
 def philox(seed: int, epoch: int, stream: tuple[int, int]) -> np.random.Philox:
-    """The project's counter-based generator: keyed by (seed, epoch), started at ``stream``'s own counter.
+    """Return a counter-based generator, keyed by (seed, epoch) and started at the counter of ``stream``.
 
-    Streams do not overlap: each has 2^128 draws. All numbers are from 0 to 2^64 - 1.
+    Streams do not overlap: each has 2^128 draws. All arguments are from 0 to 2^64 - 1.
     """
-    # NumPy turns lists of large numbers into floats; arrays of uint64 stay exact.
+    # NumPy converts lists of large integers to float; uint64 arrays stay exact.
     key, counter = np.array([seed, epoch], np.uint64), np.array([0, 0, *stream], np.uint64)
     return np.random.Philox(key=key, counter=counter)
 
@@ -71,13 +71,13 @@ def philox(seed: int, epoch: int, stream: tuple[int, int]) -> np.random.Philox:
 def mask_row(
     input_ids: NDArray[np.int64], real_tokens: int, rule: MaskingRule, seed: int, epoch: int, row: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Mask one row: of the chosen tokens 80 % become [MASK], 10 % stay, 10 % become a random token.
+    """Mask one row: of the chosen tokens, 80 % become [MASK], 10 % stay, and 10 % become a random token.
 
     Args:
-        input_ids: int64 [row length]; from ``real_tokens`` on it is padding.
+        input_ids: int64 [row length]; the first ``real_tokens`` are real, the rest is padding.
 
     Returns:
-        the masked ids and the labels, int64 [row length] each; labels are -100 where nothing was chosen.
+        the masked ids and the labels, int64 [row length] each; the label is -100 for tokens that were not chosen.
     """
     words = philox(seed, epoch, stream=(0, row)).random_raw(3 * real_tokens)
     uniform = (words >> np.uint64(11)) * 2.0**-53

@@ -1,4 +1,4 @@
-"""The tensors of a micro-batch: rows that are packed from documents, and masked."""
+"""The tensors of a micro-batch of packed and masked rows."""
 
 import math
 from typing import NamedTuple
@@ -14,17 +14,17 @@ PADDING_DOCUMENT = -1
 
 
 class MicroBatch(NamedTuple):
-    """One rank's rows of one accumulation step, packed and masked.
+    """One rank's rows for one accumulation step, packed and masked.
 
-    ``real_tokens`` and ``masked_tokens`` count the whole global batch (all ranks, all accumulation
-    steps): the denominators of the losses.
+    ``real_tokens`` and ``masked_tokens`` count the global batch (all ranks and accumulation steps). They are the
+    denominators of the losses.
     """
 
     input_ids: torch.Tensor  # int64 [rows, length], masked
     labels: torch.Tensor  # int64 [rows, length], -100 where not masked
     document_ids: torch.Tensor  # int64 [rows, length], numbered within the row, -1 on padding
     position_ids: torch.Tensor  # int64 [rows, length], from 0 in each document
-    row_ids: torch.Tensor  # int64 [rows], numbers of the corpus's training rows
+    row_ids: torch.Tensor  # int64 [rows], row numbers in the split of the corpus
     real_tokens: torch.Tensor  # float32 []
     masked_tokens: torch.Tensor  # float32 []
     masked_places: torch.Tensor  # int64 [rows x 15 % of the length, rounded up], see masked_places()
@@ -36,10 +36,10 @@ class MicroBatch(NamedTuple):
 def document_layout(
     document_lengths: list[NDArray[np.integer]], row_length: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Document number and position of every token of packed rows.
+    """Return the document number and position of every token of packed rows.
 
     Args:
-        document_lengths: per row the lengths of its documents, in order; what they leave is padding.
+        document_lengths: for each row, the lengths of its documents in order; the rest of the row is padding.
 
     Returns:
         document_ids (-1 on padding) and position_ids (0 on padding), int64 [rows, row_length].
@@ -55,15 +55,16 @@ def document_layout(
 
 
 def masked_places(labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where the masked tokens of a micro-batch are, padded with unmasked ones to a length that the shape decides.
+    """Return the indices of the masked tokens, padded with unmasked tokens to a fixed length.
 
-    A constant length: nothing waits for a device to count, and no kernel is chosen or compiled anew.
+    The length depends only on the shape of ``labels``. So nothing waits for a device to count, and no kernel is
+    selected or compiled again.
 
     Args:
-        labels: int64 [rows, length]; 15 % of a row's tokens, rounded up, or fewer carry one.
+        labels: int64 [rows, length]; at most 15 % of a row, rounded up, have a label.
 
     Returns:
-        places in the flattened rows, int64 [rows x 15 % of the length, rounded up].
+        indices into the flattened rows, int64 [rows x 15 % of the length, rounded up].
     """
     rows, length = labels.shape
     most = rows * math.ceil(MASKED_FRACTION * length)
@@ -85,9 +86,9 @@ def masked_micro_batch(
 
     Args:
         stored: the rows.
-        row_ids: their numbers, int64 [rows]; with ``epochs`` (int64 [rows]) and ``seed`` they decide the masks.
-        real_tokens: of the global batch.
-        masked_tokens: of the global batch.
+        row_ids: row numbers, int64 [rows]; with ``epochs`` (int64 [rows]) and ``seed`` they determine the masks.
+        real_tokens: count in the global batch.
+        masked_tokens: count in the global batch.
     """
     document_ids, position_ids = document_layout(stored.document_lengths, stored.input_ids.shape[1])
     masked = [
@@ -104,7 +105,7 @@ def masked_micro_batch(
         position_ids=torch.from_numpy(position_ids),
         row_ids=torch.from_numpy(row_ids),
         real_tokens=torch.tensor(real_tokens, dtype=torch.float32),
-        # At least 1: rows of nothing but special tokens have no masked ones, and a loss of 0, not 0 / 0.
+        # At least 1: rows with only special tokens have no masked tokens, and their loss must be 0, not 0 / 0.
         masked_tokens=torch.tensor(max(1, masked_tokens), dtype=torch.float32),
         masked_places=torch.from_numpy(masked_places(labels)),
     )

@@ -1,1 +1,1 @@
-"""What a model is worth: held-out quality, latency, tasks, and the report."""
+"""Evaluate models: held-out quality, latency, tasks, and the report."""

@@ -9,42 +9,44 @@ from distilspeed.trainer.job.arguments import LARGEST_SEED, Settings, setting
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateArguments(Settings):
-    """The command line of ``launch/evaluate.py``. Models are folders or hub ids with safetensors weights."""
+    """The arguments of ``launch/evaluate.py``. Models are folders or hub ids with safetensors weights."""
 
     teacher: str = setting(metavar="ID_OR_DIR", help="masked language model with safetensors weights")
-    student: str = setting(metavar="ID_OR_DIR", help="the same, distilled from the teacher")
+    student: str = setting(metavar="ID_OR_DIR", help="masked language model distilled from the teacher")
     baseline: str | None = setting(
-        None, metavar="ID_OR_DIR", help="the same student trained without a teacher"
+        None, metavar="ID_OR_DIR", help="the student's architecture, trained without a teacher"
     )
-    data_dir: Path = setting(metavar="DIR", help="corpus made by launch/prepare_data.py")
-    output_dir: Path = setting(metavar="DIR", help="made by this command")
+    data_dir: Path = setting(metavar="DIR", help="corpus prepared by launch/prepare_data.py")
+    output_dir: Path = setting(metavar="DIR", help="created by this command")
     task: tuple[Path, ...] = setting(
         (),
         action="append",
         metavar="DIR",
-        help="folder with train.jsonl and dev.jsonl: label, and text or text_a and text_b; repeat for more",
+        help="folder with train.jsonl and dev.jsonl: label, and text or text_a and text_b; repeat for more tasks",
     )
-    max_rows: int = setting(1000, at_least=1, metavar="N", help="held-out rows to measure on")
+    max_rows: int = setting(1000, at_least=1, metavar="N", help="number of held-out rows to evaluate on")
     task_epochs: int | None = setting(
         None,
         at_least=1,
         metavar="N",
-        help="passes over a task's training examples; default the task's own, 3",
+        help="epochs over a task's training examples (default: set by the task, usually 3)",
     )
-    task_seeds: int = setting(3, at_least=1, metavar="N", help="fine-tuning runs per model and task")
+    task_seeds: int = setting(
+        3, at_least=1, metavar="N", help="number of fine-tuning runs per model and task"
+    )
     task_learning_rate: float | None = setting(
-        None, above=0, below=1, help="peak learning rate; default the task's own, 5e-5"
+        None, above=0, below=1, help="peak learning rate (default: set by the task, usually 5e-5)"
     )
     task_batch_size: int | None = setting(
-        None, at_least=1, metavar="N", help="examples per step; default the task's own, 32"
+        None, at_least=1, metavar="N", help="examples per step (default: set by the task, usually 32)"
     )
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", help="auto is the GPU where there is one")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", help="auto uses the GPU if there is one")
     seed: int = setting(
-        0, at_least=0, at_most=LARGEST_SEED, help="of the masks; the first of the tasks' seeds"
+        0, at_least=0, at_most=LARGEST_SEED, help="seed of the masks, and first seed of the tasks"
     )
 
     @property
     def models(self) -> dict[str, str]:
-        """Names of the models by role, the teacher first."""
+        """The names of the models by role, the teacher first."""
         names = {"teacher": self.teacher, "student": self.student, "baseline": self.baseline}
         return {role: name for role, name in names.items() if name is not None}

@@ -1,7 +1,6 @@
-"""Teacher against student, and against a baseline: what launch/evaluate.py does.
+"""Compare a student, and a baseline, with the teacher: the work of launch/evaluate.py.
 
-Everything is in float32, and on the same inputs for every model: the same masks, the same examples, and
-forward passes timed in turns.
+Every model runs in float32 on the same masks and the same examples. Forward passes are timed in turns.
 """
 
 import logging
@@ -41,17 +40,17 @@ from distilspeed.trainer.models.loading import (
 
 logger = logging.getLogger(__name__)
 
-SHOWN_PARTS = 2  # of a model's path, in the report
-LONGEST_NAME = 60
+SHOWN_PARTS = 2  # parts of a model's path in the report, at least
+LONGEST_NAME = 60  # characters
 
 
-# --- loading, and refusing what cannot be compared ------------------------------------------------------
+# --- checks before the comparison -----------------------------------------------------------------------
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one. ``UserError`` for a GPU that is not there."""
+    """Return the device; ``auto`` is the GPU if there is one. Raise ``UserError`` for ``cuda`` without a GPU."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("no-gpu", "--device cuda, and PyTorch sees no GPU; use --device cpu")
+        raise UserError("no-gpu", "--device cuda needs a GPU, and PyTorch finds none; use --device cpu")
     return torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
 
 
@@ -60,7 +59,7 @@ def _check_output_dir(output_dir: Path) -> None:
     nearest = next(folder for folder in output_dir.absolute().parents if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(
-            "unwritable-output", f"{output_dir} cannot be made in {nearest}; choose another --output_dir"
+            "unwritable-output", f"cannot create {output_dir} in {nearest}; choose another --output_dir"
         )
 
 
@@ -71,8 +70,8 @@ def evaluate(arguments: EvaluateArguments) -> Report:
     """Compare the models and write report.json, report.md and report.png to the output folder.
 
     Raises:
-        UserError: anything the caller can put right, before anything is measured where it is known by then.
-        NumericalError: a model's loss on the held-out rows is not finite.
+        UserError: anything the caller can fix, if possible before the first measurement.
+        NumericalError: a model's loss on the held-out rows, or a score on a task, is not finite.
     """
     device = choose_device(arguments.device)
     _check_output_dir(arguments.output_dir)
@@ -109,7 +108,7 @@ def evaluate(arguments: EvaluateArguments) -> Report:
 
 
 def _fine_tuning(arguments: EvaluateArguments, task: Task, positions: int) -> FineTuning:
-    """What the command says, or else the task; inputs that every model has positions for."""
+    """Return the settings of fine-tuning: the command's, else the task's; inputs fit the positions of every model."""
     own = task.fine_tuning
     return FineTuning(
         epochs=arguments.task_epochs or own.epochs,
@@ -127,7 +126,7 @@ def _measure(
     settings: Sequence[FineTuning],
     device: torch.device,
 ) -> Iterator[ModelReport]:
-    """One report a model, in the order of ``arguments.models``."""
+    """Yield one report per model, in the order of ``arguments.models``."""
     latencies = _measure_latencies(models, corpus, device)
     predictions = []
     for role, model in zip(arguments.models, models, strict=True):
@@ -160,7 +159,7 @@ def _measure(
 def _measure_latencies(
     models: Sequence[PreTrainedModel], corpus: Corpus, device: torch.device
 ) -> list[list[Latency]]:
-    """For the CPU, and for the GPU if it is used: the latency of each model. Leaves the models on ``device``."""
+    """Return the latencies of all models, on the CPU and on the GPU if used. Leaves the models on ``device``."""
     input_ids = torch.from_numpy(read_rows(corpus.held_out, [0]).input_ids)
     latencies = []
     for place in dict.fromkeys([torch.device("cpu"), device]):
@@ -174,7 +173,7 @@ def _measure_latencies(
 def _fine_tune_all(
     arguments: EvaluateArguments, task: Task, corpus: Corpus, settings: FineTuning, device: torch.device
 ) -> list[TaskScore]:
-    """The task's score of each model, every model with the same seeds."""
+    """Fine-tune every model with the same seeds; return the task's score of each."""
     tokenizer = corpus.load_tokenizer()
     scores: list[list[Scores]] = []
     for role, name in arguments.models.items():
@@ -186,9 +185,10 @@ def _fine_tune_all(
 
 
 def shown_names(names: Sequence[str]) -> list[str]:
-    """How a report calls models: hub ids as they are, folders with as many parents as tell them apart, at least one.
+    """Return the names of models in the report: hub ids unchanged, folders with as few parents as make them unique.
 
-    Folders are often called "student" or "checkpoint-1000"; the folders above those are the machine's business.
+    A folder keeps at least one parent, because many are called "student" or "checkpoint-1000". It keeps no more than
+    needed, because the path of a machine does not belong in a report.
     """
     paths = [Path(name).resolve().parts for name in names]
     parts = SHOWN_PARTS

@@ -1,4 +1,4 @@
-"""Fine-tune a model on a task, and score it."""
+"""Fine-tune a model on a task and score it."""
 
 import inspect
 import math
@@ -18,7 +18,7 @@ from distilspeed.trainer.errors import NumericalError
 from distilspeed.trainer.evaluation.tasks.task import Batch, Feature, FineTuning, Predictions, Scores, Task
 from distilspeed.trainer.models.loading import load_with_head
 
-# Devlin et al. 2019 fine-tune BERT with these.
+# The settings of Devlin et al. 2019 for BERT.
 WARMUP_FRACTION = 0.1
 WEIGHT_DECAY = 0.01
 GRADIENT_CLIPPING = 1.0
@@ -34,11 +34,11 @@ def fine_tune(
 ) -> Scores:
     """Fine-tune a pre-trained model on a task, in float32, and return its scores on dev after the last epoch.
 
-    AdamW, 10 % linear warm-up then linear decay to 0, gradient clipping 1. The seed decides the new head, the
-    dropout and the order of the features.
+    Training uses AdamW, linear warm-up over 10 % of the steps, linear decay to 0, and gradient clipping at 1. The seed
+    determines the new head, the dropout and the order of the features.
 
     Args:
-        model_name: a folder or hub id; weights in safetensors.
+        model_name: a folder or hub id with safetensors weights.
 
     Raises:
         NumericalError: a score is not finite.
@@ -53,7 +53,7 @@ def fine_tune(
     for metric, score in scores.items():
         if not math.isfinite(score):
             raise NumericalError(
-                f"{model_name}, fine-tuned on the task {task.name} with seed {seed}, has {metric} {score}; "
+                f"{model_name} fine-tuned on the task {task.name} with seed {seed} has {metric} {score}; "
                 "lower the learning rate"
             )
     return scores
@@ -92,7 +92,7 @@ def _batches(
 
 
 def model_inputs(model: PreTrainedModel, features: Sequence[Feature]) -> list[Feature]:
-    """The features without what the model does not take: token types, and what is for the score alone."""
+    """Keep only the values that the model accepts: drop token types it does not take, and values for the score."""
     accepted = inspect.signature(model.forward).parameters
     return [{key: value for key, value in feature.items() if key in accepted} for feature in features]
 
@@ -103,7 +103,7 @@ def _on_device(batch: Mapping[str, torch.Tensor], model: PreTrainedModel) -> Bat
 
 @torch.inference_mode()
 def _predict(model: PreTrainedModel, batches: DataLoader[Any]) -> Predictions:
-    """The model's outputs for each feature, without the loss; leaves the model in evaluation mode."""
+    """Return the model's outputs for each feature, without the loss; leave the model in evaluation mode."""
     model.eval()
     predictions: dict[str, list[torch.Tensor]] = {}
     for batch in batches:

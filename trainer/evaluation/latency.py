@@ -1,4 +1,4 @@
-"""Size and speed of a model."""
+"""The size and speed of a model."""
 
 import time
 from collections.abc import Sequence
@@ -15,16 +15,16 @@ from distilspeed.trainer.models.timing import seconds_of
 
 WARM_UP_PASSES = 3
 SECONDS_PER_MODEL = 3.0
-REPETITIONS = (10, 200)  # at least, at most
+REPETITIONS = (10, 200)  # minimum, maximum
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters of a model, each shared one once."""
+    """Return the number of parameters of a model; a shared parameter counts once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def weights_bytes(name: str) -> int:
-    """Bytes on disk of the safetensors weights of a model folder, or of a hub id that has been loaded."""
+    """Return the bytes on disk of the safetensors weights of a model folder, or of a hub id already downloaded."""
     folder = Path(name)
     if not folder.is_dir():
         folder = Path(snapshot_download(name, allow_patterns="model*.safetensors", local_files_only=True))
@@ -35,10 +35,10 @@ def weights_bytes(name: str) -> int:
 def measure_latency(
     models: Sequence[PreTrainedModel], input_ids: torch.Tensor, device: torch.device
 ) -> list[NDArray[np.float64]]:
-    """Milliseconds of the encoders' forward passes on one sequence, float64 [repetitions] for each model.
+    """Measure the forward passes of the encoders on one sequence: milliseconds, float64 [repetitions] per model.
 
-    The models take turns, so that a machine that slows down slows all alike. Each has about 3 seconds.
-    The models are left on ``device`` in evaluation mode.
+    The models take turns, so a slow phase of the machine affects all of them. Each model gets about 3 seconds. The
+    function leaves the models on ``device`` in evaluation mode.
 
     Args:
         input_ids: int64 [1, length], without padding.

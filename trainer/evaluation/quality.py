@@ -17,39 +17,39 @@ from distilspeed.trainer.evaluation.report import MaskedTokenQuality
 from distilspeed.trainer.models.packed_forward import forward_packed
 
 ROWS_PER_BATCH = 8
-# Added to the seed: a key that no training run's masks are drawn with, whose seeds are below 2^32.
+# Added to the seed, so that the key differs from every training run's: seeds of training are below 2^32.
 EVALUATION_STREAM = 1 << 62
 
 
 @dataclass(frozen=True)
 class MaskedTokenPredictions:
-    """What a model says of each masked token, in the rows' order, on the CPU."""
+    """A model's predictions for every masked token, in the order of the rows, on the CPU."""
 
     losses: torch.Tensor  # float32 [masked tokens], -log softmax(logits)[label]
     predicted: torch.Tensor  # int64 [masked tokens], the token with the highest logit
     labels: torch.Tensor  # int64 [masked tokens]
 
     def quality(self) -> MaskedTokenQuality:
-        """Means over all masked tokens, not means of batches' means."""
+        """Return the means over all masked tokens, not over batches."""
         loss = self.losses.double().mean().item()
         if not np.isfinite(loss):
-            raise NumericalError(f"the model's loss on the held-out rows is {loss}: its weights are damaged")
+            raise NumericalError(f"the model's loss on the held-out rows is {loss}; its weights are damaged")
         accuracy = (self.predicted == self.labels).double().mean().item()
         return MaskedTokenQuality(loss, accuracy, len(self.labels))
 
     def agreement(self, other: "MaskedTokenPredictions") -> float:
-        """Share of the masked tokens for which both predict the same token."""
+        """Return the share of masked tokens for which both models predict the same token."""
         return (self.predicted == other.predicted).double().mean().item()
 
 
 def masked_token_quality(
     model: PreTrainedModel, corpus: Corpus, max_rows: int, batch_size: int = ROWS_PER_BATCH, seed: int = 0
 ) -> MaskedTokenQuality:
-    """Loss and accuracy of a masked language model on the corpus's first ``max_rows`` held-out rows.
+    """Measure loss and accuracy of a masked language model on the first ``max_rows`` held-out rows of a corpus.
 
-    Tokens are masked as in training (rare ones preferred), so that the loss compares with training's
-    ``loss_mlm``. The masks depend on the corpus and the seed alone, so every model sees the same ones, and
-    they come from another random stream than training's. The model stays where it is, in the mode it was in.
+    Tokens are masked as in training (rare tokens preferred), so the loss is comparable with ``loss_mlm`` of training.
+    The masks depend only on the corpus and the seed, so every model sees the same masks. They come from another random
+    stream than those of training. The model keeps its device and mode.
 
     Raises:
         NumericalError: the loss is not finite.
@@ -61,7 +61,7 @@ def masked_token_quality(
 def predict_masked_tokens(
     model: PreTrainedModel, corpus: Corpus, max_rows: int, batch_size: int, seed: int
 ) -> MaskedTokenPredictions:
-    """Loss and prediction for every masked token of the first ``max_rows`` held-out rows."""
+    """Return loss and prediction for every masked token of the first ``max_rows`` held-out rows."""
     was_training = model.training
     model.eval()
     parts = []
@@ -76,7 +76,7 @@ def predict_masked_tokens(
 
 
 def held_out_batches(corpus: Corpus, max_rows: int, batch_size: int, seed: int) -> Iterator[MicroBatch]:
-    """The first held-out rows, masked; the last batch may be smaller."""
+    """Yield the first ``max_rows`` held-out rows, masked; the last batch may be smaller."""
     rule, held_out = corpus_masking_rule(corpus), corpus.held_out
     real_tokens, maskable_tokens = (
         held_out.data.column(name).to_numpy() for name in ("real_tokens", "maskable_tokens")

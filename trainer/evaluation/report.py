@@ -1,4 +1,4 @@
-"""What an evaluation found, and how it is shown: report.json, report.md, report.png."""
+"""The results of an evaluation, written as report.json, report.md and report.png."""
 
 import datetime
 import json
@@ -16,18 +16,18 @@ from numpy.typing import NDArray
 
 from distilspeed.trainer.evaluation.tasks.task import Scores, TaskConditions
 
-# Okabe & Ito 2008: told apart with every common colour blindness, and in grey.
+# Okabe & Ito 2008: distinct with every common colour blindness, and in grey.
 STUDENT_COLOURS = ("#0072B2", "#E69F00")
 
 
 def percent_of(value: float, teacher: float) -> float | None:
-    """``value`` in % of the teacher's; None unless the teacher's is above 0."""
+    """Return ``value`` in % of the teacher's value, or None if that is not above 0."""
     return 100 * value / teacher if teacher > 0 else None
 
 
 @dataclass(frozen=True)
 class MaskedTokenQuality:
-    """On masked tokens: mean of -log softmax(logits)[label] (nats), and share predicted exactly (0 to 1)."""
+    """Quality on masked tokens: mean of -log softmax(logits)[label] in nats, and accuracy from 0 to 1."""
 
     loss: float
     accuracy: float
@@ -36,7 +36,7 @@ class MaskedTokenQuality:
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of one forward pass at batch 1; ``speed_up``: the teacher's median over this one's."""
+    """Milliseconds of one forward pass at batch size 1; ``speed_up``: the teacher's median over this median."""
 
     device: str
     median_ms: float
@@ -53,9 +53,9 @@ class Latency:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Scores on a task's dev examples: each metric's over seeds, and what follows from the first metric's.
+    """Scores on a task's dev examples: every metric for every seed, and statistics of the first metric.
 
-    The deviation is the sample's, None for one seed.
+    ``standard_deviation`` is that of the sample, None for one seed.
     """
 
     task: str
@@ -66,7 +66,7 @@ class TaskScore:
 
     @classmethod
     def of(cls, task: str, scores: Sequence[Scores], teacher_scores: Sequence[Scores]) -> "TaskScore":
-        """From the scores of each seed, of this model and of the teacher; metrics in the task's order."""
+        """Summarise this model's and the teacher's scores, one per seed, with metrics in the task's order."""
         of_metrics = {metric: tuple(seed[metric] for seed in scores) for metric in scores[0]}
         first = next(iter(of_metrics))
         mean, deviation = mean_and_deviation(of_metrics[first])
@@ -75,15 +75,15 @@ class TaskScore:
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean, and the sample's standard deviation; None for one value."""
+    """Return the mean, and the standard deviation of the sample (None for one value)."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 @dataclass(frozen=True)
 class ModelReport:
-    """One model: ``role`` is teacher, student or baseline; everything relative is relative to the teacher.
+    """The results of one model; relative values are relative to the teacher.
 
-    ``name`` tells it apart from the others: a hub id, or the end of a path.
+    ``role`` is teacher, student or baseline. ``name`` is a hub id or the end of a path, distinct for distinct models.
     """
 
     role: str
@@ -104,7 +104,7 @@ class ModelReport:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What was measured on, and how."""
+    """The data and settings of the measurements."""
 
     corpus: str
     held_out_rows: int
@@ -116,7 +116,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it was measured; ``threads`` are those of PyTorch on the CPU."""
+    """The machine of the measurements; ``threads``: PyTorch's threads on the CPU."""
 
     cpu: str
     cores: int
@@ -148,7 +148,7 @@ def _cpu_name() -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """Teacher first, then student, then the baseline if there is one."""
+    """The report: teacher first, then student, then the baseline if there is one."""
 
     models: tuple[ModelReport, ...]
     conditions: Conditions
@@ -158,7 +158,7 @@ class Report:
         return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
 
     def table(self) -> str:
-        """The models in Markdown, one a row."""
+        """Return a Markdown table with one row per model."""
         teacher = self.models[0]
         headings = ["", "parameters", "weights", "held-out MLM loss", "MLM accuracy", "retention"]
         headings += ["same token as teacher"]
@@ -177,10 +177,10 @@ class Report:
             f"Held-out rows: {conditions.held_out_rows} of the corpus {conditions.corpus}, "
             f"{conditions.seq_length} tokens each; {teacher.quality.masked_tokens:,} masked tokens, drawn as in "
             f"training, the same for every model (seed {conditions.seed}). Loss in nats per masked token.",
-            "Retention: accuracy, or a task's first metric, in % of the teacher's. Parameters: each shared one "
-            "once, the MLM head included. Weights: their files, in the precision they are stored in.",
+            "Retention: accuracy, or a task's first metric, in % of the teacher's. Parameters: with the MLM head; a "
+            "shared parameter counts once. Weights: size of the files, in their stored precision.",
             f"Latency: forward pass of the encoder without a head, batch 1, {conditions.seq_length} tokens, "
-            f"float32, models taking turns; median [quartiles] of {teacher.latencies[0].repetitions} on the CPU, "
+            f"float32, models in turns; median [quartiles] of {teacher.latencies[0].repetitions} runs on the CPU, "
             f"PyTorch threads: {machine.threads}. Speed-up: the teacher's median over the model's.",
         ]
         if conditions.tasks:
@@ -233,14 +233,14 @@ def _score(of_seeds: Sequence[float]) -> str:
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Write report.json, report.md and report.png to ``folder``, which exists."""
+    """Write report.json, report.md and report.png to an existing folder."""
     (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
     (folder / "report.md").write_text(report.to_markdown(), encoding="utf-8")
     draw_report(report, folder / "report.png")
 
 
 def draw_report(report: Report, path: Path) -> None:
-    """Draw student and baseline in % of the teacher: what they cost and what they are worth; PNG."""
+    """Draw cost and quality of student and baseline in % of the teacher, as a PNG."""
     from matplotlib.figure import Figure
 
     teacher, *others = report.models
@@ -265,12 +265,12 @@ def draw_report(report: Report, path: Path) -> None:
                 color=STUDENT_COLOURS[index],
                 label=model.title,
             )
-            # On white, because the teacher's line runs through the label of a value just under 100.
+            # White background: the teacher's line crosses the label of a value just under 100.
             background = {"facecolor": "white", "edgecolor": "none", "pad": 1}
             axes.bar_label(bars, fmt="%.0f %%", padding=4, bbox=background, zorder=3)
         axes.axvline(100, color="black", linewidth=1, linestyle="--", label=teacher.title)
         axes.set_yticks(places, labels=list(groups))
-        # From the top down, and as many places in both panels, so that all bars have one thickness.
+        # Top to bottom, with the same number of places in both panels, so all bars have the same thickness.
         axes.set_ylim(max(len(costs), len(worth)) - 0.5, -0.5)
         axes.set(title=title, xlabel="% of the teacher", xlim=(0, 1.15 * max(axes.get_xlim()[1], 100)))
         axes.spines[["top", "right"]].set_visible(False)

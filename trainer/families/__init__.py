@@ -1,1 +1,1 @@
-"""Architectures: how a student follows from its teacher and how both are run, one file each."""
+"""Model families, one file each: how to make a student from its teacher, and how to run both."""

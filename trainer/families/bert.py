@@ -1,4 +1,4 @@
-"""BERT -> DistilBERT, which is BERT without token-type embeddings and pooler."""
+"""BERT to DistilBERT, which is BERT without token-type embeddings and pooler."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import (
 from distilspeed.trainer.families.masks import document_mask
 from distilspeed.trainer.families.shape import ModelShape
 
-# DistilBERT's layer norms have this epsilon in code, not in their config.
+# DistilBERT has this layer-norm epsilon in its code, not in its config.
 DISTILBERT_LAYER_NORM_EPS = 1e-12
 
 # teacher name -> student name, within one Transformer layer
@@ -45,7 +45,7 @@ class BertFamily:
 
     def refusal(self, config: PreTrainedConfig) -> str | None:
         if isinstance(config, BertConfig) and config.is_decoder:
-            return "has is_decoder, its tokens see no later ones; choose an encoder"
+            return "has is_decoder, so its tokens do not see later tokens; choose an encoder"
         return None
 
     def teacher_refusal(self, teacher: PreTrainedConfig) -> str | None:
@@ -58,7 +58,7 @@ class BertFamily:
         ]
         for present, setting in without_counterpart:
             if present:
-                return f"has {setting}, which DistilBERT does not; choose another teacher"
+                return f"has {setting}, which DistilBERT does not support; choose another teacher"
         return None
 
     def shape(self, config: PreTrainedConfig) -> ModelShape:
@@ -95,10 +95,10 @@ class BertFamily:
         )
 
     def student_weights(self, teacher: PreTrainedModel, layers: Sequence[int]) -> dict[str, torch.Tensor]:
-        """The teacher's embeddings, chosen layers and MLM head, under DistilBERT's names.
+        """Return the teacher's embeddings, chosen layers and MLM head, under DistilBERT's names.
 
-        BERT adds row 0 of the token-type embeddings to every token of a single-segment input. That row
-        is folded into the position embeddings, so that the student's embedding output equals the teacher's.
+        BERT adds row 0 of the token-type embeddings to every token of a single-segment input. This method folds that
+        row into the position embeddings, so the student's embedding output equals the teacher's.
         """
         source = teacher.state_dict()
         embeddings = "bert.embeddings"

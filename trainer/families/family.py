@@ -1,4 +1,4 @@
-"""What the trainer asks of an architecture that it distils."""
+"""The interface of an architecture that the trainer distils."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -11,12 +11,12 @@ from distilspeed.trainer.families.shape import ModelShape
 
 
 class Family(Protocol):
-    """A teacher's architecture and that of its student. Configs and models are those of its model types.
+    """The architectures of a teacher and its student. All configs and models in the methods are of these model types.
 
     Attributes:
-        teacher_types: transformers' model types (``config.model_type``) that can be distilled.
-        student_types: the model types that its students have; with the teachers', those that can be run.
-        model_class: transformers' Auto class of the training objective: AutoModelForMaskedLM is the only one so far.
+        teacher_types: transformers model types (``config.model_type``) that can be distilled.
+        student_types: model types of the students. Models of teacher and student types can be run.
+        model_class: transformers Auto class of the training objective; so far only AutoModelForMaskedLM.
     """
 
     teacher_types: tuple[str, ...]
@@ -24,11 +24,11 @@ class Family(Protocol):
     model_class: Any
 
     def refusal(self, config: PreTrainedConfig) -> str | None:
-        """Why a model cannot be run on packed rows ("has …; choose …"); None: it can."""
+        """Return why a model cannot be run on packed rows ("has …; choose …"), or None if it can."""
         ...
 
     def teacher_refusal(self, teacher: PreTrainedConfig) -> str | None:
-        """Why a model that can be run cannot be distilled; None: it can."""
+        """Return why a model that can be run cannot be distilled, or None if it can."""
         ...
 
     def shape(self, config: PreTrainedConfig) -> ModelShape: ...
@@ -36,32 +36,35 @@ class Family(Protocol):
     def attention_dropout(self, config: PreTrainedConfig) -> float: ...
 
     def student_config(self, teacher: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConfig:
-        """The config of the student that starts from these layers of the teacher."""
+        """Return the config of the student that starts from these layers of the teacher."""
         ...
 
     def student_weights(self, teacher: PreTrainedModel, layers: Sequence[int]) -> dict[str, torch.Tensor]:
-        """All weights of that student, by its names: the teacher's embeddings, layers and head."""
+        """Return all weights of that student under its own names: the teacher's embeddings, layers and head."""
         ...
 
     def position_ids(self, config: PreTrainedConfig, position_ids: torch.Tensor) -> torch.Tensor:
-        """The model's position ids, from positions within documents, int64 [rows, length], that start at 0."""
+        """Convert positions within documents (int64 [rows, length], from 0) to the model's position ids."""
         ...
 
     def attention_mask(
         self, config: PreTrainedConfig, document_ids: torch.Tensor, implementation: str | None
     ) -> Any:
-        """What the model takes as ``attention_mask`` so that documents do not see each other.
+        """Return the ``attention_mask`` that keeps documents from seeing each other.
 
         Args:
             document_ids: int64 [rows, length], -1 on padding.
-            implementation: transformers' name of the attention that takes the mask.
+            implementation: transformers' name of the attention implementation.
         """
         ...
 
     def first_attention(self, model: PreTrainedModel) -> nn.Module:
-        """The first layer's attention, input projections included: ``(hidden_states, attention_mask=mask)[0]``."""
+        """Return the first layer's attention with its input projections.
+
+        It is called as ``attention(hidden_states, attention_mask=mask)[0]``.
+        """
         ...
 
     def head(self, model: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Logits [..., vocabulary, padded as the model] of last hidden states [..., hidden size]."""
+        """Return logits [..., vocabulary, padded as in the model] from last hidden states [..., hidden size]."""
         ...

@@ -1,23 +1,23 @@
-"""Attention masks of packed rows, in the form that each attention takes."""
+"""Attention masks of packed rows, in the form of each attention implementation."""
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-# transformers' name of the attention that takes a BlockMask.
+# transformers' name of the attention implementation that takes a BlockMask.
 FLEX = "flex_attention"
 
 
 def document_mask(document_ids: torch.Tensor, implementation: str | None) -> torch.Tensor | BlockMask:
-    """Which tokens of packed rows see each other: those of one document.
+    """Return the mask by which tokens of packed rows see only tokens of the same document.
 
-    Padding sees padding: a row of the mask with nothing in it would give NaN.
+    Padding sees padding: an empty row of the mask would give NaN.
 
     Args:
         document_ids: int64 [rows, length], -1 on padding.
-        implementation: transformers' name of the attention that takes the mask.
+        implementation: transformers' name of the attention implementation.
 
     Returns:
-        bool [rows, 1, length, length], or for "flex_attention" its BlockMask.
+        bool [rows, 1, length, length], or a BlockMask for "flex_attention".
     """
     if implementation == FLEX:
         rows, length = document_ids.shape

@@ -1,4 +1,4 @@
-"""The architectures that the trainer distils, one line each."""
+"""The registry of model families, one line each."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ FAMILIES: list[Family] = [
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The family that a teacher's or student's config belongs to; ``KeyError`` for none."""
+    """Return the family of a teacher's or student's config; raise ``KeyError`` if there is none."""
     for family in FAMILIES:
         if config.model_type in _types(family):
             return family
@@ -22,10 +22,10 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 def checked_family(config: PreTrainedConfig, model_name: str) -> Family:
-    """The family of a model that a person chose, which errors call ``model_name``.
+    """Return the family of a model that the user chose; error messages call the model ``model_name``.
 
     Raises:
-        UserError: there is none, or a model with this config cannot be run on packed rows.
+        UserError: no family has this model type, or a model with this config cannot be run on packed rows.
     """
     supported = [model_type for family in FAMILIES for model_type in _types(family)]
     if config.model_type not in supported:
@@ -45,10 +45,10 @@ def checked_family(config: PreTrainedConfig, model_name: str) -> Family:
 
 
 def checked_teacher_family(config: PreTrainedConfig, model_name: str) -> Family:
-    """As :func:`checked_family`.
+    """Return the family of a teacher, as :func:`checked_family` does.
 
     Raises:
-        UserError: also for a model that cannot be distilled.
+        UserError: as there, and if a model with this config cannot be distilled.
     """
     supported = [model_type for family in FAMILIES for model_type in family.teacher_types]
     if config.model_type not in supported:

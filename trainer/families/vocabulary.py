@@ -1,23 +1,23 @@
-"""The two ends of a language model where its vocabulary is: word embeddings and vocabulary projection."""
+"""Word embeddings and vocabulary projection of a language model: tying and padding."""
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-# Tensor cores need rows of a multiple of 8 numbers in half precision and work best on 64: 30522 is neither.
+# In half precision, tensor cores need a multiple of 8 and work best with 64; BERT's 30522 is a multiple of neither.
 VOCABULARY_MULTIPLE = 64
 
 
 def is_tied(model: PreTrainedModel) -> bool:
-    """Whether the vocabulary projection is the word embeddings, whatever the config says."""
+    """Return whether vocabulary projection and word embeddings share one weight; ignores the config."""
     embeddings, projection = model.get_input_embeddings(), model.get_output_embeddings()
     return projection.weight is embeddings.weight
 
 
 def pad_vocabulary(model: PreTrainedModel) -> None:
-    """Widen word embeddings and vocabulary projection to a multiple of 64 with zeros, in place.
+    """Pad word embeddings and vocabulary projection with zeros to a multiple of 64, in place.
 
-    The config keeps the vocabulary's size: whoever reads logits leaves the padding out, so that it gets no gradient.
+    The config keeps the vocabulary size. Readers of the logits leave out the padding, so the padding gets no gradient.
     """
     embeddings, projection = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(embeddings, nn.Embedding)
@@ -27,7 +27,7 @@ def pad_vocabulary(model: PreTrainedModel) -> None:
         return
     narrow = {id(weight): weight for weight in (embeddings.weight, *projection.parameters())}
     padded = {key: _padded(weight, missing) for key, weight in narrow.items()}
-    # Under every name: tied weights have two, and so has the bias of some heads.
+    # Replace a weight under every name: tied weights and the biases of some heads have two names.
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if id(weight) in padded:

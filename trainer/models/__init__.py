@@ -1,1 +1,1 @@
-"""Loading teacher and student, and running them on packed rows."""
+"""Load teacher and student, and run them on packed rows."""

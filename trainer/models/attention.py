@@ -1,4 +1,4 @@
-"""Attention within documents: the mask of packed rows, and which implementation computes it, chosen by measurement."""
+"""Choose the fastest implementation of attention within documents, by measurement."""
 
 import copy
 import logging
@@ -17,19 +17,19 @@ from distilspeed.trainer.families.registry import family_of
 
 logger = logging.getLogger(__name__)
 
-# transformers' name, as FLEX is. It takes a mask and dropout everywhere (on V100 by the memory-efficient kernel);
-# FLEX skips blocks of keys from other documents, and has no dropout.
+# transformers' name, like FLEX. SDPA supports a mask and dropout on every device (on V100 with the memory-efficient
+# kernel). FLEX skips blocks of keys from other documents, but has no dropout.
 SDPA = "sdpa"
-# Below this compute capability Triton's matrix products, of which flex_attention is made, are slow or broken.
+# flex_attention uses Triton's matrix products, which are slow or broken below this compute capability.
 OLDEST_FLEX_CAPABILITY = (8, 0)
 WARM_UP_RUNS, RUNS = 2, 5
-# Of the largest value: half-precision sums in another order differ by less.
+# Relative to the largest value. Sums in another order differ by less, also in half precision.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """An implementation and the seconds that each one measured took; no seconds where nothing was measured."""
+    """The chosen implementation, and the seconds of each measured one; ``seconds`` is empty if none was measured."""
 
     implementation: str
     seconds: dict[str, float]
@@ -42,7 +42,7 @@ class AttentionChoice:
 
 
 def attention_candidates(device: torch.device, dropout: float) -> tuple[str, ...]:
-    """The implementations that can compute attention within documents on a device."""
+    """Return the implementations that can compute attention within documents on a device."""
     capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= OLDEST_FLEX_CAPABILITY
     return (SDPA, FLEX) if capable and not dropout else (SDPA,)
 
@@ -55,14 +55,14 @@ def choose_attention(
     is_trained: bool,
     candidates: Sequence[str] | None = None,
 ) -> AttentionChoice:
-    """Set the model's attention to the fastest that gives the same as SDPA, on the shape of real packed rows.
+    """Set the model to the fastest attention implementation whose output equals that of SDPA.
 
-    The model's first attention is timed, forward and, where it is trained, backward, with its share of making the mask,
-    which all layers use.
+    The measurement runs the model's first attention on random hidden states with the documents of a micro-batch:
+    forward, and backward if ``is_trained``. The time includes one layer's share of making the mask.
 
     Args:
-        document_ids: int64 [rows, length], those of a micro-batch.
-        candidates: None: :func:`attention_candidates`, which leaves nothing to measure on many devices.
+        document_ids: int64 [rows, length], from a micro-batch.
+        candidates: default :func:`attention_candidates`; a single candidate is not measured.
     """
     family = family_of(model.config)
     if candidates is None:
@@ -80,12 +80,12 @@ def choose_attention(
     for name in candidates:
         try:
             output, took = _timed_attention(attention, name, hidden_states, document_ids.to(device))
-        except Exception as error:  # the compiler's, the driver's and torch's own, of every kind
-            logger.warning("attention %s does not run here: %s", name, first_line(error))
+        except Exception as error:  # the compiler, the driver and torch raise many types
+            logger.warning("attention %s does not run on this device: %s", name, first_line(error))
             continue
         expected = output if expected is None else expected
         if (output - expected).abs().max() > TOLERANCE[dtype] * expected.abs().max():
-            logger.warning("attention %s gives other values than %s here and is not used", name, SDPA)
+            logger.warning("attention %s is not used: its output differs from %s on this device", name, SDPA)
             continue
         seconds[name] = took
     fastest = min(seconds, key=lambda name: seconds[name])

@@ -1,4 +1,4 @@
-"""Teacher and student models: loading the one, making the other."""
+"""Load teachers, make students, and check that models fit the corpus."""
 
 import itertools
 import logging
@@ -22,10 +22,10 @@ from distilspeed.trainer.models.flops import model_shape
 
 logger = logging.getLogger(__name__)
 
-# DistilBERT-base takes these of BERT-base's 12 layers (Sanh et al. 2019, original code).
+# The layers of BERT-base that DistilBERT-base starts from (Sanh et al. 2019, original code).
 DISTILBERT_LAYERS_OF_12 = (0, 2, 4, 7, 9, 11)
 
-# How a model is called here, whatever its config has left over from another use.
+# Options of every model call here; they override values that a config has from another use.
 CALLED_WITH = {
     "return_dict": True,
     "output_attentions": False,
@@ -33,7 +33,7 @@ CALLED_WITH = {
     "chunk_size_feed_forward": 0,
 }
 
-# Files of a tokenizer, by the names that transformers' tokenizers give them.
+# File names that transformers' tokenizers save.
 TOKENIZER_FILES = (
     "tokenizer*.json",
     "special_tokens_map.json",
@@ -46,10 +46,12 @@ TOKENIZER_FILES = (
 
 
 def select_teacher_layers(num_layers: int, chosen: Sequence[int] | None) -> tuple[int, ...]:
-    """The teacher layers a student starts from: ``chosen``, or half of them, evenly spread with both ends.
+    """Return the teacher layers that a student starts from.
+
+    These are ``chosen`` if given, else half of the layers, evenly spread and including the first and last.
 
     Raises:
-        UserError: a layer is out of range, repeated or out of order, or none is chosen.
+        UserError: ``chosen`` is empty, or a layer is out of range, repeated or out of order.
     """
     if chosen is None:
         if num_layers == 12:
@@ -63,7 +65,10 @@ def select_teacher_layers(num_layers: int, chosen: Sequence[int] | None) -> tupl
             f"choose from 0 to {num_layers - 1}",
         )
     if any(first >= second for first, second in itertools.pairwise(chosen)):
-        raise UserError("bad-argument", f"--student_layers {_listed(chosen)} must rise from each to the next")
+        raise UserError(
+            "bad-argument",
+            f"--student_layers {_listed(chosen)} is not in increasing order; sort the layers and name each once",
+        )
     return tuple(chosen)
 
 
@@ -75,11 +80,11 @@ def load_masked_language_model(role: str, name: str) -> PreTrainedModel:
     """Load a model of any family with its MLM head: float32, evaluation mode, on the CPU.
 
     Args:
-        role: what the error calls it, for example "teacher".
+        role: name of the model in error messages, for example "teacher".
         name: a hub id or a local folder in Hugging Face's format, with safetensors weights.
 
     Raises:
-        UserError: it cannot be loaded, lacks weights or has such as are not finite, or is of another architecture.
+        UserError: the model cannot be loaded, has missing or non-finite weights, or has an unsupported architecture.
     """
     _refuse_pickles(role, Path(name))
     family = checked_family(_load(AutoConfig, role, name), f"the {role} {name}")
@@ -90,14 +95,14 @@ def load_masked_language_model(role: str, name: str) -> PreTrainedModel:
         dtype=torch.float32,
         use_safetensors=True,
         attn_implementation="sdpa",
-        ignore_mismatched_sizes=True,  # which are told below, not in a report of many lines
+        ignore_mismatched_sizes=True,  # reported below in one line; transformers would print many
         output_loading_info=True,
     )
     for weight, found, expected in sorted(loading["mismatched_keys"])[:1]:
         raise UserError(
             "damaged-model",
-            f"the {role} {name} has {weight} of shape {list(found)}, and its config.json says {list(expected)}; "
-            "give the config that goes with the weights",
+            f"the {role} {name} has {weight} of shape {list(found)}, but its config.json needs {list(expected)}; "
+            "use the config of these weights",
         )
     if loading["missing_keys"]:
         raise UserError(
@@ -107,7 +112,7 @@ def load_masked_language_model(role: str, name: str) -> PreTrainedModel:
         if not values.isfinite().all():
             raise UserError(
                 "damaged-model",
-                f"the {role} {name} has NaN or infinite weights ({weight}); save it again or choose another",
+                f"the {role} {name} has NaN or infinite weights ({weight}); save it again or choose another model",
             )
     return model.eval()
 
@@ -118,10 +123,10 @@ def _missing_weights(model_name: str, model: PreTrainedModel, missing: Sequence[
     twins_are_there = all(twins.get(weight, weight) not in missing for weight in missing)
     if not model.config.tie_word_embeddings and twins_are_there:
         return (
-            f'{model_name} lacks {", ".join(missing)}, and its config.json has "tie_word_embeddings": false; '
-            "set it to true: transformers then ties what is missing and nothing else"
+            f'{model_name} has no {", ".join(missing)}, and its config.json has "tie_word_embeddings": false; '
+            "set it to true, and transformers ties exactly the missing weights"
         )
-    return f"{model_name} lacks weights ({', '.join(missing[:3])}, …); give a masked language model with its head"
+    return f"{model_name} has missing weights ({', '.join(missing[:3])}, …); give a masked language model with its head"
 
 
 def _refuse_pickles(role: str, folder: Path) -> None:
@@ -129,27 +134,27 @@ def _refuse_pickles(role: str, folder: Path) -> None:
     if pickles and not whole:
         raise UserError(
             "pickled-weights",
-            f"the {role} {folder} has pickled weights alone ({pickles[0].name}), and pickles can run code; "
+            f"the {role} {folder} has only pickled weights ({pickles[0].name}), and pickles can run code; "
             "if you trust them, convert them: AutoModelForMaskedLM.from_pretrained(FOLDER, use_safetensors=False)"
             ".save_pretrained(FOLDER)",
         )
 
 
 def load_teacher(name: str) -> PreTrainedModel:
-    """Load a frozen teacher: as :func:`load_masked_language_model`, and no parameter requires a gradient.
+    """Load a frozen teacher with :func:`load_masked_language_model`; no parameter requires a gradient.
 
     Raises:
-        UserError: also for an architecture or a setting that cannot be distilled.
+        UserError: as there, and if the architecture or a setting cannot be distilled.
     """
     checked_teacher_family(_load(AutoConfig, "teacher", name), f"the teacher {name}")
     return load_masked_language_model("teacher", name).requires_grad_(False)
 
 
 def make_student(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
-    """The student at its start: float32, initialised from the teacher's ``layers``; tied where the teacher is.
+    """Make a student, float32, initialised from the teacher's ``layers``, and tied if the teacher's weights are tied.
 
-    What the teacher's config says of tying does not count: transformers keeps a decoder that was saved beside
-    other embeddings.
+    The teacher's config may claim tied weights that are not: transformers keeps a decoder that was saved with other
+    values than the embeddings.
     """
     family = family_of(teacher.config)
     config = family.student_config(teacher.config, layers)
@@ -160,31 +165,31 @@ def make_student(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedM
 
 
 def model_from_config(name: str, seed: int) -> PreTrainedModel:
-    """A masked language model with random weights, float32, from a config file, folder or hub id.
+    """Make a masked language model with random weights, float32, from a config file, folder or hub id.
 
     Raises:
-        UserError: there is no such config, or its model cannot be run on packed rows.
+        UserError: the config cannot be loaded, or its model cannot be built or run on packed rows.
     """
     config = _load(AutoConfig, "student's config", name)
     family = checked_family(config, f"--student_config {name}")
     torch.manual_seed(seed)
     try:
         return family.model_class.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-    except Exception as error:  # a config is checked by what its values lead to
+    except Exception as error:  # a bad config value can raise any type
         raise UserError(
             "unusable-model",
-            f"--student_config {name} makes no masked language model: {first_line(error)}; correct the config",
+            f"cannot build a model from --student_config {name}: {first_line(error)}; correct the config",
         ) from error
 
 
 @dataclass(frozen=True)
 class Head:
-    """What a task puts on a pre-trained encoder.
+    """The head that a task puts on a pre-trained encoder.
 
     Attributes:
-        model_class: transformers' Auto class of encoder and head, for example AutoModelForSequenceClassification.
-        num_labels: the head's outputs: one a class, 1 for a number, 2 for the start and end of a span.
-        problem_type: transformers' name of the loss, for a class that has several ("regression").
+        model_class: transformers Auto class of encoder and head, for example AutoModelForSequenceClassification.
+        num_labels: number of outputs: one per class, 1 for regression, 2 for the start and end of a span.
+        problem_type: transformers' name of the loss, for model classes with several losses ("regression").
     """
 
     model_class: Any
@@ -193,37 +198,38 @@ class Head:
 
 
 def make_with_head(role: str, name: str, head: Head) -> PreTrainedModel:
-    """A model with a task's head, from a model's config and with random weights; float32.
+    """Make a model with a task's head and random weights, float32, from a model's config.
 
-    What the config says of another task (kind of problem, number and names of labels) does not count.
+    The head overrides the config's values for another task (problem type, number and names of labels).
 
     Raises:
-        UserError: the config makes no such model.
+        UserError: the config cannot be loaded, or no such model can be built from it.
     """
     config = _load(AutoConfig, role, name)
     config.problem_type, config.num_labels = head.problem_type, head.num_labels
     try:
         return head.model_class.from_config(config, dtype=torch.float32)
-    except Exception as error:  # a config is checked by what its values lead to
+    except Exception as error:  # a bad config value can raise any type
         raise UserError(
             "unusable-model",
-            f"the {role} {name} makes no {head.model_class.__name__}: {first_line(error)}; correct its config.json",
+            f"cannot build a {head.model_class.__name__} from the config of the {role} {name}: {first_line(error)}; "
+            "correct its config.json",
         ) from error
 
 
 def load_with_head(name: str, head: Head) -> PreTrainedModel:
-    """A model's pre-trained encoder with a new head, whether or not the model comes with one."""
+    """Load a model's pre-trained encoder and put a new head on it, even if the model has a head."""
     model = make_with_head("model", name, head)
     encoder = _load(AutoModel, "model", name, dtype=torch.float32, use_safetensors=True).state_dict()
-    # AutoModel gives BERT a pooler, which heads on tokens have no use for.
+    # AutoModel gives BERT a pooler, which models with a head on tokens do not have.
     model.base_model.load_state_dict({weight: encoder[weight] for weight in model.base_model.state_dict()})
     return model
 
 
 def check_fits_corpus(role: str, name: str, model: PreTrainedModel, corpus: Corpus) -> None:
-    """Raise a UserError unless the model has the corpus's tokenizer, its vocabulary and positions for its rows.
+    """Raise a UserError unless the model fits the corpus: same tokenizer, large enough vocabulary, enough positions.
 
-    A model without a tokenizer is judged by the size of its vocabulary alone; see :func:`warn_without_tokenizer`.
+    Without tokenizer files, only the vocabulary size is compared; see :func:`warn_without_tokenizer`.
     """
     manifest, shape = corpus.manifest, model_shape(model.config)
     if _has_tokenizer(name):
@@ -231,22 +237,22 @@ def check_fits_corpus(role: str, name: str, model: PreTrainedModel, corpus: Corp
     if shape.vocab_size < manifest.vocab_size:
         raise UserError(
             "tokenizer-mismatch",
-            f"the {role} {name} has a vocabulary of {shape.vocab_size} tokens, the corpus's tokenizer one of "
-            f"{manifest.vocab_size}; choose the model that goes with the tokenizer",
+            f"the {role} {name} has a vocabulary of {shape.vocab_size} tokens, but the corpus's tokenizer has "
+            f"{manifest.vocab_size}; choose a model with this tokenizer",
         )
     if shape.positions < manifest.seq_length:
         raise UserError(
             "rows-too-long",
-            f"the corpus has rows of {manifest.seq_length} tokens, the {role} {name} only "
-            f"{shape.positions} positions; prepare it with --seq_length {shape.positions} or less",
+            f"the corpus has rows of {manifest.seq_length} tokens, but the {role} {name} has only "
+            f"{shape.positions} positions; prepare the corpus with --seq_length {shape.positions} or less",
         )
 
 
 def warn_without_tokenizer(role: str, name: str) -> None:
-    """Log a warning where :func:`check_fits_corpus` had no tokenizer to compare."""
+    """Log a warning if the model has no tokenizer that :func:`check_fits_corpus` could compare."""
     if not _has_tokenizer(name):
         logger.warning(
-            "the %s %s has no tokenizer files; only the size of its vocabulary was compared "
+            "the %s %s has no tokenizer files; only its vocabulary size was compared "
             "with the corpus's tokenizer",
             role,
             name,
@@ -254,7 +260,7 @@ def warn_without_tokenizer(role: str, name: str) -> None:
 
 
 def _has_tokenizer(name: str) -> bool:
-    """Whether a model comes with any file of a tokenizer; a hub id always counts as one that does."""
+    """Return whether a model's folder has any tokenizer file; True for every hub id."""
     folder = Path(name)
     return not folder.exists() or any(
         file.is_file() for pattern in TOKENIZER_FILES for file in folder.glob(pattern)
@@ -266,16 +272,16 @@ def _check_same_tokenizer(role: str, name: str, corpus: Corpus) -> None:
     if tokenizer_hash(tokenizer) != corpus.manifest.tokenizer_hash:
         raise UserError(
             "tokenizer-mismatch",
-            f"the corpus was made with another tokenizer than that of the {role} {name}; "
+            f"the corpus was prepared with another tokenizer than that of the {role} {name}; "
             f"prepare it with --tokenizer {name}",
         )
 
 
 def _load(auto_class: Any, role: str, name: str, **options: Any) -> Any:
     try:
-        # False, because unless told transformers asks at the terminal whether to run a repository's code.
+        # The default makes transformers ask at the terminal whether to run the repository's code.
         return auto_class.from_pretrained(name, trust_remote_code=False, **CALLED_WITH, **options)
-    except Exception as error:  # the hub's, the file system's, safetensors' and transformers' own
+    except Exception as error:  # the hub, the file system, safetensors and transformers raise many types
         raise UserError(
             "unusable-model",
             f"cannot load the {role} {name}: {first_line(error)}; give a folder or hub id with safetensors weights",

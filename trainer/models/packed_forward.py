@@ -1,4 +1,4 @@
-"""A model run on packed rows, each token seeing its own document alone."""
+"""Run a model on packed rows; each token sees only its own document."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,23 +11,23 @@ from distilspeed.trainer.families.registry import family_of
 
 
 class ModelOutputs(NamedTuple):
-    """What the losses need of a model on packed rows."""
+    """The outputs of a model on packed rows that the losses need."""
 
-    logits: torch.Tensor  # [rows, length, vocabulary], or of the tokens asked for [tokens, vocabulary]
+    logits: torch.Tensor  # [rows, length, vocabulary], or [tokens, vocabulary] for the requested tokens
     hidden_states: torch.Tensor  # [rows, length, hidden size], of the last layer
-    layers: dict[int, torch.Tensor]  # the same of each layer asked for; 0: of the embeddings
+    layers: dict[int, torch.Tensor]  # hidden states of each requested layer; 0 is the embeddings
 
 
 def encode_packed(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
-    """Last hidden states [rows, length, hidden size] of packed rows, no token having seen another document.
+    """Return the last hidden states [rows, length, hidden size] of packed rows.
 
-    A packed row gives the hidden states that its documents would give alone.
+    They equal the hidden states of each document run alone.
     """
     return _encode(model, batch).last_hidden_state
 
 
 def _encode(model: PreTrainedModel, batch: MicroBatch, **options: bool) -> Any:
-    """What transformers' encoder gives."""
+    """Return the output object of transformers' encoder."""
     config, encoder = model.config, model.base_model
     family = family_of(config)
     mask = family.attention_mask(config, batch.document_ids, config._attn_implementation)
@@ -44,8 +44,8 @@ def forward_packed(
     """Run a masked language model on packed rows; see :func:`encode_packed`.
 
     Args:
-        places: int64 [tokens], where in the flattened rows logits are wanted; None: everywhere.
-        layers: whose hidden states are wanted besides the last, numbered as in transformers.
+        places: int64 [tokens], indices into the flattened rows of the tokens to compute logits for; None for all.
+        layers: layers to return hidden states of, numbered as in transformers.
     """
     encoded = _encode(model, batch, **({"output_hidden_states": True} if layers else {}))
     hidden_states = encoded.last_hidden_state

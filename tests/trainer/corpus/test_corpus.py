@@ -1,4 +1,4 @@
-"""Opening a corpus, reading its rows, and the tokenizer it vouches for."""
+"""Opening a corpus, reading its rows, and loading its tokenizer."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ needs_teacher = pytest.mark.skipif(not TEACHER.is_dir(), reason="needs ../shared
 
 
 @pytest.mark.parametrize("indices", [[0], [7], [5, 6, 7], [9, 2, 2, 30], np.array([3, 1])])
-def test_rows_are_read_in_the_order_asked_for(corpus: Corpus, indices: list[int]) -> None:
+def test_rows_are_read_in_the_given_order(corpus: Corpus, indices: list[int]) -> None:
     rows = read_rows(corpus.train, indices)
     assert rows.input_ids.dtype == np.int64
     for position, index in enumerate(indices):
@@ -60,13 +60,13 @@ def test_a_teachers_tokenizer_hash_survives_saving_and_use(tmp_path: Path) -> No
     check_hash_survives_saving_and_use(TEACHER, tmp_path)
 
 
-def test_a_corpus_carries_its_tokenizer(corpus: Corpus, small_tokenizer_dir: Path) -> None:
+def test_a_corpus_contains_its_tokenizer(corpus: Corpus, small_tokenizer_dir: Path) -> None:
     teacher_hash = tokenizer_hash(load_tokenizer(str(small_tokenizer_dir)))
     assert tokenizer_hash(corpus.load_tokenizer()) == corpus.manifest.tokenizer_hash == teacher_hash
 
 
 def bert_folder(folder: Path, pieces: list[str], **config: bool) -> str:
-    """A folder with ``vocab.txt`` and ``config.json``, as BioBERT's, and a tokenizer_config.json where told."""
+    """Write a folder with ``vocab.txt`` and ``config.json``, like BioBERT's; ``config`` adds tokenizer_config.json."""
     folder.mkdir()
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[BOS]", "[unused1]", *pieces]
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
@@ -76,19 +76,19 @@ def bert_folder(folder: Path, pieces: list[str], **config: bool) -> str:
     return str(folder)
 
 
-def test_a_cased_vocabulary_is_not_read_in_lower_case(tmp_path: Path) -> None:
+def test_a_tokenizer_that_lower_cases_text_for_a_cased_vocabulary_is_refused(tmp_path: Path) -> None:
     letters = [*string.ascii_lowercase, *(f"##{letter}" for letter in string.ascii_lowercase)]
     cased = [*letters, "York", "A", "##A"]
     with raises_user_error("unusable-tokenizer", "biobert", "3", "55", '"do_lower_case": false'):
         load_tokenizer(bert_folder(tmp_path / "biobert", cased))
-    mended = load_tokenizer(bert_folder(tmp_path / "mended", cased, do_lower_case=False))
-    assert mended.tokenize("York") == ["York"]
-    # A lower-cased vocabulary with an oddity or two, and letters without case.
+    corrected = load_tokenizer(bert_folder(tmp_path / "corrected", cased, do_lower_case=False))
+    assert corrected.tokenize("York") == ["York"]
+    # A lower-cased vocabulary may have one or two capitals, and letters without case.
     uncased = load_tokenizer(bert_folder(tmp_path / "uncased", [*letters, "Ⅳ", "##Ω", "中", "1"]))
     assert uncased.tokenize("Abc") == ["a", "##b", "##c"]
 
 
-def test_a_corpus_of_a_cased_vocabulary_read_in_lower_case_is_refused_before_training(
+def test_verifying_a_corpus_refuses_a_tokenizer_that_lower_cases_a_cased_vocabulary(
     copied_corpus_dir: Path,
 ) -> None:
     tokenizer = copied_corpus_dir / "tokenizer" / "tokenizer.json"
@@ -121,7 +121,7 @@ def test_a_corpus_can_be_moved(copied_corpus_dir: Path, corpus: Corpus) -> None:
     assert moved.train[3] == corpus.train[3]
 
 
-def test_a_folder_that_is_no_corpus_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_corpus_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         with raises_user_error("not-a-corpus", str(folder)):
             open_corpus(folder)
@@ -137,7 +137,7 @@ def test_a_folder_that_is_no_corpus_is_refused(tmp_path: Path) -> None:
         ('{"format', "damaged-corpus", "manifest.json"),
     ],
 )
-def test_a_foreign_or_damaged_manifest_is_refused(
+def test_a_manifest_that_is_damaged_or_of_another_format_is_refused(
     copied_corpus_dir: Path, manifest: str, code: UserErrorCode, named: str
 ) -> None:
     (copied_corpus_dir / "manifest.json").write_text(manifest)
@@ -162,7 +162,7 @@ def test_damage_to_any_file_is_found(copied_corpus_dir: Path) -> None:
     open_corpus(copied_corpus_dir, verify_checksums=True)
 
 
-def test_damage_that_keeps_the_size_is_an_error_and_no_traceback(copied_corpus_dir: Path) -> None:
+def test_damage_that_keeps_the_file_size_is_a_user_error(copied_corpus_dir: Path) -> None:
     path = copied_corpus_dir / "train" / "data.arrow"
     path.write_bytes(b"\0" * path.stat().st_size)
     with raises_user_error("damaged-corpus", str(copied_corpus_dir)):

@@ -1,4 +1,4 @@
-"""Whatever the bytes of a text file: its documents or one line of error, and of valid text every character."""
+"""Any bytes of a text file give documents or one error, and valid text is read completely."""
 
 import bz2
 import gzip
@@ -30,7 +30,7 @@ from distilspeed.trainer.errors import UserError
 fuzz = settings(derandomize=True, max_examples=300)
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 
-# Text as it is, with line ends and white space of all kinds, and pieces of the formats that are read.
+# Text with line ends and white space of all kinds, and with syntax of the supported formats.
 characters = st.text(
     st.sampled_from('aé中\U0001f600 \t\r\n\v\f\x1c\x85\u2028\ufeff[]{}",:\\')
     | st.characters(exclude_characters="\0", codec="utf-8")
@@ -44,7 +44,7 @@ json_values: st.SearchStrategy[Any] = st.recursive(
 
 @st.composite
 def damaged(draw: st.DrawFn, whole: st.SearchStrategy[bytes]) -> bytes:
-    """Bytes of which a few are cut out, and others put in their place."""
+    """Bytes with a few replaced by others."""
     content = draw(whole)
     start = draw(st.integers(0, len(content)))
     end = draw(st.integers(start, min(len(content), start + 4)))
@@ -65,7 +65,7 @@ def zstd(content: bytes) -> bytes:
 
 
 def documents_of(path: Path, count: int, separator: Separator = "line") -> list[str]:
-    """Of all shards, one after the other."""
+    """Return the documents of all shards, one shard after the other."""
     shards = (file_source(path, "text", Shard(index, count), separator) for index in range(count))
     return [document for shard in shards for document in shard.documents()]
 
@@ -90,7 +90,7 @@ def documents_of(path: Path, count: int, separator: Separator = "line") -> list[
 @example(".jsonl", bytes, b'{"text": ' + b"1" * 5000 + b"}", 1, "line", 0)
 @example(".json", bytes, b'[{"text": "a"},\n{"text": "\xff"}]', 2, "line", 0)
 @example(".txt", bytes, b"a\n\xff\n", 2, "line", 0)
-def test_any_bytes_are_documents_or_one_error(
+def test_any_bytes_give_documents_or_one_error(
     tmp_path_factory: pytest.TempPathFactory,
     suffix: str,
     compress: Callable[[bytes], bytes],
@@ -110,17 +110,17 @@ def test_any_bytes_are_documents_or_one_error(
         return
     for document in documents:
         assert not document.isspace()
-        document.encode()  # what tokenizers need: no half of a surrogate pair
+        document.encode()  # fails for half of a surrogate pair, which tokenizers reject
 
 
-# No JSON, no markup: what begins so is read as records, or refused.
+# Not JSON and not markup: text that begins like JSON is read as records, and markup is refused.
 prose = characters.filter(lambda text: not re.match(r"[\s\ufeff]*[\[{<]", text))
 
 
 @fuzz
 @given(text=prose, mark=st.sampled_from(["", "\ufeff"]), count=st.integers(1, 5))
 @example(text="a", mark="", count=3)
-def test_of_a_text_every_line_that_is_not_blank_comes_out_once(
+def test_every_line_of_a_text_that_is_not_blank_is_read_once(
     tmp_path_factory: pytest.TempPathFactory, text: str, mark: str, count: int
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "valid.txt"
@@ -165,7 +165,7 @@ def test_the_lines_between_blank_ones_are_one_document_in_one_shard(
     count=st.integers(1, 4),
     ascii_only=st.booleans(),
 )
-def test_of_records_every_text_comes_out_once(
+def test_every_text_of_a_file_of_records_is_read_once(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], suffix: str, count: int, ascii_only: bool
 ) -> None:
     path = tmp_path_factory.getbasetemp() / f"records{suffix}"
@@ -187,7 +187,7 @@ def test_of_records_every_text_comes_out_once(
     ),
     seq_length=st.integers(16, 40),
 )
-def test_packed_rows_hold_every_piece_of_any_documents_once(
+def test_packed_rows_contain_every_piece_of_any_documents_once(
     small_tokenizer_dir: Path, documents: list[str | None], seq_length: int
 ) -> None:
     tokenizer = Tokenizer.from_file(str(small_tokenizer_dir / "tokenizer.json"))

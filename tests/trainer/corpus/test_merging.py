@@ -1,4 +1,4 @@
-"""Shards and the corpus they merge to."""
+"""Merging shards into a corpus."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ PiecesOf = Callable[[datasets.Dataset], list[tuple[int, ...]]]
 def arguments(
     small_corpus_dir: Path, small_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> CorpusArguments:
-    """The small corpus's text and what it was prepared with, for shards of it."""
+    """The text and settings of the small corpus, to prepare shards of it."""
     return CorpusArguments(
         text=(small_corpus_dir.parent / "reference.txt",),
         tokenizer=str(small_tokenizer_dir),
@@ -50,7 +50,7 @@ def merged(shard_dirs: list[Path]) -> Corpus:
     return open_corpus(shard_dirs[0].with_name("merged"), verify_checksums=True)
 
 
-def test_the_shards_hold_every_piece_of_the_text_once(
+def test_the_merged_shards_contain_every_piece_of_the_text_once(
     corpus: Corpus, merged: Corpus, pieces_of: PiecesOf
 ) -> None:
     for prepared in (corpus, merged):
@@ -62,7 +62,7 @@ def test_the_shards_hold_every_piece_of_the_text_once(
     assert merged.manifest.sources == corpus.manifest.sources
 
 
-def test_rows_keep_their_split_and_follow_the_shards(shard_dirs: list[Path], merged: Corpus) -> None:
+def test_rows_keep_their_split_and_the_order_of_the_shards(shard_dirs: list[Path], merged: Corpus) -> None:
     shards = [open_corpus(folder) for folder in shard_dirs]
     assert [shard.manifest.shard for shard in shards] == [Shard(index, SHARDS) for index in range(SHARDS)]
     for split in ("train", "held_out"):

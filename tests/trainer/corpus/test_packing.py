@@ -1,4 +1,4 @@
-"""Cutting documents into pieces, and packing pieces into rows."""
+"""Cutting documents into pieces and packing pieces into rows."""
 
 import itertools
 from collections import Counter
@@ -36,7 +36,7 @@ def tokenized(documents: list[list[int]]) -> TokenizedDocuments:
 
 
 def as_lists(pieces: Pieces) -> list[list[int]]:
-    """Each piece without its brackets."""
+    """Return the tokens of each piece, without [CLS] and [SEP]."""
     return [
         pieces.tokens[start : start + length - 2].tolist()
         for start, length in zip(pieces.starts.tolist(), pieces.lengths.tolist(), strict=True)
@@ -44,7 +44,7 @@ def as_lists(pieces: Pieces) -> list[list[int]]:
 
 
 @given(capacities_and_lengths)
-def test_every_piece_is_in_one_row_whole(capacity_and_lengths: tuple[int, list[int]]) -> None:
+def test_every_whole_piece_is_in_one_row(capacity_and_lengths: tuple[int, list[int]]) -> None:
     capacity, lengths = capacity_and_lengths
     rows = pack_best_fit_decreasing(lengths, capacity)
     assert sorted(itertools.chain.from_iterable(rows)) == list(range(len(lengths)))
@@ -67,9 +67,9 @@ def test_no_two_rows_would_fit_in_one(capacity_and_lengths: tuple[int, list[int]
 
 
 @given(capacities_and_lengths)
-def test_a_piece_goes_where_the_least_room_is_left(capacity_and_lengths: tuple[int, list[int]]) -> None:
+def test_a_piece_goes_into_the_row_with_the_least_room(capacity_and_lengths: tuple[int, list[int]]) -> None:
     capacity, lengths = capacity_and_lengths
-    room: list[int] = []  # of each row, filled by the definition of best-fit decreasing: look at every row
+    room: list[int] = []  # room of each row, by the definition of best-fit decreasing: search every row
     for length in sorted(lengths, reverse=True):
         fitting = [row for row, left in enumerate(room) if left >= length]
         if fitting:
@@ -93,7 +93,9 @@ def test_a_length_no_row_can_hold_is_refused(length: int) -> None:
 @given(
     st.lists(st.lists(st.sampled_from([UNK, 7, 8, 60_000]), max_size=200), max_size=20), st.integers(16, 64)
 )
-def test_documents_are_cut_and_dropped_by_the_definition(documents: list[list[int]], seq_length: int) -> None:
+def test_documents_are_cut_and_pieces_dropped_by_the_definition(
+    documents: list[list[int]], seq_length: int
+) -> None:
     room = seq_length - 2
     cut = [document[i : i + room] for document in documents for i in range(0, len(document), room)]
     long_enough = [piece for piece in cut if len(piece) + 2 > 11]
@@ -110,19 +112,19 @@ def test_pieces_of_up_to_eleven_tokens_are_dropped() -> None:
 
 
 def test_pieces_at_least_half_unknown_are_dropped() -> None:
-    half, less = [UNK] * 10 + [7] * 8, [UNK] * 9 + [7] * 9  # of 20 tokens, special ones counted
+    half, less = [UNK] * 10 + [7] * 8, [UNK] * 9 + [7] * 9  # 20 tokens each, with [CLS] and [SEP]
     pieces = cut_into_pieces(tokenized([half, less]), rules(64))
     assert (pieces.dropped_unknown, pieces.dropped_short) == (1, 0)
     assert as_lists(pieces) == [less]
 
 
-def test_a_special_token_that_text_spells_is_unknown() -> None:
+def test_a_special_token_in_the_text_becomes_the_unknown_token() -> None:
     pieces = cut_into_pieces(tokenized([[7] * 8 + [CLS, UNK, PAD, SEP]]), rules(64))
     assert as_lists(pieces) == [[7] * 8 + [UNK] * 4]
     assert pieces.tokens.dtype == np.int32
 
 
-def test_rows_hold_their_pieces_then_padding() -> None:
+def test_rows_contain_their_pieces_then_padding() -> None:
     pieces = Pieces(np.array([7, 8, UNK], dtype=np.int32), np.array([0, 1]), np.array([3, 4]), 0, 0)
     packed = lay_out_rows(pieces, [[1, 0], [0]], rules(8))
     assert packed.input_ids.dtype == np.uint16
@@ -137,7 +139,7 @@ def test_rows_hold_their_pieces_then_padding() -> None:
 
 
 @given(st.lists(st.lists(st.integers(200, 300), min_size=10, max_size=100), max_size=30), st.data())
-def test_rows_hold_every_piece_once_and_any_of_them_can_be_selected(
+def test_rows_contain_every_piece_once_and_any_rows_can_be_selected(
     documents: list[list[int]], data: st.DataObject
 ) -> None:
     pieces = cut_into_pieces(tokenized(documents), rules(32))

@@ -1,4 +1,4 @@
-"""Preparing a corpus: what is in it, what is refused, and that nothing half made is left."""
+"""Preparing a corpus: its content, and no partial output after a failure."""
 
 import errno
 import gzip
@@ -28,10 +28,10 @@ SHARED_DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 TEACHER = SHARED_DATA / "teacher-minilm"
 needs_teacher = pytest.mark.skipif(not TEACHER.is_dir(), reason="needs ../shared/data/teacher-minilm")
 
-# --- what is in a corpus --------------------------------------------------------------------------------
+# --- content of a corpus --------------------------------------------------------------------------------
 
 
-def test_train_and_held_out_hold_every_piece_of_the_text_once(
+def test_train_and_held_out_contain_every_piece_of_the_text_once(
     small_corpus_dir: Path, corpus: Corpus, pieces_of: PiecesOf
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(small_corpus_dir / "tokenizer")
@@ -47,7 +47,7 @@ def test_train_and_held_out_hold_every_piece_of_the_text_once(
     assert corpus.manifest.counts.pieces == expected.total()
 
 
-def test_the_columns_of_a_row_agree(corpus: Corpus) -> None:
+def test_the_columns_of_a_row_are_consistent(corpus: Corpus) -> None:
     special = set(corpus.load_tokenizer().all_special_ids)
     for row in [*corpus.train, *corpus.held_out]:
         real = sum(row["document_lengths"])
@@ -57,20 +57,20 @@ def test_the_columns_of_a_row_agree(corpus: Corpus) -> None:
         assert row["maskable_tokens"] == sum(token not in special for token in row["input_ids"][:real])
 
 
-def test_rows_are_stored_small_and_read_by_datasets_alone(small_corpus_dir: Path) -> None:
+def test_rows_are_stored_as_uint16_and_can_be_read_with_datasets(small_corpus_dir: Path) -> None:
     train = datasets.load_from_disk(str(small_corpus_dir / "train"))
     assert train.features["input_ids"] == datasets.List(datasets.Value("uint16"), length=64)
     assert train.cache_files, "the rows are mapped from the file, not held in memory"
 
 
-def test_token_counts_are_those_of_the_real_tokens_of_train(corpus: Corpus, pieces_of: PiecesOf) -> None:
+def test_token_counts_count_the_real_tokens_of_train(corpus: Corpus, pieces_of: PiecesOf) -> None:
     counted = Counter(token for piece in pieces_of(corpus.train) for token in piece)
     assert corpus.token_counts.dtype == np.int64
     assert corpus.token_counts.shape == (corpus.manifest.vocab_size,)
     assert {token: count for token, count in enumerate(corpus.token_counts) if count} == counted
 
 
-def test_the_manifest_counts_what_is_there(corpus: Corpus) -> None:
+def test_the_counts_of_the_manifest_match_the_rows(corpus: Corpus) -> None:
     counts = corpus.manifest.counts
     assert (counts.train_rows, counts.held_out_rows) == (len(corpus.train), len(corpus.held_out))
     assert counts.train_tokens == sum(corpus.train["real_tokens"]) == corpus.token_counts.sum()
@@ -82,14 +82,16 @@ def test_the_manifest_counts_what_is_there(corpus: Corpus) -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 1 / 3, 0.499])
-def test_held_out_rows_are_the_share_asked_for(fraction: float) -> None:
+def test_held_out_rows_are_the_requested_fraction(fraction: float) -> None:
     for rows in (2, 10, 999, 10_000):
         held_out = sum(is_held_out(row, fraction) for row in range(rows))
         assert 1 <= held_out < rows
         assert abs(held_out - rows * fraction) <= 1
 
 
-def test_the_same_bytes_however_many_processes(arguments: CorpusArguments, tmp_path: Path) -> None:
+def test_the_bytes_do_not_depend_on_the_number_of_processes(
+    arguments: CorpusArguments, tmp_path: Path
+) -> None:
     prepare_corpus(arguments)
     prepare_corpus(replace(arguments, num_proc=2, output_dir=tmp_path / "other"))
     files = [path for path in arguments.output_dir.rglob("*") if path.is_file()]
@@ -99,7 +101,7 @@ def test_the_same_bytes_however_many_processes(arguments: CorpusArguments, tmp_p
         assert path.read_bytes() == other.read_bytes(), path
 
 
-def test_a_corpus_says_nothing_about_the_machine(arguments: CorpusArguments, tmp_path: Path) -> None:
+def test_a_corpus_contains_no_path_of_the_machine(arguments: CorpusArguments, tmp_path: Path) -> None:
     corpus = prepare_corpus(arguments)
     assert corpus.manifest.sources[0].name == "some.txt"
     assert corpus.manifest.sources[0].bytes == arguments.text[0].stat().st_size
@@ -124,7 +126,7 @@ def test_speeches_with_a_real_teachers_tokenizer_have_under_two_percent_padding(
     assert corpus.load_tokenizer().decode(corpus.train[0]["input_ids"]).startswith("[CLS] ")
 
 
-def test_added_tokens_are_in_the_corpus_as_in_the_tokenizer_and_can_be_masked(
+def test_added_tokens_are_tokenised_as_by_the_tokenizer_and_can_be_masked(
     arguments: CorpusArguments, tmp_path: Path, pieces_of: PiecesOf
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)

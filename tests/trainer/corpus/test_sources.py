@@ -100,7 +100,7 @@ def test_every_kind_of_file_gives_the_same_documents(
 
 @pytest.mark.parametrize("packed", COMPRESS)
 @pytest.mark.parametrize("name", ["some.txt", "PG1342", "some.gz"])
-def test_a_text_is_text_whatever_its_name(some_text: Path, name: str, packed: str) -> None:
+def test_a_text_is_read_as_text_under_any_name(some_text: Path, name: str, packed: str) -> None:
     path = some_text.with_name(name + packed)
     path.write_bytes(COMPRESS[packed](some_text.read_bytes()))
     assert list(file_source(path, "ignored").documents()) == some_text.read_text("utf-8").splitlines()
@@ -120,7 +120,7 @@ def test_a_text_is_text_whatever_its_name(some_text: Path, name: str, packed: st
         "<quote>",
     ],
 )
-def test_prose_that_begins_oddly_stays_prose(tmp_path: Path, line: str) -> None:
+def test_prose_that_looks_like_another_format_is_read_as_text(tmp_path: Path, line: str) -> None:
     path = tmp_path / "prose.txt"
     path.write_text(f"{line}\nthe second line\n")
     assert list(file_source(path, "text").documents()) == [line, "the second line"]
@@ -138,7 +138,9 @@ def test_prose_that_begins_oddly_stays_prose(tmp_path: Path, line: str) -> None:
         ('[{"text": "a"},\n', "not-json"),
     ],
 )
-def test_what_begins_as_json_never_becomes_text(tmp_path: Path, content: str, code: UserErrorCode) -> None:
+def test_a_file_that_begins_like_json_is_never_read_as_text(
+    tmp_path: Path, content: str, code: UserErrorCode
+) -> None:
     path = tmp_path / "records.txt"
     path.write_text(content)
     with raises_user_error(code, "records.txt"):
@@ -169,13 +171,13 @@ def test_every_kind_of_dataset_folder_gives_the_same_documents(
         assert list(dataset_source(f"{folder}::validation", "text").documents()) == lines[:10]
 
 
-def test_a_byte_order_mark_and_line_ends_are_no_text(tmp_path: Path) -> None:
+def test_a_byte_order_mark_and_line_ends_are_not_part_of_the_text(tmp_path: Path) -> None:
     path = tmp_path / "windows.txt"
     path.write_bytes("\ufefffirst line\r\nsecond line\r\n\r\n".encode())
     assert list(file_source(path, "text").documents()) == ["first line", "second line"]
 
 
-def test_half_a_surrogate_pair_in_json_does_not_stop_the_work(tmp_path: Path) -> None:
+def test_half_a_surrogate_pair_in_json_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "scraped.jsonl"
     path.write_text(json.dumps({"text": "an expression \ud83d in a statement"}) + "\n")
     assert list(file_source(path, "text").documents()) == ["an expression ? in a statement"]
@@ -183,7 +185,7 @@ def test_half_a_surrogate_pair_in_json_does_not_stop_the_work(tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", ["some.txt", "some.jsonl", "array.json", "some.parquet"])
 @pytest.mark.parametrize("becomes", ["gone", "shorter", "another"])
-def test_a_file_that_changes_before_it_is_read_ends_in_one_error(
+def test_a_file_that_changes_before_it_is_read_gives_one_error(
     tmp_path: Path, name: str, becomes: str
 ) -> None:
     path = tmp_path / name
@@ -203,7 +205,7 @@ def test_a_file_that_changes_before_it_is_read_ends_in_one_error(
 
 @contextlib.contextmanager
 def allocating_less_than(limit: int) -> Iterator[None]:
-    """Of bytes at a time, by Python and by Arrow."""
+    """Assert that Python and Arrow each allocate less than ``limit`` bytes at any time."""
     before = pa.total_allocated_bytes()
     tracemalloc.start()
     try:
@@ -239,7 +241,7 @@ def test_a_document_that_is_too_long_is_refused_before_it_is_read(tmp_path: Path
 
 
 @pytest.mark.parametrize("place", ["no folder/cache", "no folder/deep/cache", "no folder"])
-def test_a_cache_that_cannot_be_written_is_not_the_datasets_fault(
+def test_a_cache_that_cannot_be_written_is_reported_as_such(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     (tmp_path / "no folder").write_text("but a file")
@@ -260,7 +262,7 @@ CONTENT = b"".join(b"line %d of a file\n" % number for number in range(20_000))
 
 
 @pytest.mark.parametrize("packed", [*COMPRESS][1:])
-def test_parts_that_were_compressed_apart_are_one_file(tmp_path: Path, packed: str) -> None:
+def test_a_file_of_several_compressed_parts_is_read_whole(tmp_path: Path, packed: str) -> None:
     path = tmp_path / f"parts.txt{packed}"
     path.write_bytes(COMPRESS[packed](CONTENT) + COMPRESS[packed](b"one more"))
     assert list(file_source(path, "text").documents()) == [*CONTENT.decode().splitlines(), "one more"]
@@ -268,19 +270,19 @@ def test_parts_that_were_compressed_apart_are_one_file(tmp_path: Path, packed: s
 
 @pytest.mark.parametrize("packed", [*COMPRESS][1:])
 @pytest.mark.parametrize("shard", [WHOLE, Shard(0, 3)])
-def test_a_compressed_file_that_is_cut_or_damaged_is_refused_at_once(
+def test_a_truncated_compressed_file_is_refused_when_it_is_opened(
     tmp_path: Path, packed: str, shard: Shard
 ) -> None:
     path = tmp_path / f"cut{packed}"
     whole = COMPRESS[packed](CONTENT)
-    for damaged in (whole[:20], whole[: len(whole) // 2], whole[:-1]):
-        path.write_bytes(damaged)
+    for truncated in (whole[:20], whole[: len(whole) // 2], whole[:-1]):
+        path.write_bytes(truncated)
         with raises_user_error("unreadable-file", path.name):
             file_source(path, "text", shard)
 
 
 @pytest.mark.parametrize("packed", [*COMPRESS][1:])
-def test_a_compressed_file_that_holds_nothing_is_empty(tmp_path: Path, packed: str) -> None:
+def test_a_compressed_empty_file_is_refused(tmp_path: Path, packed: str) -> None:
     path = tmp_path / f"empty.txt{packed}"
     path.write_bytes(COMPRESS[packed](b""))
     with raises_user_error("no-text", path.name):
@@ -288,10 +290,10 @@ def test_a_compressed_file_that_holds_nothing_is_empty(tmp_path: Path, packed: s
 
 
 @pytest.mark.parametrize("packed", [*COMPRESS][1:])
-def test_a_compressed_file_is_never_whole_in_memory(tmp_path: Path, packed: str) -> None:
+def test_a_compressed_file_is_never_completely_in_memory(tmp_path: Path, packed: str) -> None:
     path = tmp_path / f"large{packed}"
     path.write_bytes(COMPRESS[packed](b"a line of zeros and ones: 0101\n" * (1 << 21)))
-    # The file's 62 MiB are read once and begun again; xz needs a dictionary of 8 MiB.
+    # The 62 MiB of the file are read once, then the first lines again; xz needs a dictionary of 8 MiB.
     with allocating_less_than(20 * READ_BYTES):
         documents = file_source(path, "text").documents()
         for _ in range(1000):
@@ -323,7 +325,7 @@ def test_each_line_of_a_text_is_in_one_shard_in_order(
     path = tmp_path_factory.mktemp("lines") / "lines.txt"
     text = mark + end.join([*lines, "last"]) + end * is_ended
     path.write_bytes(text.encode())
-    # What Python's text files call lines: \n, \r\n and \r end them.
+    # Lines as in Python's text files: \n, \r\n and \r end them.
     expected = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     assert [line for shard in in_shards(path, count) for line in shard] == expected
 
@@ -331,7 +333,7 @@ def test_each_line_of_a_text_is_in_one_shard_in_order(
 @pytest.mark.parametrize("packed", [*COMPRESS][1:])
 @pytest.mark.parametrize("name", ["lines.txt", "lines.jsonl"])
 @pytest.mark.parametrize("count", [1, 2, 7])
-def test_a_shard_of_a_compressed_file_is_that_of_the_file(
+def test_compressing_a_file_does_not_change_its_shards(
     tmp_path: Path, name: str, packed: str, count: int
 ) -> None:
     path = tmp_path / name

@@ -1,4 +1,4 @@
-"""Token ids word by word against those that the tokenizers library gives whole documents."""
+"""Token ids from words equal the ids that the tokenizers library gives to whole documents."""
 
 from pathlib import Path
 
@@ -26,8 +26,9 @@ PIECES = [
     "cab",
     "##cab",
 ]
-# Where tokenizers differ from Python: deleted and joined characters, white space of all kinds, combining marks,
-# a letter whose lower case is two, final sigma, punctuation beyond ASCII, a mark that decomposes to ";".
+# Characters that tokenizers treat differently from Python: deleted and joined characters, white space of all kinds,
+# combining marks, a letter whose lower case is two characters, final sigma, punctuation beyond ASCII, a character that
+# decomposes to ";".
 HOSTILE = (
     "abCD\u00c9e\u0301\u0130\u03a3\u03c3\u00df 1.,;-'[]“”—\u037e中文\U0001f600"
     "\t\n\r\v\f\x00\x1c\x85\xa0\u2003\u200b\u3000\ufeff\ufffd"
@@ -77,7 +78,7 @@ def test_words_give_the_tokens_of_the_document(
     )
 
 
-def test_what_was_read_before_changes_nothing(
+def test_tokens_do_not_depend_on_earlier_documents(
     reference_text: Path, small_tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = Tokenizer.from_file(str(small_tokenizer_dir / "tokenizer.json"))
@@ -91,7 +92,7 @@ def test_what_was_read_before_changes_nothing(
             assert as_lists(remembering.tokenize(part)) == by_document(tokenizer, part)
 
 
-def test_no_more_words_are_remembered_than_the_limit_and_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_holds_at_most_its_limit_and_one_batch_of_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenization, "REMEMBERED_WORDS", 100)
     remembering = DocumentTokenizer(bert_tokenizer(True, None, True).to_str())
     for start in range(0, 1000, 10):
@@ -113,7 +114,7 @@ def white_space_in_tokens(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("change", [spanning_added_token, whole_text_normalizer, white_space_in_tokens])
-def test_a_tokenizer_whose_tokens_span_words_is_given_whole_documents(change: object) -> None:
+def test_a_tokenizer_whose_tokens_span_words_gets_whole_documents(change: object) -> None:
     tokenizer = bert_tokenizer(True, None, True)
     change(tokenizer)  # type: ignore[operator]
     documents = ["a cab cab, ab cd", "", "b c"]
@@ -127,7 +128,7 @@ def test_a_tokenizer_whose_tokens_span_words_is_given_whole_documents(change: ob
 
 
 def with_added_tokens(tokens: list[AddedToken], **options: bool) -> PreTrainedTokenizerFast:
-    """A BERT tokenizer with added tokens, as a teacher's folder gives it."""
+    """Return a BERT tokenizer with added tokens, as loaded from a teacher's folder."""
     names = {f"{token.strip('[]').lower()}_token": token for token in SPECIAL}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bert_tokenizer(True, None, True), **names, **options)
     for token in tokens:
@@ -138,7 +139,7 @@ def with_added_tokens(tokens: list[AddedToken], **options: bool) -> PreTrainedTo
 added_tokens = st.lists(
     st.builds(
         AddedToken,
-        # Punctuation, letters only, white space inside and a piece of the vocabulary.
+        # With punctuation, with letters only, with white space inside, and a piece of the vocabulary.
         st.sampled_from(["<url>", "[NUM]", "NUM", "ab", "ab cab", "dé", "mask"]),
         single_word=st.booleans(),
         lstrip=st.booleans(),
@@ -159,10 +160,10 @@ with_their_content = st.lists(
 @settings(max_examples=300)
 @given(added_tokens, st.booleans(), st.lists(with_their_content, max_size=5))
 @example([AddedToken("<url>", special=True, normalized=False)], False, ["a <url>b", "cab", "<url>", ""])
-# Two words that must not be joined to one added token, and one that is a word of letters.
+# Two words that must not form an added token when they are joined, and an added token that is a word of letters.
 @example([AddedToken("ab cab", special=True, normalized=False)], False, ["ab", "cab", "ab cab"])
 @example([AddedToken("NUM", special=True, normalized=False)], False, ["a NUM b", "aNUM", "num a"])
-def test_added_tokens_become_what_the_tokenizer_makes_of_them(
+def test_added_tokens_get_the_same_ids_as_from_the_tokenizer(
     tokens: list[AddedToken], splits: bool, documents: list[str]
 ) -> None:
     tokenizer = with_added_tokens(tokens, split_special_tokens=splits)
@@ -171,7 +172,7 @@ def test_added_tokens_become_what_the_tokenizer_makes_of_them(
 
 
 @pytest.mark.parametrize("normalized", [True, False])
-def test_text_becomes_an_added_token_but_no_structure_token(normalized: bool) -> None:
+def test_text_becomes_an_added_token_but_never_a_structure_token(normalized: bool) -> None:
     url = AddedToken("<url>", special=True, normalized=normalized)
     tokenizer = with_added_tokens([url, AddedToken("[NUM]", normalized=normalized)])
     reading = DocumentTokenizer(document_pipeline(tokenizer))
@@ -182,7 +183,7 @@ def test_text_becomes_an_added_token_but_no_structure_token(normalized: bool) ->
     assert ids.count(tokenizer.convert_tokens_to_ids("[")) == 4
 
 
-def test_only_documents_that_may_hold_an_added_token_are_given_whole() -> None:
+def test_only_documents_that_may_contain_an_added_token_are_tokenised_whole() -> None:
     tokenizer = with_added_tokens([AddedToken("<url>", special=True, normalized=False)])
     reading = DocumentTokenizer(document_pipeline(tokenizer))
     reading.tokenize(["cab abc", "see <url> bead"])
@@ -190,7 +191,7 @@ def test_only_documents_that_may_hold_an_added_token_are_given_whole() -> None:
     assert set(reading._words._numbers) == {"cab", "abc"}
 
 
-def test_truncation_padding_and_special_tokens_of_a_saved_tokenizer_do_nothing() -> None:
+def test_truncation_padding_and_special_tokens_of_a_saved_tokenizer_have_no_effect() -> None:
     tokenizer = BertWordPieceTokenizer(vocab={piece: number for number, piece in enumerate(PIECES)})
     tokenizer.enable_truncation(3)
     tokenizer.enable_padding(length=3)

@@ -22,7 +22,7 @@ from distilspeed.trainer.corpus.writer import RowWriter
 
 PATIENCE = 600.0  # seconds until a test gives up waiting
 
-# The build in a process of its own, in small batches, recording its progress after each of them.
+# A build in its own process, with small batches and a progress record after each batch.
 BUILD = """
 import pathlib, sys
 from distilspeed.trainer.corpus import build, pool, unfinished
@@ -45,7 +45,7 @@ if __name__ == "__main__":
 def arguments(
     arguments: CorpusArguments, reference_text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> CorpusArguments:
-    """A build of some forty batches."""
+    """A build of about forty batches."""
     monkeypatch.setattr(pool, "BATCH_CHARACTERS", 20_000)
     monkeypatch.setattr(unfinished, "SECONDS_BETWEEN_RECORDS", 0.0)
     return replace(arguments, text=(reference_text,))
@@ -64,7 +64,7 @@ def incomplete(output_dir: Path) -> Path:
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, after: int, error: BaseException) -> None:
-    """Let the build fail at a batch, in the midst of writing it."""
+    """Let the build fail just after it has written batch ``after``, before the record of its progress."""
     add, batches = RowWriter.add, iter(range(1 << 30))
 
     def failing(writer: RowWriter, batch: pool.PackedBatch) -> None:
@@ -78,10 +78,10 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, after: int, error: BaseException)
 @pytest.mark.parametrize(
     "kill_at", [*(pytest.param(moment, marks=pytest.mark.full) for moment in (0, 1, "before the rename")), 12]
 )
-def test_a_killed_build_goes_on_to_the_same_bytes(
+def test_a_killed_build_is_resumed_to_the_same_bytes(
     arguments: CorpusArguments, tmp_path: Path, kill_at: int | str
 ) -> None:
-    if kill_at == 12:  # documents without text are counted, and compressed ones found again
+    if kill_at == 12:  # with documents without text, in a compressed file
         texts = arguments.text[0].read_text(encoding="utf-8").splitlines()
         texts = [text for number, text in enumerate(texts) for text in [text, [None, ""][number % 2]]]
         records = tmp_path / "records.gz"
@@ -109,7 +109,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(
         record = None
         while records < kill_at or not data.is_file():
             assert process.poll() is None, "the build ended before it was killed"
-            assert time.monotonic() < deadline, "waited in vain"
+            assert time.monotonic() < deadline, "the build did not write enough records in time"
             progress_file = data.parents[1] / "progress.json"
             latest = progress_file.stat().st_mtime_ns if progress_file.is_file() else None
             records, record = records + (latest != record), latest
@@ -129,7 +129,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(
 
 
 def count_tokenized(build: Callable[[], object]) -> int:
-    """How many documents a build hands to its workers."""
+    """Return how many documents a build hands to its workers."""
     documents = 0
 
     def counting(*arguments: object) -> object:
@@ -151,7 +151,7 @@ def count_tokenized(build: Callable[[], object]) -> int:
     "error",
     [KeyboardInterrupt(), pytest.param(OSError(28, "No space left on device"), marks=pytest.mark.full)],
 )
-def test_what_was_prepared_stays_after_anything_but_bad_input(
+def test_an_interrupted_build_can_be_resumed(
     arguments: CorpusArguments,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -164,9 +164,9 @@ def test_what_was_prepared_stays_after_anything_but_bad_input(
         is_stopped = isinstance(error, KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt) if is_stopped else raises_user_error("unwritable-output"):
             prepare_corpus(arguments)
-    said = capsys.readouterr().err
-    assert str(incomplete(arguments.output_dir)) in said
-    assert "--resume" in said
+    message = capsys.readouterr().err
+    assert str(incomplete(arguments.output_dir)) in message
+    assert "--resume" in message
     prepare_corpus(replace(arguments, resume=True, num_proc=2))
     assert contents(arguments.output_dir) == contents(tmp_path / "whole")
 
@@ -189,7 +189,7 @@ def interrupted(arguments: CorpusArguments, monkeypatch: pytest.MonkeyPatch) -> 
     return arguments
 
 
-def test_two_builds_of_one_corpus_do_not_meet(interrupted: CorpusArguments) -> None:
+def test_two_builds_of_the_same_corpus_cannot_run_at_once(interrupted: CorpusArguments) -> None:
     import fcntl
 
     descriptor = os.open(incomplete(interrupted.output_dir), os.O_RDONLY)
@@ -201,7 +201,7 @@ def test_two_builds_of_one_corpus_do_not_meet(interrupted: CorpusArguments) -> N
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "field"),
     [
         (lambda progress: progress["written"].update(train_bytes="many"), "written.train_bytes"),
         (lambda progress: progress["written"]["counts"].update(documents=-0.5), "written.counts.documents"),
@@ -210,10 +210,10 @@ def test_two_builds_of_one_corpus_do_not_meet(interrupted: CorpusArguments) -> N
     ],
 )
 def test_a_damaged_record_is_refused_in_one_line_that_names_the_field(
-    interrupted: CorpusArguments, damage: Callable[[dict[str, dict[str, Any]]], object], said: str
+    interrupted: CorpusArguments, damage: Callable[[dict[str, dict[str, Any]]], object], field: str
 ) -> None:
     progress = progress_of(interrupted.output_dir)
     damage(progress)
     (incomplete(interrupted.output_dir) / "progress.json").write_text(json.dumps(progress))
-    with raises_user_error("damaged-build", "progress.json", said):
+    with raises_user_error("damaged-build", "progress.json", field):
         prepare_corpus(replace(interrupted, resume=True))

@@ -1,4 +1,4 @@
-"""The processes that tokenise and pack."""
+"""The worker processes that tokenise and pack."""
 
 import contextlib
 import multiprocessing
@@ -38,7 +38,7 @@ def pack(documents: Iterable[str], backend: Tokenizer, num_proc: int) -> list[Pa
         return list(batches)
 
 
-def test_the_batches_are_the_same_however_many_processes(
+def test_the_batches_do_not_depend_on_the_number_of_processes(
     reference_text: Path, backend: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool, "BATCH_CHARACTERS", 50_000)
@@ -62,7 +62,7 @@ def test_padding_of_real_prose_stays_under_two_percent(
     assert 1 - rows.real_tokens.sum() / rows.input_ids.size < 0.02
 
 
-def test_documents_are_read_no_further_than_the_queue_is_long(
+def test_documents_are_read_only_as_far_as_the_queue_allows(
     backend: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool, "BATCH_CHARACTERS", 100 * (len(SENTENCE) + pool.STRING_OVERHEAD))
@@ -90,7 +90,7 @@ def test_a_batch_is_bounded_by_the_memory_of_its_text(
     assert [batch.documents for batch in batches] == [count, count, 1]
 
 
-def test_processes_that_are_starting_leave_a_terminals_signals_to_their_parent(
+def test_starting_workers_ignore_signals_from_the_terminal(
     reference_text: Path,
     backend: Tokenizer,
     monkeypatch: pytest.MonkeyPatch,
@@ -114,7 +114,7 @@ def test_processes_that_are_starting_leave_a_terminals_signals_to_their_parent(
     assert capfd.readouterr().err == ""
 
 
-def test_a_signal_while_a_process_is_started_comes_after_it() -> None:
+def test_a_signal_during_the_start_of_a_process_is_delivered_afterwards() -> None:
     came = []
     before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
     try:

@@ -1,4 +1,4 @@
-"""Which rows make a batch does not depend on how it is split, nor on where a run was resumed."""
+"""The rows of a batch do not depend on how it is split, nor on the step at which a run was resumed."""
 
 import math
 import os
@@ -31,7 +31,7 @@ OF_ROWS, COUNTS = MicroBatch._fields[:5], ("real_tokens", "masked_tokens")
 
 
 def global_batch(corpus: Corpus, micro: int, accumulation: int, world: int, step: int, seed: int = 5) -> dict:
-    """All rows of one global batch, in the order of their row ids."""
+    """Return all rows of one global batch, sorted by row id, and its counts."""
     equation = BatchEquation(micro * accumulation * world, micro, accumulation, world)
     parts: list[MicroBatch] = []
     for rank in range(world):
@@ -44,7 +44,9 @@ def global_batch(corpus: Corpus, micro: int, accumulation: int, world: int, step
 
 
 @pytest.mark.parametrize("split", SPLITS[1:])
-def test_a_global_batch_is_the_same_however_it_is_split(corpus: Corpus, split: tuple[int, int, int]) -> None:
+def test_a_global_batch_does_not_depend_on_how_it_is_split(
+    corpus: Corpus, split: tuple[int, int, int]
+) -> None:
     for step in (0, 3):
         whole, divided = global_batch(corpus, *SPLITS[0], step=step), global_batch(corpus, *split, step=step)
         for name in OF_ROWS:
@@ -59,7 +61,7 @@ def test_the_counts_are_those_of_the_whole_global_batch(corpus: Corpus) -> None:
     assert batch["masked_tokens"] == {float((batch["labels"] != IGNORE_INDEX).sum())}
 
 
-def test_every_epoch_holds_every_row_once_and_in_another_order(corpus: Corpus) -> None:
+def test_every_epoch_has_every_row_once_and_in_another_order(corpus: Corpus) -> None:
     rows = len(corpus.train)
     batches = MicroBatches(corpus, BatchEquation(1, 1, 1, 1), rank=0, seed=0)
     order = [int(batches.global_batch(step)[1][0]) for step in range(2 * rows)]
@@ -67,7 +69,7 @@ def test_every_epoch_holds_every_row_once_and_in_another_order(corpus: Corpus) -
     assert order[:rows] != order[rows:]
 
 
-def test_a_global_batch_may_span_two_epochs_and_masks_each_row_by_its_own(corpus: Corpus) -> None:
+def test_a_global_batch_may_span_two_epochs(corpus: Corpus) -> None:
     rows = len(corpus.train)
     size = rows - 5
     batches = MicroBatches(corpus, BatchEquation(size, size, 1, 1), rank=0, seed=0)
@@ -75,7 +77,7 @@ def test_a_global_batch_may_span_two_epochs_and_masks_each_row_by_its_own(corpus
     assert epochs.tolist() == [0] * 5 + [1] * (size - 5)
 
 
-def test_resuming_at_a_step_gives_the_batches_that_come_there(corpus: Corpus) -> None:
+def test_resuming_at_a_step_gives_the_same_batches_as_a_straight_run(corpus: Corpus) -> None:
     equation = BatchEquation(8, 2, 2, 2)
     batches = MicroBatches(corpus, equation, rank=1, seed=3)
     straight = list(batches.loader(0, 6, num_workers=0))
@@ -88,14 +90,12 @@ def test_resuming_at_a_step_gives_the_batches_that_come_there(corpus: Corpus) ->
     ("asked", "device", "num_workers"),
     [(None, "cpu", 0), (None, "cuda", 2), (0, "cuda", 0), (3, "cpu", 3)],
 )
-def test_a_gpu_has_two_workers_unless_told_otherwise(
-    asked: int | None, device: str, num_workers: int
-) -> None:
+def test_a_gpu_has_two_workers_by_default(asked: int | None, device: str, num_workers: int) -> None:
     assert resolve_num_workers(asked, torch.device(device)) == num_workers
 
 
 @pytest.mark.parametrize("start_method", ["fork", "forkserver", "spawn"])
-def test_workers_make_the_same_batches_and_heed_no_signal(corpus: Corpus, start_method: str) -> None:
+def test_workers_make_the_same_batches_and_ignore_signals(corpus: Corpus, start_method: str) -> None:
     batches = MicroBatches(corpus, BatchEquation(8, 2, 2, 2), rank=1, seed=3)
     expected = list(batches.loader(0, 6, num_workers=0))
     loader = batches.loader(0, 6, num_workers=2)
@@ -104,14 +104,14 @@ def test_workers_make_the_same_batches_and_heed_no_signal(corpus: Corpus, start_
     processes = [worker.pid for worker in found._workers]
     if start_method == "forkserver":
         processes.append(forkserver._forkserver._forkserver_pid)
-    for process in processes:  # which are starting
+    for process in processes:  # while they start
         for stop in STOP_SIGNALS:
             os.kill(process, stop)
     for batch in expected:
         assert all(torch.equal(a, b) for a, b in zip(batch, next(found), strict=True))
 
 
-def test_a_worker_says_nothing_where_the_trainer_dies_as_it_takes_a_batch(
+def test_a_worker_prints_nothing_if_the_trainer_dies_while_it_receives_a_batch(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     hung_up = []
@@ -136,7 +136,7 @@ def test_a_worker_says_nothing_where_the_trainer_dies_as_it_takes_a_batch(
 
 
 @pytest.mark.parametrize("error", [ValueError("a fault"), OSError(24, "Too many open files")])
-def test_a_worker_shows_what_is_a_fault(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_shows_real_errors(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = []
     monkeypatch.setattr(sys, "excepthook", lambda *about: shown.append(about[1]))
     _start_worker(0)
@@ -146,7 +146,7 @@ def test_a_worker_shows_what_is_a_fault(error: Exception, monkeypatch: pytest.Mo
     assert shown == [error]
 
 
-def test_the_masked_places_are_every_masked_token_and_constant_in_number(corpus: Corpus) -> None:
+def test_the_masked_places_include_every_masked_token_and_have_a_fixed_length(corpus: Corpus) -> None:
     equation = BatchEquation(6, 6, 1, 1)
     for batch in MicroBatches(corpus, equation, rank=0, seed=0).loader(0, 4, num_workers=0):
         rows, length = batch.labels.shape

@@ -1,4 +1,4 @@
-"""Masking is a function of (seed, epoch, row), and draws what the original recipe draws."""
+"""Masking is a function of (seed, epoch, row), and draws tokens as in DistilBERT's recipe."""
 
 import numpy as np
 import pytest
@@ -63,7 +63,7 @@ def test_a_row_of_ordinary_tokens_has_15_percent_masked() -> None:
     ]
 
 
-def test_same_key_same_mask_and_every_epoch_another(rule: MaskingRule) -> None:
+def test_seed_epoch_and_row_determine_the_mask(rule: MaskingRule) -> None:
     ids = row_of(128)
     first, _ = mask_row(ids, 128, rule, seed=1, epoch=0, row=7)
     again, _ = mask_row(ids, 128, rule, seed=1, epoch=0, row=7)
@@ -74,7 +74,7 @@ def test_same_key_same_mask_and_every_epoch_another(rule: MaskingRule) -> None:
 
 
 def test_the_stream_is_fixed_across_versions(rule: MaskingRule) -> None:
-    # A run resumed after an upgrade must mask as before: these positions are pinned.
+    # These positions are pinned: a run resumed after an upgrade must mask the same tokens.
     _, labels = mask_row(row_of(64), 64, rule, seed=3, epoch=2, row=1)
     assert np.flatnonzero(labels != IGNORE_INDEX).tolist() == PINNED_POSITIONS
 
@@ -88,13 +88,14 @@ def test_of_the_masked_tokens_80_percent_become_mask_10_stay_10_are_random(rule:
         chosen_tokens += chosen.sum()
         became_mask += (masked[chosen] == MASK).sum()
         stayed += (masked[chosen] == 50).sum()
-    # A random token is [MASK] or the token itself one time in a hundred each. 20,000 draws: 4 sigma is 1.1 %.
+    # One random token in a hundred is [MASK], and one is the token itself. With 20,000 draws, 4 sigma is 1.1 %.
     assert became_mask / chosen_tokens == pytest.approx(0.8 + 0.1 / VOCABULARY, abs=0.012)
     assert stayed / chosen_tokens == pytest.approx(0.1 + 0.1 / VOCABULARY, abs=0.012)
 
 
 def test_tokens_are_drawn_as_sequential_weighted_draws_without_replacement(rule: MaskingRule) -> None:
-    # 20 tokens, 3 drawn. The definition, drawn with another generator: draw one by weight, take it away, repeat.
+    # 3 of 20 tokens are drawn. The expectation follows the definition, with another generator: draw one token by
+    # weight, remove it, repeat.
     ids = np.arange(10, 30, dtype=np.int64)
     count = int(np.ceil(MASKED_FRACTION * len(ids)))
     weights = COUNTS[ids].astype(float) ** -SMOOTHING
@@ -106,5 +107,5 @@ def test_tokens_are_drawn_as_sequential_weighted_draws_without_replacement(rule:
     for row in range(draws):
         _, labels = mask_row(ids, len(ids), rule, seed=0, epoch=0, row=row)
         found += labels != IGNORE_INDEX
-    # Each share has a standard error below 0.0036 in both; 4 sigma of the difference is 0.02.
+    # Each share has a standard error below 0.0036 in both arrays; 4 sigma of the difference is 0.02.
     np.testing.assert_allclose(found / draws, expected / draws, atol=0.02)

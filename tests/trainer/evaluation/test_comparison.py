@@ -1,4 +1,4 @@
-"""Promises of the comparison: what cannot be compared is refused first, and the same inputs go to all."""
+"""The comparison: every model gets the same inputs, and a failure leaves no output."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ TINY: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, small_corpus_dir: Path) -> Path:
-    """A folder with ``teacher`` and ``student``, random but for their knowledge of which tokens are frequent."""
+    """A folder with ``teacher`` and ``student``; they are random, except that they know the frequent tokens."""
     folder = tmp_path_factory.mktemp("models")
     shutil.copytree(tiny_teacher_dir, folder / "teacher")
     teacher = load_teacher(str(tiny_teacher_dir))
@@ -112,7 +112,7 @@ def test_student_and_baseline_are_measured_against_the_teacher(
     assert [path.name for path in arguments.output_dir.parent.iterdir()] == ["evaluation"]
 
 
-def test_models_are_called_by_what_tells_them_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_get_short_unique_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def called(*names: str) -> list[str]:
         return shown_names(names)
 
@@ -124,7 +124,7 @@ def test_models_are_called_by_what_tells_them_apart(tmp_path: Path, monkeypatch:
         "google-bert/bert-base-uncased",
         "first/student",
     ]
-    # A folder called "student" as the teacher, and the same as student and baseline.
+    # The teacher is in a folder called "student", and student and baseline are the same folder.
     assert called(one, other, other) == ["first/student", "second/student", "second/student"]
     assert called(one, "a/runs/first/student") == [
         f"{tmp_path.name}/runs/first/student",
@@ -145,7 +145,7 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         choose_device("cuda")
 
 
-def test_a_failure_half_way_leaves_nothing(
+def test_a_failure_while_writing_leaves_no_output(
     arguments: EvaluateArguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full_disk(*_: object) -> None:

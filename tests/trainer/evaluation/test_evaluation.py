@@ -1,4 +1,4 @@
-"""Promises of the measurements: exact, the same inputs for every model, each parameter once."""
+"""The measurements: exact, with the same inputs for every model, and each parameter counted once."""
 
 import copy
 import time
@@ -50,7 +50,7 @@ def tiny_model(corpus: Corpus, seed: int = 0, **options: Any) -> BertForMaskedLM
 
 
 class Oracle:
-    """Stands in for ``forward_packed``; remembers its inputs and answers with the true tokens."""
+    """Replaces ``forward_packed``: records its inputs and predicts the true tokens."""
 
     def __init__(self, corpus: Corpus) -> None:
         self.truth = torch.from_numpy(read_rows(corpus.held_out, range(ROWS)).input_ids)
@@ -63,7 +63,7 @@ class Oracle:
         return ModelOutputs(logits, logits, {})
 
 
-def test_quality_is_that_of_every_document_scored_alone_in_float64(corpus: Corpus) -> None:
+def test_quality_equals_that_of_every_document_run_alone_in_float64(corpus: Corpus) -> None:
     model = tiny_model(corpus)
     exact = copy.deepcopy(model).double()
     losses, hits = [], []
@@ -101,7 +101,7 @@ def test_a_model_that_knows_every_token_scores_all_of_them(
     assert found.loss < 1e-6
 
 
-def test_every_model_sees_the_same_masks_whatever_was_drawn_before(
+def test_every_model_sees_the_same_masks_for_any_global_random_state(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, other = Oracle(corpus), Oracle(corpus)
@@ -113,7 +113,7 @@ def test_every_model_sees_the_same_masks_whatever_was_drawn_before(
     assert torch.equal(torch.cat(one.seen), torch.cat(other.seen))
 
 
-def test_masks_follow_the_seed_and_are_not_those_of_training(corpus: Corpus) -> None:
+def test_masks_depend_on_the_seed_and_differ_from_those_of_training(corpus: Corpus) -> None:
     def labels(seed: int) -> torch.Tensor:
         return torch.cat([batch.labels for batch in held_out_batches(corpus, ROWS, 4, seed)])
 
@@ -126,12 +126,12 @@ def test_masks_follow_the_seed_and_are_not_those_of_training(corpus: Corpus) -> 
         ]
     )
     assert not torch.equal(labels(0), labels(1))
-    # Two independent draws of 15 % share more than 15 % of their places, as both prefer rare tokens.
+    # Two independent draws of 15 % share more than 15 % of their positions, because both prefer rare tokens.
     both = (labels(0).numpy() >= 0) & (as_in_training >= 0)
     assert both.sum() < 0.6 * (as_in_training >= 0).sum()
 
 
-def test_fifteen_percent_are_masked_and_only_the_rows_asked_for(corpus: Corpus) -> None:
+def test_fifteen_percent_of_the_requested_rows_are_masked(corpus: Corpus) -> None:
     batches = list(held_out_batches(corpus, 10_000, 4, seed=0))
     labels = torch.cat([batch.labels for batch in batches])
     truth = torch.from_numpy(read_rows(corpus.held_out, range(len(corpus.held_out))).input_ids)
@@ -139,7 +139,7 @@ def test_fifteen_percent_are_masked_and_only_the_rows_asked_for(corpus: Corpus) 
     assert torch.equal(labels[masked], truth[masked])
     assert not np.isin(labels[masked], corpus.manifest.special_ids).any()
     assert masked.sum() / sum(batch.real_tokens for batch in batches) == pytest.approx(0.15, abs=0.01)
-    # Training's preference: the commonest tokens are masked less often than they occur.
+    # As in training, rare tokens are preferred: the most frequent tokens are masked less often than they occur.
     common = torch.from_numpy(np.argsort(-corpus.token_counts)[:20])
     maskable = ~torch.isin(truth, torch.tensor(corpus.manifest.special_ids))
     share_masked, share_there = (
@@ -165,7 +165,7 @@ def test_agreement_counts_equal_predictions(corpus: Corpus) -> None:
     assert one.agreement(other) == same / len(one.labels)
 
 
-def test_a_model_with_damaged_weights_is_named_a_numerical_failure(corpus: Corpus) -> None:
+def test_a_model_with_damaged_weights_raises_a_numerical_error(corpus: Corpus) -> None:
     model = tiny_model(corpus)
     nn.init.constant_(model.bert.embeddings.LayerNorm.weight, float("nan"))
     with pytest.raises(NumericalError, match="nan"):
@@ -182,14 +182,14 @@ def test_each_shared_parameter_counts_once(corpus: Corpus) -> None:
     assert count_parameters(tied) == embeddings + 2 * layer + head
 
 
-def test_size_on_disk_is_that_of_the_weights(corpus: Corpus, tmp_path: Path) -> None:
+def test_size_on_disk_counts_only_the_weights(corpus: Corpus, tmp_path: Path) -> None:
     tiny_model(corpus).save_pretrained(tmp_path)
     (tmp_path / "notes.bin").write_bytes(bytes(1000))
     assert weights_bytes(str(tmp_path)) == (tmp_path / "model.safetensors").stat().st_size
 
 
 class SleepingModel(nn.Module):
-    """A model whose encoder takes a known time and signs a list."""
+    """A model whose encoder takes a known time and records its calls."""
 
     def __init__(self, name: str, seconds: float, calls: list[str]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Promises of the report: the arithmetic, and that every number is in all three forms."""
+"""The report: its arithmetic, and its three files."""
 
 import json
 from dataclasses import replace
@@ -90,11 +90,11 @@ def test_the_first_of_several_metrics_decides_retention_and_all_are_in_the_table
 
 
 @pytest.mark.parametrize("teacher", [0.0, -0.1])
-def test_no_retention_where_the_teacher_has_nothing(teacher: float) -> None:
+def test_there_is_no_retention_if_the_teacher_scores_zero_or_less(teacher: float) -> None:
     assert percent_of(0.3, teacher) is None
 
 
-def test_the_table_has_a_row_a_model(report: Report) -> None:
+def test_the_table_has_one_row_per_model(report: Report) -> None:
     heading, _, teacher, student, baseline = report.table().splitlines()
     assert heading.count("|") == teacher.count("|") == student.count("|") == baseline.count("|")
     assert "| student (student-name) | 2.00 M | 8.0 MB | 2.500 | 45.0 % | 90.0 % | 75.0 % |" in student
@@ -107,7 +107,7 @@ def test_a_name_does_not_break_the_table(report: Report) -> None:
     assert "| teacher (a\\|b) |" in replace(report, models=(teacher, *report.models[1:])).table()
 
 
-def test_the_folder_holds_numbers_table_conditions_and_plot(report: Report, tmp_path: Path) -> None:
+def test_the_folder_contains_numbers_table_conditions_and_plot(report: Report, tmp_path: Path) -> None:
     write_report(report, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md", "report.png"]
     found = json.loads((tmp_path / "report.json").read_text())
@@ -130,7 +130,7 @@ def test_the_folder_holds_numbers_table_conditions_and_plot(report: Report, tmp_
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_plot_can_do_without_tasks_baseline_and_retention(report: Report, tmp_path: Path) -> None:
+def test_the_plot_works_without_tasks_baseline_and_retention(report: Report, tmp_path: Path) -> None:
     bare = [replace(model, tasks=(), mlm_retention_percent=None) for model in report.models[:2]]
     write_report(replace(report, models=tuple(bare)), tmp_path)
     assert (tmp_path / "report.png").stat().st_size > 1000

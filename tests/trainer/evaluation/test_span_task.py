@@ -1,4 +1,4 @@
-"""The protocol carries a task unlike classification: spans of long contexts, in windows, answered in text."""
+"""The task protocol supports a task unlike classification: text spans in long contexts, split into windows."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -79,7 +79,7 @@ class Spans(Task):
 
 
 def questions(count: int, seed: int) -> list[Question]:
-    """Of a context of two windows or more; the answer is the one noun in it that is no filler."""
+    """Make questions with a context of at least two windows; the answer is the only word that is not filler."""
     draws = torch.Generator().manual_seed(seed)
     found = []
     for number in range(count):
@@ -92,7 +92,7 @@ def questions(count: int, seed: int) -> list[Question]:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """On a busy machine, threads that wait for each other make training of so small a model 20 times slower."""
+    """On a busy machine, threads that wait for each other make training of this small model 20 times slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

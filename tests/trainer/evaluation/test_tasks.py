@@ -1,4 +1,4 @@
-"""Promises of the tasks: what is read is checked, and fine-tuning learns what can be learned."""
+"""Tasks: their files are read and checked, and fine-tuning learns a separable task."""
 
 import inspect
 import json
@@ -41,7 +41,7 @@ OTHER = {"text": "a function returns", "label": 1}
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """On a busy machine, threads that wait for each other make training of so small a model 20 times slower."""
+    """On a busy machine, threads that wait for each other make training of this small model 20 times slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -63,7 +63,7 @@ def read_task(folder: Path) -> JsonLinesClassification:
 
 
 def separable_task(folder: Path, train: int = 192, dev: int = 64) -> Path:
-    """One word decides the class."""
+    """Write a task in which one word determines the class."""
     words = ("list", "class")
     records = [{"text": f"the {words[i % 2]} number {i // 2}", "label": i % 2} for i in range(train + dev)]
     return write_task(folder, records[:train], records[train:])
@@ -83,8 +83,8 @@ def test_sentences_and_pairs_are_read_with_their_classes(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("unlabelled", [-1, "-1", "-"])
-def test_unlabelled_examples_are_no_class_and_are_left_out(tmp_path: Path, unlabelled: int | str) -> None:
-    """As in SNLI from datasets, from a CSV file, and in its own files."""
+def test_unlabelled_examples_are_left_out(tmp_path: Path, unlabelled: int | str) -> None:
+    """The labels are those of SNLI from datasets, from a CSV file, and in its own files."""
     kind = type(unlabelled)
     examples = [{"text": f"number {i}", "label": kind(i % 3)} for i in range(20)]
     for place in (0, 7):
@@ -103,18 +103,18 @@ def test_booleans_are_two_classes(tmp_path: Path) -> None:
     assert task.unlabelled == {"train.jsonl": 0, "dev.jsonl": 0}
 
 
-def test_a_class_may_be_a_number_in_words_or_a_version(tmp_path: Path) -> None:
+def test_a_class_may_be_a_string_that_looks_like_a_number_or_version(tmp_path: Path) -> None:
     examples = [{"text": "a", "label": label} for label in ("2", "1.", "v1.5", "1.2.3", "e5", "nan")]
     assert len(read_task(write_task(tmp_path, examples, examples)).labels) == 6
 
 
-def test_half_a_surrogate_pair_is_no_character(tmp_path: Path) -> None:
+def test_half_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
     task = read_task(write_task(tmp_path, [SINGLE, {"text": "a \ud83d b", "label": 1}], [SINGLE]))
     assert task.train[1].text == "a ? b"
 
 
 @pytest.mark.parametrize("saved_with", ["bert", "distilbert"])
-def test_a_model_gets_only_the_inputs_it_takes_whatever_the_tokenizer_was_saved_with(
+def test_a_model_gets_only_the_inputs_it_accepts_from_any_tokenizer(
     small_tokenizer_dir: Path, tiny_teacher_dir: Path, saved_with: str
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(small_tokenizer_dir)
@@ -147,7 +147,7 @@ def test_a_separable_task_is_learned(
 
 @dataclass(frozen=True)
 class Contrary(JsonLinesClassification):
-    """The same examples; of two classes, the other one is to be learned."""
+    """The same examples, with a loss for the other one of the two classes."""
 
     def loss(self, outputs: ModelOutput, batch: Batch) -> torch.Tensor:
         return nn.functional.cross_entropy(outputs["logits"], 1 - batch["labels"])
@@ -159,7 +159,7 @@ class Broken(JsonLinesClassification):
         return {"accuracy": float("nan")}
 
 
-def test_a_tasks_own_loss_is_what_is_trained(
+def test_training_uses_the_tasks_own_loss(
     tmp_path: Path, tiny_teacher_dir: Path, small_tokenizer_dir: Path
 ) -> None:
     task = Contrary.read(str(separable_task(tmp_path / "task")))
@@ -168,17 +168,17 @@ def test_a_tasks_own_loss_is_what_is_trained(
     assert fine_tune(str(tiny_teacher_dir), task, tokenizer, settings, seed=0, device=CPU)["accuracy"] < 0.05
 
 
-def test_a_score_that_is_no_number_ends_the_evaluation(
+def test_a_nan_score_ends_the_evaluation(
     tmp_path: Path, tiny_teacher_dir: Path, small_tokenizer_dir: Path
 ) -> None:
     task = Broken.read(str(separable_task(tmp_path / "task", train=16, dev=8)))
     settings = FineTuning(epochs=1, learning_rate=1e-3, batch_size=8, max_length=32)
     tokenizer = AutoTokenizer.from_pretrained(small_tokenizer_dir)
-    with pytest.raises(NumericalError, match="on the task task with seed 3, has accuracy nan"):
+    with pytest.raises(NumericalError, match="on the task task with seed 3 has accuracy nan"):
         fine_tune(str(tiny_teacher_dir), task, tokenizer, settings, seed=3, device=CPU)
 
 
-# What a config may have left over from another use.
+# Values that a config may have from another use of the model.
 LEFT_OVER: dict[str, dict[str, object]] = {
     "a regression": {"problem_type": "regression", "num_labels": 1},
     "several labels an example": {"problem_type": "multi_label_classification"},
@@ -210,7 +210,7 @@ def with_left_overs(folder: Path, config: dict[str, object], head: torch.Tensor 
 
 
 @pytest.mark.parametrize("architecture", ["bert", "distilbert"])
-def test_what_a_model_has_left_over_from_another_use_changes_nothing(
+def test_config_values_from_another_use_of_a_model_change_nothing(
     tmp_path: Path, tiny_teacher_dir: Path, small_tokenizer_dir: Path, architecture: str
 ) -> None:
     plain = tmp_path / "plain"
@@ -232,7 +232,7 @@ def test_what_a_model_has_left_over_from_another_use_changes_nothing(
 
 
 @pytest.mark.parametrize("left_over", LEFT_OVER)
-def test_every_head_goes_on_a_model_whatever_it_has_left_over(
+def test_every_head_can_be_put_on_a_model_with_config_values_from_another_use(
     tmp_path: Path, tiny_teacher_dir: Path, left_over: str
 ) -> None:
     folder = tmp_path / "model"
@@ -244,7 +244,7 @@ def test_every_head_goes_on_a_model_whatever_it_has_left_over(
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_every_model_gets_a_new_head_whether_or_not_it_has_one(
+def test_every_model_gets_a_new_head_even_if_it_has_one(
     tmp_path: Path, tiny_teacher_dir: Path, classes: int
 ) -> None:
     with_head = tmp_path / "with_head"
@@ -260,7 +260,7 @@ def test_every_model_gets_a_new_head_whether_or_not_it_has_one(
     assert torch.equal(found.state_dict()[layer], load_teacher(str(tiny_teacher_dir)).state_dict()[layer])
 
 
-def test_the_schedule_warms_up_and_ends_at_zero_and_the_seed_decides_everything(
+def test_the_schedule_warms_up_and_ends_at_zero_and_the_seed_determines_the_order(
     tmp_path: Path, tiny_teacher_dir: Path, small_tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates: list[list[float]] = []

@@ -1,4 +1,4 @@
-"""Attention within documents: both implementations give the same, and the faster is taken."""
+"""Attention within documents: both implementations give the same result, and the faster one is chosen."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def corpus(small_corpus_dir: Path) -> Corpus:
     return open_corpus(small_corpus_dir)
 
 
-def test_only_documents_and_padding_see_themselves() -> None:
+def test_tokens_see_only_their_document_and_padding_sees_padding() -> None:
     mask = document_mask(torch.tensor([[0, 0, 1, -1]]), SDPA)
     assert mask.tolist() == [
         [
@@ -42,9 +42,9 @@ def test_only_documents_and_padding_see_themselves() -> None:
     ]
 
 
-def test_flex_attention_gives_what_sdpa_gives(tiny_teacher_dir: Path, corpus: Corpus, device: str) -> None:
+def test_flex_attention_gives_the_same_as_sdpa(tiny_teacher_dir: Path, corpus: Corpus, device: str) -> None:
     torch.manual_seed(0)
-    # On a GPU flex attention wants heads of 16 or more.
+    # On a GPU, flex_attention needs a head size of at least 16.
     config = BertConfig.from_pretrained(tiny_teacher_dir, num_attention_heads=2)
     teacher = BertForMaskedLM(config).eval()
     batch = MicroBatches(corpus, BatchEquation(6, 6, 1, 1), rank=0, seed=0)[0].to(torch.device(device))
@@ -65,7 +65,7 @@ def test_flex_attention_gives_what_sdpa_gives(tiny_teacher_dir: Path, corpus: Co
 
 
 @pytest.mark.parametrize("fastest", [SDPA, FLEX])
-def test_the_fastest_is_taken(
+def test_the_fastest_implementation_is_chosen(
     teacher: BertForMaskedLM, monkeypatch: pytest.MonkeyPatch, fastest: str
 ) -> None:
     def timed(
@@ -82,7 +82,7 @@ def test_the_fastest_is_taken(
 
 
 @pytest.mark.parametrize("fault", ["wrong values", "does not run"])
-def test_what_is_wrong_or_fails_is_not_taken(
+def test_an_implementation_that_is_wrong_or_fails_is_not_chosen(
     teacher: BertForMaskedLM, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     def timed(

@@ -1,4 +1,4 @@
-"""The student starts as its teacher: same embedding output, same layers, same head."""
+"""A new student equals its teacher: same embedding output, same layers, same head."""
 
 import json
 import shutil
@@ -70,7 +70,7 @@ def test_a_student_with_all_layers_gives_a_real_teachers_logits() -> None:
 
 
 @torch.no_grad()
-def test_any_list_of_layers_gives_what_those_layers_of_the_teacher_give(
+def test_a_student_gives_the_same_as_its_layers_of_the_teacher(
     teacher: BertForMaskedLM, input_ids: torch.Tensor, tiny_teacher_dir: Path
 ) -> None:
     student = make_student(teacher, (1, 3)).eval()
@@ -89,8 +89,8 @@ def test_the_token_type_row_is_folded_into_the_positions(
     )
 
 
-# The weights of a small untied model that a checkpoint leaves out, what its config says of tying, and whether the
-# model that transformers makes of both is tied.
+# Checkpoints of a small untied model: the weights that are left out, ``tie_word_embeddings`` of the config, and whether
+# the model that transformers loads is tied.
 CHECKPOINTS = {
     "untied": ((), False, False),
     "untied, the config says tied": ((), True, False),
@@ -101,7 +101,7 @@ CHECKPOINTS = {
 
 
 def untied_checkpoint(folder: Path, left_out: tuple[str, ...] = (), config_says_tied: bool = False) -> Path:
-    """A small BERT whose decoder has other values than its embeddings, and one bias other values than the other."""
+    """Save a small BERT with different values in decoder and embeddings, and in its two biases."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     torch.manual_seed(0)
     model = BertForMaskedLM(
@@ -121,7 +121,7 @@ def untied_checkpoint(folder: Path, left_out: tuple[str, ...] = (), config_says_
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_a_student_is_tied_where_the_teachers_weights_are_whatever_its_config_says(
+def test_a_student_is_tied_if_the_teachers_weights_are_regardless_of_its_config(
     tmp_path: Path, name: str
 ) -> None:
     left_out, config_says_tied, is_tied = CHECKPOINTS[name]
@@ -136,7 +136,7 @@ def test_a_student_is_tied_where_the_teachers_weights_are_whatever_its_config_sa
     assert (student.vocab_projector.weight is embeddings.weight) is is_tied
     torch.testing.assert_close(student(ids).logits, expected, rtol=1e-5, atol=1e-5)
 
-    pad_vocabulary(student)  # as training does
+    pad_vocabulary(student)  # as in training
     whole_student(student, dict(student.named_parameters())).save_pretrained(tmp_path / "student")
     exported = AutoModelForMaskedLM.from_pretrained(tmp_path / "student")
     assert exported.config.tie_word_embeddings is is_tied
@@ -179,7 +179,9 @@ def test_a_wrong_list_of_layers_is_refused(layers: tuple[int, ...]) -> None:
         select_teacher_layers(12, layers)
 
 
-def test_what_is_no_bert_with_an_mlm_head_is_refused(tiny_teacher_dir: Path, tmp_path: Path) -> None:
+def test_a_teacher_that_is_not_a_bert_with_an_mlm_head_is_refused(
+    tiny_teacher_dir: Path, tmp_path: Path
+) -> None:
     with raises_user_error("unusable-model", str(tmp_path / "absent")):
         load_teacher(str(tmp_path / "absent"))
     AutoModel.from_pretrained(tiny_teacher_dir).save_pretrained(tmp_path / "headless")
@@ -194,7 +196,7 @@ def test_what_is_no_bert_with_an_mlm_head_is_refused(tiny_teacher_dir: Path, tmp
         load_teacher(str(tmp_path / "eps"))
 
 
-def test_a_teacher_that_does_not_go_with_the_corpus_is_refused(
+def test_a_teacher_that_does_not_fit_the_corpus_is_refused(
     teacher: BertForMaskedLM, tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
 ) -> None:
     corpus = open_corpus(small_corpus_dir)
@@ -217,7 +219,7 @@ def copy_of(folder: Path, to: Path, *names: str) -> Path:
 
 @pytest.fixture(scope="module")
 def every_file(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path) -> Callable[[bool], Path]:
-    """A folder with the tokenizer of the tiny teacher, or another one, in every file that describes it."""
+    """Write a folder with the tokenizer of the tiny teacher, or another one, in every kind of tokenizer file."""
 
     def write(is_the_corpus_tokenizer: bool) -> Path:
         folder = tmp_path_factory.mktemp("tokenizer")
@@ -273,7 +275,7 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(
         check_fits_corpus("student", str(folder), teacher, open_corpus(small_corpus_dir))
 
 
-def test_a_model_without_a_tokenizer_is_judged_by_its_vocabulary_and_a_warning_says_so(
+def test_a_model_without_a_tokenizer_is_compared_by_vocabulary_size_with_a_warning(
     teacher: BertForMaskedLM,
     tiny_teacher_dir: Path,
     small_corpus_dir: Path,
@@ -287,7 +289,9 @@ def test_a_model_without_a_tokenizer_is_judged_by_its_vocabulary_and_a_warning_s
     assert warning.startswith(f"the student {folder} has no tokenizer files")
 
 
-def test_a_model_from_a_config_has_the_seeds_weights(tiny_teacher_dir: Path, tmp_path: Path) -> None:
+def test_the_seed_determines_the_weights_of_a_model_from_a_config(
+    tiny_teacher_dir: Path, tmp_path: Path
+) -> None:
     config = str(tiny_teacher_dir / "config.json")
     first, again, other = (model_from_config(config, seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -298,7 +302,7 @@ def test_a_model_from_a_config_has_the_seeds_weights(tiny_teacher_dir: Path, tmp
 
 @pytest.mark.parametrize("which", ["teacher", "student"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_padding_the_vocabulary_changes_no_logit_and_is_left_out_of_the_export(
+def test_padding_the_vocabulary_changes_no_logits_and_is_removed_from_the_export(
     which: str, tied: bool
 ) -> None:
     config = BertConfig(

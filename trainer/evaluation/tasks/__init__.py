@@ -1,1 +1,1 @@
-"""Tasks to fine-tune on: one file per kind behind one protocol."""
+"""Tasks to fine-tune on: one protocol, and one file per kind of task."""

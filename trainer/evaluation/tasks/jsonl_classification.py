@@ -2,8 +2,8 @@
 
 train.jsonl, dev.jsonl   objects with ``label`` and either ``text`` or ``text_a`` and ``text_b``
 
-A label is a class: an integer, a string or a boolean, one kind throughout. Examples that are labelled as SNLI and GLUE
-label what has no label (-1, "-") are left out and counted.
+A label is a class: an integer, a string or a boolean; all labels have the same type. Examples with the label of
+unlabelled examples in SNLI and GLUE (-1, "-") are left out and counted.
 """
 
 import json
@@ -29,26 +29,27 @@ from distilspeed.trainer.evaluation.tasks.task import (
 )
 from distilspeed.trainer.models.loading import Head
 
-Label = int | str  # bool is an int to Python
+Label = int | str  # in Python, bool is an int
 Record = dict[str, Any]  # one line of a file
 
-# datasets gives the unlabelled examples of SNLI, and GLUE's test sets, the label -1; SNLI's own files have "-".
+# Unlabelled examples of SNLI and GLUE's test sets have the label -1 in datasets, and "-" in SNLI's own files.
 UNLABELLED = (-1, "-1", "-")
-# SNLI has 0.1 % in train and 1.6 % in dev. Where there are more, -1 or "-" is a class, or the file a test set.
+# SNLI has 0.1 % unlabelled examples in train and 1.6 % in dev. With many more, -1 or "-" is a class, or the file is a
+# test set.
 UNLABELLED_FRACTION = 0.1
 _is_score = re.compile(r"\s*[+-]?(\d*\.\d+([eE][+-]?\d+)?|\d+[eE][+-]?\d+)\s*").fullmatch
 
 
 @dataclass(frozen=True)
 class ClassificationConditions(TaskConditions):
-    """Also the number of classes, and the accuracy of always answering dev's most frequent one."""
+    """Conditions with the number of classes, and the dev accuracy of always predicting the most frequent class."""
 
     classes: int
     majority_accuracy: float
 
     def described(self) -> str:
         return (
-            f"{super().described()}, {self.classes} classes; the most frequent one alone gives "
+            f"{super().described()}, {self.classes} classes; always predicting the most frequent class gives "
             f"{100 * self.majority_accuracy:.1f} %"
         )
 
@@ -58,8 +59,8 @@ class JsonLinesClassification(Task):
     """A folder with ``train.jsonl`` and ``dev.jsonl``.
 
     Attributes:
-        labels: the classes of the training examples, sorted; an example's label is an index into them.
-        unlabelled: examples that were left out, by the name of their file.
+        labels: the classes of the training examples, sorted; an example's label is an index into ``labels``.
+        unlabelled: number of examples left out, by file name.
     """
 
     train: tuple[Example, ...]
@@ -78,9 +79,9 @@ class JsonLinesClassification(Task):
         """Read ``train.jsonl`` and ``dev.jsonl`` of the folder ``name``.
 
         Raises:
-            UserError: a file is missing, empty or not JSON lines; a field is missing or of another type; a label is a
-                score; the two files do not have the same fields, or labels of one kind; more examples are unlabelled
-                than can be by chance; there are fewer than two classes, or dev has one that train lacks.
+            UserError: a file is missing, empty or not JSON lines; a field is missing or has a wrong type; a label is a
+                score; the two files have different fields or types of labels; too many examples are unlabelled; there
+                are fewer than two classes; dev has a class that is not in train.
         """
         folder = Path(name)
         files = {file: _read_records(folder / file) for file in ("train.jsonl", "dev.jsonl")}
@@ -111,7 +112,7 @@ class JsonLinesClassification(Task):
         return encode(examples, tokenizer, max_length)
 
     def score(self, features: Sequence[Feature], predictions: Predictions) -> Scores:
-        """Share of the examples whose class gets the highest logit."""
+        """Return the accuracy: the share of examples whose class has the highest logit."""
         answers = torch.stack(predictions["logits"]).argmax(dim=-1)
         labels = torch.tensor([feature["labels"] for feature in features])
         return {"accuracy": int((answers == labels).sum()) / len(labels)}
@@ -124,7 +125,7 @@ class JsonLinesClassification(Task):
 
     @property
     def majority_accuracy(self) -> float:
-        """Accuracy on dev of always answering its most frequent class."""
+        """Accuracy on dev of always predicting its most frequent class."""
         return max(Counter(example.label for example in self.dev).values()) / len(self.dev)
 
     def warnings(self) -> list[str]:
@@ -142,7 +143,7 @@ def _labelled(records: Sequence[Record], path: Path) -> list[Record]:
         raise UserError(
             "bad-task",
             f"{len(left_out):,} of {len(records):,} examples in {path} have the label {json.dumps(left_out[0])}, which "
-            "SNLI and GLUE give to unlabelled ones; remove them, or name the class otherwise",
+            "marks unlabelled examples in SNLI and GLUE; remove them, or rename the class",
         )
     return labelled
 
@@ -153,19 +154,20 @@ def _classes(folder: Path, train: Sequence[Record], dev: Sequence[Record]) -> tu
         kinds = " and ".join(map(json.dumps, one_of_kind.values()))
         raise UserError(
             "bad-task",
-            f"the task {folder} mixes labels of different kinds ({kinds}); use integers or strings throughout",
+            f"the task {folder} mixes labels of different types ({kinds}); use only integers or only strings",
         )
     labels = tuple(sorted({record["label"] for record in train}))
     if len(labels) < 2:
         raise UserError(
             "bad-task",
-            f"all training examples of the task {folder} have the label {labels[0]!r}; give two or more",
+            f"all training examples of the task {folder} have the label {labels[0]!r}; give at least two classes",
         )
     unknown = sorted({str(record["label"]) for record in dev}.difference(map(str, labels)))
     if unknown:
         raise UserError(
             "bad-task",
-            f"dev.jsonl of the task {folder} has labels that train.jsonl lacks ({', '.join(unknown[:3])}); correct it",
+            f"dev.jsonl of the task {folder} has labels that are not in train.jsonl ({', '.join(unknown[:3])}); "
+            "correct one of the files",
         )
     return labels
 
@@ -182,7 +184,7 @@ def _read_records(path: Path) -> list[Record]:
     except UnicodeDecodeError as error:
         raise UserError("bad-task", f"{path} is not UTF-8; convert it to UTF-8") from error
     if not records:
-        raise UserError("bad-task", f"{path} is empty; a task needs examples to train and to test on")
+        raise UserError("bad-task", f"{path} is empty; a task needs training and dev examples")
     return records
 
 
@@ -190,20 +192,22 @@ def _parse(line: str, where: str) -> Record:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError("bad-task", f"{where} is not JSON: {error}; a task has one object a line") from error
+        raise UserError(
+            "bad-task", f"{where} is not valid JSON: {error}; write one object per line"
+        ) from error
     if not isinstance(record, dict):
-        raise UserError("bad-task", f"{where} is not an object; a task has one object a line")
+        raise UserError("bad-task", f"{where} is not an object; write one object per line")
     texts, label = [record.get(field) for field in _text_fields(record)], record.get("label")
     if isinstance(label, float) or (isinstance(label, str) and _is_score(label)):
         raise UserError(
             "bad-task",
-            f"{where} has the label {json.dumps(label)}, a score, and tasks are classifications (regression is not "
-            "supported); give classes, as integers or names",
+            f"{where} has the label {json.dumps(label)}, which is a score, and regression is not supported; "
+            "give classes as integers or names",
         )
     if not all(isinstance(text, str) for text in texts) or not isinstance(label, Label) or label == "":
         raise UserError(
             "bad-task",
-            f'{where} needs "text", or "text_a" and "text_b", as strings and "label" as integer or name; correct it',
+            f'{where} needs strings "text", or "text_a" and "text_b", and an integer or name "label"; correct it',
         )
     return record
 
@@ -213,7 +217,7 @@ def _text_fields(record: Record) -> tuple[str, ...]:
 
 
 def _example(record: Record, text_fields: tuple[str, ...], classes: dict[Label, int]) -> Example:
-    # JSON can spell half of a surrogate pair ("\ud83d"), which is no character and cannot be tokenised.
+    # JSON can contain half of a surrogate pair ("\ud83d"), which is not a character and cannot be tokenised.
     texts = [record[field].encode("utf-8", "replace").decode() for field in text_fields]
     text, pair = (*texts, None)[:2]
     return Example(text, pair, classes[record["label"]])

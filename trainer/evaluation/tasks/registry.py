@@ -1,4 +1,4 @@
-"""The kinds of task, one line each, and how ``--task`` finds them."""
+"""The registry of task kinds, one line each, and the look-up for ``--task``."""
 
 from collections.abc import Sequence
 
@@ -12,20 +12,20 @@ TASKS: list[type[Task]] = [
 
 
 def read_tasks(names: Sequence[str]) -> list[Task]:
-    """The tasks that a command names.
+    """Read the tasks of a command line.
 
     Raises:
-        UserError: one cannot be read, or two would have the same name in the report.
+        UserError: a task cannot be read, or two tasks have the same name.
     """
     tasks = [_kind_of(name).read(name) for name in names]
     if len({task.name for task in tasks}) < len(tasks):
         raise UserError(
             "conflicting-arguments",
-            "two --task folders have the same name; the report could not tell them apart, rename one",
+            "two --task folders have the same name, which would be ambiguous in the report; rename one",
         )
     return tasks
 
 
 def _kind_of(name: str) -> type[Task]:
-    # What no kind knows is taken for a folder of JSON lines, whose error says what is missing.
+    # An unknown name is read as a folder of JSON lines, so that the error names the missing file.
     return next((kind for kind in TASKS if kind.is_named(name)), JsonLinesClassification)

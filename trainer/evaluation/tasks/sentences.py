@@ -1,4 +1,4 @@
-"""Sentences, or pairs of them, with a label: examples that several tasks share."""
+"""Labelled sentences and sentence pairs, for the tasks that use them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from distilspeed.trainer.evaluation.tasks.task import Feature
 
 @dataclass(frozen=True)
 class Example:
-    """A sentence, or a pair of them, and its label: the index of a class, or a number."""
+    """A sentence or sentence pair, and its label: the index of a class, or a number."""
 
     text: str
     pair: str | None
@@ -18,14 +18,14 @@ class Example:
 
 
 def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, max_length: int) -> list[Feature]:
-    """What the tokenizer gives for each example, cut to ``max_length`` tokens, and its label as ``labels``."""
+    """Tokenise each example, truncate it to ``max_length`` tokens, and add its label as ``labels``."""
     pairs = [example.pair for example in examples if example.pair is not None]
     encoded = tokenizer(
         [example.text for example in examples],
         pairs or None,
         truncation=True,
         max_length=max_length,
-        return_token_type_ids=True,  # whatever model the tokenizer was saved with
+        return_token_type_ids=True,  # a tokenizer saved with DistilBERT leaves them out by default
     )
     return [
         {key: values[index] for key, values in encoded.items()} | {"labels": example.label}

@@ -1,7 +1,7 @@
-"""The protocol of a task: what fine-tuning and the report ask of each.
+"""The protocol of a task, used by fine-tuning and the report.
 
-A task is a frozen dataclass that holds its examples. Its class stands in ``registry.TASKS``; fine-tuning, table, plot
-and report.json follow from there.
+A task is a frozen dataclass that holds its examples. Add its class to ``registry.TASKS``; fine-tuning, table, plot and
+report.json then include it.
 """
 
 from abc import ABC, abstractmethod
@@ -15,18 +15,18 @@ from transformers.utils import ModelOutput
 
 from distilspeed.trainer.models.loading import Head
 
-# A row of a batch as tokenizers give it: values by the names of the model's arguments. Other names are for
-# ``Task.score`` and do not go to the model.
+# One row of a batch, as tokenizers return it: values by the names of the model's arguments. Values with other names are
+# for ``Task.score``; the model does not get them.
 Feature = dict[str, Any]
 Batch = Mapping[str, torch.Tensor]
-# A model's outputs by transformers' names ("logits", "start_logits"): a float32 tensor a feature, on the CPU.
+# A model's outputs by transformers' names ("logits", "start_logits"): one float32 tensor per feature, on the CPU.
 Predictions = Mapping[str, list[torch.Tensor]]
 Scores = dict[str, float]  # by the name of the metric
 
 
 @dataclass(frozen=True)
 class FineTuning:
-    """How each model is fine-tuned; ``max_length`` in tokens."""
+    """The settings of fine-tuning; ``max_length`` in tokens."""
 
     epochs: int
     learning_rate: float
@@ -36,7 +36,7 @@ class FineTuning:
 
 @dataclass(frozen=True)
 class TaskConditions:
-    """What a report tells of a task: its data, and how models are fine-tuned on it."""
+    """The data of a task and the settings of fine-tuning, for the report."""
 
     name: str
     metrics: tuple[str, ...]
@@ -45,17 +45,17 @@ class TaskConditions:
     fine_tuning: FineTuning
 
     def described(self) -> str:
-        """The data in words; the end of a line."""
+        """Describe the data in words, as the end of a line."""
         return f"{self.train_examples:,} training and {self.dev_examples:,} dev examples"
 
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """Examples to fine-tune and to test on, and what a model is worth on them.
+    """Examples to fine-tune and to evaluate on, and the score of a model on them.
 
     Attributes:
-        name: what the report calls it.
-        train, dev: the examples, in a form of the task's own. Two dev sets are one sequence here, and two metrics.
+        name: the name in the report.
+        train, dev: the examples, in the task's own form. Join two dev sets to one sequence with two metrics.
     """
 
     name: str
@@ -65,12 +65,12 @@ class Task(ABC):
     @classmethod
     @abstractmethod
     def is_named(cls, name: str) -> bool:
-        """Whether ``--task NAME`` is a task of this kind, by the name or by the files of a folder."""
+        """Return whether ``--task NAME`` is a task of this kind, by its name or the files of a folder."""
 
     @classmethod
     @abstractmethod
     def read(cls, name: str) -> Self:
-        """The task of that name.
+        """Read the task with that name.
 
         Raises:
             UserError: its data cannot be read or used.
@@ -79,45 +79,45 @@ class Task(ABC):
     @property
     @abstractmethod
     def head(self) -> Head:
-        """What is put on a pre-trained encoder."""
+        """The head on the pre-trained encoder."""
 
     @property
     def fine_tuning(self) -> FineTuning:
-        """The defaults of fine-tuning on it; models of fewer positions get shorter inputs."""
+        """The default settings of fine-tuning; inputs are shorter if a model has fewer positions."""
         return FineTuning(epochs=3, learning_rate=5e-5, batch_size=32, max_length=128)
 
     @abstractmethod
     def features(
         self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerFast, max_length: int
     ) -> list[Feature]:
-        """``train`` or ``dev`` in rows of at most ``max_length`` tokens: one an example, or one a window of it."""
+        """Tokenise ``train`` or ``dev`` into rows of at most ``max_length`` tokens, one per example or window."""
 
     def collator(self, tokenizer: PreTrainedTokenizerFast) -> Callable[[list[Feature]], Mapping[str, Any]]:
-        """What makes a batch of features: as here, pads the tokenizer's values; labels have one length."""
+        """Return the function that collates features; the default pads the tokenizer's values, but not labels."""
         return DataCollatorWithPadding(tokenizer)
 
     def loss(self, outputs: ModelOutput, batch: Batch) -> torch.Tensor:
-        """The loss of a training batch, a scalar; here the model's own."""
+        """Return the loss of a training batch, a scalar; the default is the model's own loss."""
         return outputs["loss"]
 
     @property
     @abstractmethod
     def metrics(self) -> tuple[str, ...]:
-        """Their names, as in GLUE and SQuAD ("accuracy", "matthews", "exact_match"); the first decides retention."""
+        """The names of the metrics, as in GLUE and SQuAD ("accuracy", "exact_match"); retention uses the first."""
 
     @abstractmethod
     def score(self, features: Sequence[Feature], predictions: Predictions) -> Scores:
-        """Each metric on ``dev``. 1 is best; 0 if undefined, as the correlation of constant predictions.
+        """Return each metric on ``dev``: 1 is best, and 0 if undefined, as is the correlation of constant predictions.
 
         Args:
-            features: those of ``dev``, in order.
-            predictions: "logits" [num_labels] of each, for example; outputs of tokens have the length of the batch
-                that they were in, padding included.
+            features: the features of ``dev``, in order.
+            predictions: outputs for each feature, for example "logits" [num_labels]. Outputs per token have the length
+                of their batch, padding included.
         """
 
     def conditions(self, fine_tuning: FineTuning) -> TaskConditions:
         return TaskConditions(self.name, self.metrics, len(self.train), len(self.dev), fine_tuning)
 
     def warnings(self) -> Sequence[str]:
-        """What a person should know of the data, a line each."""
+        """Return warnings about the data for the user, one line each."""
         return ()
