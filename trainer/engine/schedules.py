@@ -36,7 +36,7 @@ def learning_rates(config: DeepSpeedConfig, steps: int) -> Iterator[float]:
 
 
 def apply_first_rate(scheduler: Any) -> None:
-    """Apply a DeepSpeed schedule's rate to the first step, if the schedule does not start before iteration 0.
+    """Apply a DeepSpeed schedule's rate to the first step, if the schedule starts at iteration 0 or later.
 
     DeepSpeed sets the rate only when a schedule advances, so the first step would use the optimiser's own rate.
     """

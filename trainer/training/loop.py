@@ -221,7 +221,7 @@ def _take_steps(training: _Training, watch: JobWatch) -> None:
                 training.checkpoints.save(step.engine, progress)
             if told_by and not is_last:
                 raise StoppedError(
-                    f"by {told_by} after step {progress.step}, a checkpoint is saved; continue with --resume"
+                    f"by {told_by} after step {progress.step}, with a checkpoint saved; continue with --resume"
                 )
 
 

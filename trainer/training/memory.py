@@ -104,7 +104,7 @@ def _bytes_per_optimizer_state(config: DeepSpeedConfig) -> int:
 def _bytes_per_gradient(batch: BatchEquation, config: DeepSpeedConfig) -> int:
     """Return the bytes of a parameter's gradient at the peak.
 
-    With one micro-step this is 0: gradients are allocated while activations are freed.
+    With one micro-step the gradients themselves do not count: they are allocated while activations are freed.
     """
     width = BYTES["fp32"] if config.accumulates_in_fp32 else BYTES[config.precision]
     accumulates = batch.gradient_accumulation_steps > 1
