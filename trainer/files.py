@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
-
 from distilspeed.trainer.errors import UserError
 
 Record = TypeVar("Record")
@@ -103,6 +101,8 @@ def from_json(record: type[Record], text: str) -> Record:
     Raises:
         ValueError: it is not one; says in one line which field is wrong.
     """
+    from pydantic import TypeAdapter, ValidationError  # not at the top: `distilspeed profile` runs without it
+
     try:
         return TypeAdapter(record).validate_json(text, strict=True)
     except ValidationError as error:

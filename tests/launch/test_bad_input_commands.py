@@ -335,7 +335,7 @@ BENCHMARK_OPTIONS = [
     ("--rounds few", "bad-argument", "--rounds", "few"),
     ("--ranks 0", "bad-argument", "--ranks"),
     ("--ranks 1,3", "indivisible-batch", "train_batch_size", "16", "micro-batch"),
-    ("--ranks two", "bad-argument", "--ranks", "rank_counts", "two"),
+    ("--ranks two", "bad-argument", "--ranks", "two"),
     ("--output result.json", "output-exists", "result.json"),
     ("--output occupied", "output-exists", "occupied"),
     ("--output loop", "output-exists", "loop"),
@@ -366,7 +366,7 @@ QUICKSTART_DATA = [
     ("--output_dir good.txt", "output-exists", "good.txt"),
     ("--output_dir loop", "output-exists", "loop"),
     ("--output_dir good.txt/data", "unwritable-output", "good.txt/data"),
-    ("--output_dir out/data --seq_length 15", "bad-argument", "--seq_length", "15", "16"),
+    ("--output_dir out/data --seq_length 15", "bad-argument", "--seq_length", "16"),
 ]
 GPU_CHECK = [
     ("--output_dir occupied", "output-exists", "occupied"),

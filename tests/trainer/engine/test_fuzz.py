@@ -118,7 +118,7 @@ def test_an_unknown_key_is_always_refused(key: str, value: object, section: str,
     place[f"my {key}"] = value
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
-    with pytest.raises(UserError):  # the value may be refused before the key
+    with pytest.raises(UserError):  # some values are refused before the key
         read_and_resolve(path)
 
 
