@@ -1,6 +1,6 @@
-"""Fixtures for every test: devices, text that each Python installation has, a tokenizer trained on it, a corpus.
+"""Fixtures for all tests: devices, text from Python's documentation, a tokenizer trained on it, a corpus, teachers.
 
-Makes what is in ``shared`` importable.
+Also makes the modules in ``shared`` importable.
 """
 
 import json
@@ -27,17 +27,17 @@ SMALL_VOCABULARY = 1000
 SMALL_SEQ_LENGTH = 64
 SMALL_TEXT_CHARACTERS = 120_000
 
-# Tests that were started in the background, or under nohup, ignore these, and so would all that they start. A handler
-# leaves the tests as they are and is not passed on.
+# Tests that run in the background or under nohup ignore these signals, and so would their child processes. A handler
+# that does nothing has the same effect here, but child processes do not inherit it.
 for _number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(_number) == signal.SIG_IGN:
         signal.signal(_number, lambda *_: None)
 
-# On a busy machine an example may take long.
+# An example may take long on a busy machine.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
-# Of the run of launch/test.sh without --full, what it left out.
+# The tests that launch/test.sh without --full leaves out.
 LEFT_FOR_FULL = pytest.StashKey[list[str]]()
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -45,12 +45,12 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])])
 def device(request: pytest.FixtureRequest) -> str:
-    """Where tensors live, and so which implementation of the losses runs; see kernels/implementation/backend.py."""
+    """The device of the tensors, which selects the implementation of the losses (kernels/implementation/backend.py)."""
     return request.param
 
 
 def language_reference_paragraphs() -> list[str]:
-    """The Python language reference as ``pydoc`` ships it, one paragraph a string, in a fixed order."""
+    """Return the paragraphs of the Python language reference that ``pydoc`` ships, in a fixed order."""
     paragraphs = (
         " ".join(paragraph.split()) for name in sorted(topics) for paragraph in topics[name].split("\n\n")
     )
@@ -59,7 +59,7 @@ def language_reference_paragraphs() -> list[str]:
 
 @pytest.fixture(scope="session")
 def reference_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text file with one paragraph of the Python language reference a line."""
+    """A text file with one paragraph of the Python language reference per line."""
     path = tmp_path_factory.mktemp("text") / "reference.txt"
     path.write_text("\n".join(language_reference_paragraphs()) + "\n", encoding="utf-8")
     return path
@@ -67,7 +67,7 @@ def reference_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fast BERT tokenizer of about 1000 WordPieces, as ``save_pretrained`` leaves it."""
+    """A fast BERT tokenizer of about 1000 WordPieces, saved by ``save_pretrained``."""
     folder = tmp_path_factory.mktemp("tokenizer")
     trainer = BertWordPieceTokenizer(lowercase=True)
     trainer.train_from_iterator(
@@ -82,7 +82,7 @@ def small_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_corpus_dir(tmp_path_factory: pytest.TempPathFactory, small_tokenizer_dir: Path) -> Path:
-    """A prepared corpus: rows of 64 tokens, several hundred in train, a tenth of that in held_out."""
+    """A prepared corpus with rows of 64 tokens: several hundred in train, a tenth of that in held_out."""
     folder = tmp_path_factory.mktemp("corpus")
     text = folder / "reference.txt"
     text.write_text("\n".join(language_reference_paragraphs())[:SMALL_TEXT_CHARACTERS], encoding="utf-8")
@@ -102,7 +102,7 @@ def small_corpus_dir(tmp_path_factory: pytest.TempPathFactory, small_tokenizer_d
 
 @pytest.fixture(scope="session")
 def tiny_teacher_dir(tmp_path_factory: pytest.TempPathFactory, small_tokenizer_dir: Path) -> Path:
-    """A random BERT of 4 layers that goes with the small corpus, with its tokenizer; dropout 0."""
+    """A random BERT of 4 layers without dropout that fits the small corpus, with its tokenizer."""
     folder = tmp_path_factory.mktemp("teacher")
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(small_tokenizer_dir)
@@ -140,7 +140,7 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    worker_output = getattr(session.config, "workeroutput", None)  # of pytest-xdist, where this is a worker
+    worker_output = getattr(session.config, "workeroutput", None)  # only a worker of pytest-xdist has it
     if worker_output is not None:
         worker_output["left_for_full"] = session.config.stash.get(LEFT_FOR_FULL, [])
 
@@ -151,10 +151,10 @@ def pytest_testnodedown(node: Any, error: object) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Say what ``launch/test.sh --full`` would add, file by file."""
+    """Print how many cases ``launch/test.sh --full`` would add, file by file."""
     left = Counter(name.partition("::")[0] for name in config.stash.get(LEFT_FOR_FULL, []))
     if not left:
         return
-    terminalreporter.section(f"left to launch/test.sh --full: {left.total()} further cases")
+    terminalreporter.section(f"launch/test.sh --full runs {left.total()} more cases")
     for file, count in left.most_common():
         terminalreporter.write_line(f"{count:5} in {file}")

@@ -1,11 +1,11 @@
-"""Errors that end a command, and the one line by which they are shown."""
+"""Errors that end a command, and the line that reports them."""
 
 import os
 import signal
 import sys
 from typing import Literal
 
-# What can be wrong with a command's input. Scripts and tests go by these; docs/errors.md explains them.
+# What can be wrong with a command's input. Scripts and tests rely on these codes; docs/errors.md explains them.
 UserErrorCode = Literal[
     "bad-argument",
     "bad-config",
@@ -70,12 +70,12 @@ UserErrorCode = Literal[
 
 
 class CommandError(Exception):
-    """Ends a command with one line and a status of its own.
+    """The base of errors that end a command with one line and their own exit status.
 
     Attributes:
         status: the exit status.
-        code: a stable name for what is wrong; the words of the message may change.
-        ranks_agree: this rank has been chosen to say it (job/watch.py).
+        code: a stable name of the error; the message may be reworded.
+        ranks_agree: the ranks have chosen this one to report the error (job/watch.py).
     """
 
     status: int
@@ -85,14 +85,12 @@ class CommandError(Exception):
 
 
 class UserError(CommandError):
-    """Something the person who started the command can put right: ``what is wrong; what to do``."""
+    """An error that the user can correct; its message is ``what is wrong; what to do``."""
 
     status = 2
 
     def __init__(self, code: UserErrorCode, message: str) -> None:
-        super().__init__(
-            code, message
-        )  # both, because a process pool makes the error again from its arguments
+        super().__init__(code, message)  # both, because a process pool recreates the error from its arguments
         self.code = code
 
     def __str__(self) -> str:
@@ -100,62 +98,62 @@ class UserError(CommandError):
 
 
 class NumericalError(CommandError):
-    """A loss or gradient that is not finite and is not an fp16 overflow."""
+    """A loss or gradient is not finite, and fp16 overflow is not the cause."""
 
     status = 3
     code = "not-finite"
 
 
 class OverflowAtLowestScale(NumericalError):
-    """fp16 gradients overflow at a loss scale that does not fall any further."""
+    """fp16 gradients overflow at a loss scale that cannot fall further."""
 
     code = "fp16-overflow"
 
     def __init__(self, scale: float) -> None:
         super().__init__(
-            f"the gradients overflow fp16 at a loss scale of {scale:g}, which does not fall any further; go on from "
-            "the newest checkpoint (--resume) with a lower learning rate, or start anew in bf16 or fp32"
+            f"gradients overflow in fp16 at a loss scale of {scale:g}, which cannot fall further; resume from the "
+            "newest checkpoint (--resume) with a lower learning rate, or start over in bf16 or fp32"
         )
 
 
 class LostRankError(CommandError):
-    """A rank has died or does not answer."""
+    """A rank died or does not respond."""
 
     status = 4
     code = "lost-rank"
 
 
 class StoppedError(CommandError):
-    """The job was told to stop, and has saved a checkpoint."""
+    """The job received a request to stop and has saved a checkpoint."""
 
-    status = 75  # EX_TEMPFAIL of sysexits.h: to be tried again
+    status = 75  # EX_TEMPFAIL in sysexits.h: the user should try again
     code = "stopped"
     label = "stopped"
 
 
 def status_of(error: BaseException) -> int:
-    """The exit status of a command that an exception ends."""
+    """Return the exit status of a command that ends with this exception."""
     if isinstance(error, CommandError):
         return error.status
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT
     if isinstance(error, SystemExit) and isinstance(error.code, int | None):
         return error.code or 0
-    return 1  # Python's, of one that nobody catches
+    return 1  # as Python exits after an uncaught exception
 
 
 def first_line(error: Exception) -> str:
-    """What an error of another library says, short enough for one of ours: a line, or two where it ends in a colon."""
+    """Return the first line of another library's error, and the second line if the first ends in a colon."""
     first, *others = (str(error).strip() or type(error).__name__).splitlines()
     return " ".join([first, *others[:1]] if first.endswith(":") else [first]).rstrip(".")
 
 
 def show_error(error: CommandError) -> None:
-    """The one line of an error, which may be said by any rank and from any thread."""
+    """Print an error as one line on stderr; any rank and any thread may call this."""
     rank = environment_rank()
     line = f"{error.label}: {' '.join(str(error).split())} [{error.code}]"
     if rank:
-        line = f"\n{line} (rank {rank})"  # rank 0's progress bar stands in the last line
+        line = f"\n{line} (rank {rank})"  # a new line, because rank 0's progress bar occupies the current one
     print(line, file=sys.stderr, flush=True)
 
 

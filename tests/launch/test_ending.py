@@ -34,7 +34,7 @@ def test_ranks_agree_on_the_optimizer_that_all_can_build_and_leave_in_peace(
         (0, f"{INTERPRETERS_END}, in a job: False\n")
     ] * 2
     said, chosen = first[1].splitlines()
-    assert said == "DeepSpeed's fused_adam cannot be built on rank 1, torch's AdamW is used: no such compiler"
+    assert said == "DeepSpeed's fused_adam cannot be built on rank 1, using torch's AdamW: no such compiler"
     assert json.loads(chosen) == json.loads(second[1]) == {"torch_adam": True, "fused": True}
 
 

@@ -1,4 +1,4 @@
-"""Errors are checked by their code and by what they name (flag, path, key, value): their sentences may change."""
+"""Check errors by their code and by the flag, path, key or value that they name, because the wording may change."""
 
 import re
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from distilspeed.trainer.errors import UserError, UserErrorCode
 
 @contextmanager
 def raises_user_error(code: UserErrorCode, *named: str) -> Iterator[None]:
-    """The block raises a UserError of this code whose message names all of ``named``."""
+    """Assert that the block raises a UserError with this code, whose message contains all of ``named``."""
     with pytest.raises(UserError) as caught:
         yield
     error = caught.value
@@ -20,7 +20,7 @@ def raises_user_error(code: UserErrorCode, *named: str) -> Iterator[None]:
 
 
 def assert_names(line: str, code: str, *named: str) -> None:
-    """A line of a command's standard error ends with this code and names all of ``named``."""
+    """Assert that a line of a command's standard error ends with this code and contains all of ``named``."""
     assert re.search(rf" \[{code}\]( \(rank \d+\))?$", line), line
     _assert_all_in(line, named)
 

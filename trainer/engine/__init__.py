@@ -1,1 +1,1 @@
-"""DeepSpeed: its config, optimisers, the engines of student and teacher, checkpoints."""
+"""DeepSpeed: config, optimisers, student and teacher engines, checkpoints."""

@@ -1,8 +1,8 @@
-"""Checkpoints of a run: DeepSpeed's own, written whole or not at all, checked before they are used.
+"""DeepSpeed checkpoints of a run: written atomically, verified before loading.
 
-``checkpoints/step_000000500/`` appears by renaming, with every file on disk and listed with size and SHA-256 in
-``manifest.json``; ``latest`` names it only then. What DeepSpeed writes are pickles, so only a run's own are loaded,
-and of those only what the manifest lists, unchanged.
+A checkpoint is written under a temporary name. Once every file is on disk and listed in ``manifest.json`` with size
+and SHA-256, the folder is renamed to ``checkpoints/step_000000500/`` and ``latest`` is updated. DeepSpeed writes
+pickles, which can run code: a run loads only its own checkpoints, and only if their files match the manifest.
 """
 
 import argparse
@@ -37,12 +37,12 @@ DAMAGED = ".damaged"
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come, over all ranks.
+    """The progress of a run, over all ranks.
 
     Attributes:
-        step: optimiser steps, which are updates of the parameters.
-        batches: global batches taken: more than steps where fp16 has overflowed.
-        tokens: real tokens of these batches.
+        step: optimiser steps (updates of the parameters) taken.
+        batches: global batches consumed; more than ``step`` if fp16 overflowed.
+        tokens: real tokens in these batches.
     """
 
     step: int = 0
@@ -50,7 +50,7 @@ class Progress:
     tokens: int = 0
 
     def after(self, is_update: bool, tokens: int) -> Self:
-        """With another global batch of ``tokens`` real tokens."""
+        """Return the progress after one more global batch, with ``tokens`` real tokens."""
         return replace(
             self, step=self.step + is_update, batches=self.batches + 1, tokens=self.tokens + tokens
         )
@@ -58,7 +58,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint, as its manifest describes it."""
+    """A complete checkpoint, as described by its manifest."""
 
     path: Path
     progress: Progress
@@ -72,26 +72,31 @@ class Checkpoint:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """``ValueError``, ``KeyError`` or ``TypeError`` for what is no manifest; UserError for other formats."""
+        """Read the manifest of a checkpoint.
+
+        Raises:
+            ValueError, KeyError, TypeError: the manifest is invalid.
+            UserError: the checkpoint has another format version.
+        """
         fields = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         found = fields["format_version"]
         if found != FORMAT_VERSION:
             raise UserError(
                 "unsupported-format",
-                f"the checkpoint {path} has format {found}, and this version reads {FORMAT_VERSION}; "
-                "go on with the version that wrote it, or start anew with another --output_dir",
+                f"the checkpoint {path} has format {found}, but this version reads {FORMAT_VERSION}; "
+                "resume with the version that wrote it, or start over in another --output_dir",
             )
         files = tuple(FileRecord(**file) for file in fields["files"])
         return cls(path, Progress(**fields["progress"]), fields["world_size"], files)
 
     def damage(self) -> str | None:
-        """What is wrong with it; None: it holds what was saved, and nothing else."""
+        """Return what is wrong with the checkpoint; None if it holds exactly the files that were saved."""
         if self.path.is_symlink():
-            return "it is a link to another folder"
+            return "it is a symbolic link"
         strange = {path.relative_to(self.path).as_posix() for path in files_below(self.path)}
         strange -= {MANIFEST, *(file.path for file in self.files)}
         if strange:
-            return f"{min(strange)} does not belong to it"
+            return f"{min(strange)} is not in its {MANIFEST}"
         return next(filter(None, (file.damage(self.path) for file in self.files)), None)
 
 
@@ -99,9 +104,9 @@ class Checkpoints:
     """The folder ``checkpoints/`` of a run.
 
     Args:
-        folder: made at the first save.
-        keep_last: how many are kept, the newest ones.
-        keep_every: those of every so many steps are kept, too.
+        folder: created at the first save.
+        keep_last: number of newest checkpoints to keep.
+        keep_every: also keep the checkpoints of every ``keep_every`` steps.
     """
 
     def __init__(self, folder: Path, keep_last: int, keep_every: int | None) -> None:
@@ -110,12 +115,12 @@ class Checkpoints:
         self.keep_every = keep_every
 
     def newest_good(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole and unchanged, on every rank what rank 0 found; None: there is none yet.
+        """Return the newest complete and unchanged checkpoint; None if the run has no checkpoint yet.
 
-        What is damaged is said, and set aside under another name.
+        Rank 0 searches, and every rank returns its result. Damaged checkpoints are reported and renamed.
 
         Raises:
-            UserError: there are checkpoints, and all are damaged.
+            UserError: there are checkpoints, but all are damaged.
         """
         found: list[Checkpoint | None] = [None]
         if torch.distributed.get_rank() == 0:
@@ -131,25 +136,25 @@ class Checkpoints:
                 problem = checkpoint.damage()
             except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
                 problem = f"its {MANIFEST} cannot be read: {first_line(error)}"
-            except OSError as error:  # the disk's or the network's, which may pass
+            except OSError as error:  # a failure of the disk or the network may be temporary
                 raise UserError(
                     "unreadable-file",
-                    f"the checkpoint {path} cannot be read: {first_line(error)}; make it readable and try again",
+                    f"cannot read the checkpoint {path}: {first_line(error)}; make it readable and try again",
                 ) from error
             if problem is None:
                 for bad, what in damaged:
                     logger.warning("the checkpoint %s is damaged: %s", bad, what)
                     _set_aside(bad)
                 if damaged:
-                    logger.warning("%s is used, the one before", path)
+                    logger.warning("resuming from the previous checkpoint, %s", path)
                 return checkpoint
             damaged.append((path, problem))
         if damaged:
             path, what = damaged[0]
             raise UserError(
                 "damaged-checkpoint",
-                f"no checkpoint in {self.folder} is whole ({path.name}: {what}); "
-                "bring one back from a copy, or start anew with another --output_dir",
+                f"every checkpoint in {self.folder} is damaged ({path.name}: {what}); "
+                "restore one from a backup, or start over in another --output_dir",
             )
         return None
 
@@ -157,7 +162,7 @@ class Checkpoints:
         """Save parameters, optimiser, schedule, loss scale and progress; called by every rank.
 
         Raises:
-            UserError: it cannot be written; the earlier ones are as they were.
+            UserError: the checkpoint cannot be written; earlier checkpoints are unchanged.
         """
         path = self.folder / _name(progress.step)
         beside = path.with_name(path.name + UNFINISHED)
@@ -167,24 +172,24 @@ class Checkpoints:
                 self._remove_unfinished()
             engine.save_checkpoint(
                 str(self.folder), tag=beside.name, save_latest=False
-            )  # begins and ends in step
+            )  # synchronises the ranks before and after
             if not is_first:
                 return
             parts = len(list(beside.glob("*_optim_states.pt")))
             if engine.zero_optimization() and parts != torch.distributed.get_world_size():
                 raise UserError(
                     "unshared-output",
-                    f"{beside} has the states of {parts} of {torch.distributed.get_world_size()} ranks; "
-                    "choose an --output_dir that all hosts share, and no node-local or decoupled checkpoints",
+                    f"{beside} has the optimiser states of {parts} of {torch.distributed.get_world_size()} ranks; "
+                    "choose an --output_dir that all hosts share, and disable node-local or decoupled checkpoints",
                 )
             for script in self.folder.glob("*.py"):
-                script.chmod(0o644)  # DeepSpeed's tools for its checkpoints, which it makes executable
+                script.chmod(0o644)  # DeepSpeed adds an executable conversion script
             sync_tree(beside)
             files = tuple(FileRecord.of(beside, file) for file in files_below(beside))
             checkpoint = Checkpoint(path, progress, torch.distributed.get_world_size(), files)
             write_text(beside / MANIFEST, checkpoint.to_json())
             beside.rename(path)
-            write_text(self.folder / "latest", path.name)  # which syncs the folder
+            write_text(self.folder / "latest", path.name)  # also syncs the folder
             for old in self._complete()[: -self.keep_last]:
                 if not self.keep_every or _step(old) % self.keep_every:
                     shutil.rmtree(old.rename(old.with_name(old.name + UNFINISHED)))
@@ -192,22 +197,28 @@ class Checkpoints:
     def load(self, engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint) -> Progress:
         """Load a checkpoint into an engine that was made with ``config_to_load``; called by every rank.
 
-        The engine keeps its own settings of optimiser, schedule and clipping: those of its config.
+        The engine keeps the settings of its own config for optimiser, schedule and clipping.
 
         Raises:
-            UserError: DeepSpeed cannot load it.
+            UserError: DeepSpeed cannot load the checkpoint.
         """
         path = _universal(checkpoint) if engine.load_universal_checkpoint() else checkpoint.path
         try:
-            # DeepSpeed's optimiser for bf16 prints where it is.
+            # DeepSpeed's bf16 optimiser prints its progress.
             with _own_settings(engine, checkpoint.progress.step), contextlib.redirect_stdout(io.StringIO()):
                 loaded, _ = engine.load_checkpoint(str(self.folder), tag=path.name)
-        except Exception as error:  # DeepSpeed raises whatever it came upon
+        except Exception as error:  # DeepSpeed does not convert the errors of what it calls
             raise UserError(
-                "damaged-checkpoint", f"the checkpoint {path} cannot be loaded: {first_line(error)}"
+                "damaged-checkpoint",
+                f"DeepSpeed cannot load the checkpoint {path}: {first_line(error)}; "
+                "restore it from a backup, or start over in another --output_dir",
             ) from error
         if loaded is None:
-            raise UserError("damaged-checkpoint", f"DeepSpeed finds no checkpoint in {path}")
+            raise UserError(
+                "damaged-checkpoint",
+                f"DeepSpeed finds no checkpoint in {path}; "
+                "restore it from a backup, or start over in another --output_dir",
+            )
         if path != checkpoint.path:
             torch.distributed.barrier()
             if torch.distributed.get_rank() == 0:
@@ -215,19 +226,19 @@ class Checkpoints:
         return checkpoint.progress
 
     def config_to_load(self, checkpoint: Checkpoint, config: ResolvedConfig) -> ResolvedConfig:
-        """The DeepSpeed config of an engine that is to load ``checkpoint``; called by every rank.
+        """Return the DeepSpeed config of an engine that will load ``checkpoint``; called by every rank.
 
-        ZeRO shares the optimiser's states out over the ranks. Where their number is another than that of the ranks
-        that saved them, this makes a universal checkpoint, which goes again when it has been loaded.
+        ZeRO shards the optimiser states over the ranks. If the world size has changed since they were saved, this
+        creates a universal checkpoint. ``load`` deletes it after loading.
 
         Raises:
-            UserError: there is no room for it.
+            UserError: the universal checkpoint cannot be written.
         """
         if config.zero_stage == 0 or checkpoint.world_size == torch.distributed.get_world_size():
             return config
         if torch.distributed.get_rank() == 0:
             logger.info(
-                "%s is from %d ranks: it is laid out anew for %d",
+                "converting %s from %d ranks to %d",
                 checkpoint.path,
                 checkpoint.world_size,
                 torch.distributed.get_world_size(),
@@ -239,29 +250,29 @@ class Checkpoints:
         return config.with_sections(checkpoint=config.section("checkpoint") | {"load_universal": True})
 
     def newest_step(self) -> int:
-        """The step of the newest checkpoint, good or not; 0: there is none."""
+        """Return the step of the newest checkpoint, damaged or not; 0 if there is none."""
         return max(map(_step, self._complete()), default=0)
 
     def _complete(self) -> list[Path]:
-        """The folders that were completed, from oldest to newest."""
+        """Return the folders of completed checkpoints, oldest first."""
         return sorted(self.folder.glob(_name(0).replace("0", "[0-9]")))
 
     def _remove_unfinished(self) -> None:
-        """Remove what was being written, or removed, when a process was killed."""
+        """Remove leftovers of a process that was killed while it wrote or removed a checkpoint."""
         for path in self.folder.glob(f"*{UNFINISHED}"):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
-                path.unlink()  # of a file that was being replaced (write_text)
+                path.unlink()  # the temporary file of write_text
 
 
 @contextmanager
 def _own_settings(engine: deepspeed.DeepSpeedEngine, steps: int) -> Iterator[None]:
-    """Give an engine its own settings back after a checkpoint, which brings those it was saved with.
+    """Restore the engine's own settings after a checkpoint was loaded, which overwrites them.
 
-    The schedule is taken ``steps`` further from its start: to the rate, bit for bit, that it has reached.
+    The schedule restarts and advances by ``steps``, so that it reaches the same learning rate, bit for bit.
     """
-    of_states = ("params", "step")  # apex and DeepSpeed count steps in the group
+    of_states = ("params", "step")  # apex and DeepSpeed store the step count in the group
     optimizer, schedule = engine.basic_optimizer, engine.lr_scheduler
     groups = [
         {key: value for key, value in group.items() if key not in of_states}
@@ -274,7 +285,7 @@ def _own_settings(engine: deepspeed.DeepSpeedEngine, steps: int) -> Iterator[Non
     if schedule:
         schedule.load_state_dict(start)
         with warnings.catch_warnings():
-            # torch's, that a schedule advances before its optimiser has.
+            # torch warns that the schedule advances before the optimiser.
             warnings.simplefilter("ignore", UserWarning)
             for _ in range(steps):
                 schedule.step()
@@ -301,7 +312,7 @@ def _set_aside(path: Path) -> None:
 
 
 def _make_universal(checkpoint: Checkpoint) -> None:
-    # DeepSpeed's command, in this process: one worker, for which it starts none.
+    # DeepSpeed's command, called in this process. With one worker it starts no other process.
     arguments = argparse.Namespace(
         input_folder=str(checkpoint.path),
         output_folder=str(_universal(checkpoint)),
@@ -317,7 +328,7 @@ def _make_universal(checkpoint: Checkpoint) -> None:
     except KeyError as error:
         raise UserError(
             "changed-ranks",
-            f"DeepSpeed lays out Adam's states alone for another number of ranks, and {checkpoint.path} has no "
+            f"DeepSpeed can convert only Adam's states to another number of ranks, and {checkpoint.path} has no "
             f"{error}; resume it on {checkpoint.world_size} ranks",
         ) from error
     (checkpoint.path.parent / "latest_universal").unlink()
@@ -325,15 +336,15 @@ def _make_universal(checkpoint: Checkpoint) -> None:
 
 @contextmanager
 def _errors_of_writing(path: Path) -> Iterator[None]:
-    """Turn errors of writing below ``path`` into UserError, and remove what was written."""
+    """Convert errors of writing below ``path`` to UserError, and remove what was written."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # torch.save's errors are RuntimeErrors out of this file of PyTorch's; other ones are not of writing.
+        # When torch.save cannot write, it raises a RuntimeError that names this file of PyTorch.
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
         shutil.rmtree(path, ignore_errors=True)
         raise UserError(
             "unwritable-output",
-            f"cannot write {path}: {first_line(error)}; make room there and go on with --resume",
+            f"cannot write {path}: {first_line(error)}; free space there and continue with --resume",
         ) from error

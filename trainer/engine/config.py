@@ -1,4 +1,4 @@
-"""The DeepSpeed config as typed objects: everything that this project asks of it is asked here."""
+"""The DeepSpeed config as typed objects; the only place that reads its raw dictionary."""
 
 import copy
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ AUTO = "auto"
 PRECISIONS = ("fp32", "fp16", "bf16")
 ADAM_TYPES = ("adam", "adamw")
 LAMB_TYPE = "lamb"
-# What DeepSpeed takes where the config says nothing.
+# DeepSpeed's defaults.
 REDUCE_BUCKET_SIZE = 500_000_000  # elements
 HYSTERESIS = 2
 
@@ -32,7 +32,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Offload:
-    """Where ZeRO moves a part of the states to."""
+    """Where ZeRO offloads optimiser states or parameters to."""
 
     device: str
     nvme_path: str | None
@@ -43,7 +43,7 @@ class Offload:
 
 @dataclass(frozen=True)
 class DeepSpeedConfig:
-    """A DeepSpeed config as it was read: values may be "auto".
+    """A DeepSpeed config as it was read; values may be "auto".
 
     Raises:
         UserError: a part that this project reads has the wrong type or value.
@@ -56,25 +56,25 @@ class DeepSpeedConfig:
         _check_parts(self._raw)
 
     def to_dict(self) -> dict[str, Any]:
-        """A copy in the form that DeepSpeed takes, and that is recorded."""
+        """Return a copy as the dictionary that DeepSpeed takes and that is recorded."""
         return copy.deepcopy(dict(self._raw))
 
     def section(self, name: str) -> dict[str, Any]:
-        """A copy of a part that is an object; empty where the config has none."""
+        """Return a copy of a section; empty if the config does not have it."""
         return copy.deepcopy(_section(self._raw, name))
 
     def settings(self) -> dict[str, Any]:
-        """The values by their paths, such as "optimizer.params.lr"."""
+        """Return the values by their paths, such as "optimizer.params.lr"."""
         return settings_of(self.to_dict())
 
     def with_sections(self, **sections: Any) -> Self:
-        """The config with other values at its top level."""
+        """Return the config with new values for these top-level keys."""
         return replace(self, _raw={**self._raw, **sections})
 
-    # --- batch: what is stated; None: left open ----------------------------------------------------------
+    # --- batch -------------------------------------------------------------------------------------------
 
     def stated(self, batch_key: str) -> int | None:
-        """The value of one of :data:`BATCH_KEYS`; None: it is left open."""
+        """Return the value of one of :data:`BATCH_KEYS`; None if it is missing or "auto"."""
         value = self._raw.get(batch_key, AUTO)
         return None if value == AUTO else value
 
@@ -87,7 +87,7 @@ class DeepSpeedConfig:
 
     @property
     def hysteresis(self) -> int:
-        """How many overflows of fp16 DeepSpeed lets pass before it lowers the loss scale."""
+        """The number of fp16 overflows that DeepSpeed tolerates before it lowers the loss scale."""
         return _section(self._raw, "fp16").get("hysteresis", HYSTERESIS)
 
     @property
@@ -96,24 +96,24 @@ class DeepSpeedConfig:
 
     @property
     def accumulation_dtype(self) -> object:
-        """The type in which the micro-batches' gradients are summed, as stated; None: it is left open."""
+        """The dtype in which gradients are accumulated, as the config states it; None if it does not."""
         return _section(self._raw, "data_types").get("grad_accum_dtype")
 
     @property
     def accumulates_in_fp32(self) -> bool:
-        """Whether the gradients of micro-batches are summed in fp32."""
+        """Whether gradients are accumulated in fp32."""
         dtype = self.accumulation_dtype or self.precision
         return dtype in ("fp32", "float32", "float", "torch.float32")
 
     def obstacle_to_fp32_accumulation(self) -> str | None:
-        """Why DeepSpeed 0.19.8 cannot sum gradients of half precision in fp32; None: it can."""
+        """Return why DeepSpeed 0.19.8 cannot accumulate half-precision gradients in fp32; None if it can."""
         if self.zero_stage == 0:
-            return "DeepSpeed has no such sum at ZeRO stage 0"
+            return "DeepSpeed does not accumulate in fp32 at ZeRO stage 0"
         if self.precision == "fp16" and self.zero_stage < 3 and self.offload_optimizer:
-            # An infinite gradient stays in its sum on the CPU, and every later batch counts as one that overflows.
+            # An infinite gradient stays in the sum on the CPU, so every later batch counts as an overflow.
             return (
-                f"with offload_optimizer at ZeRO stage {self.zero_stage} DeepSpeed never recovers from an overflow "
-                "of fp16"
+                f"with offload_optimizer at ZeRO stage {self.zero_stage}, DeepSpeed never recovers from an fp16 "
+                "overflow"
             )
         return None
 
@@ -133,12 +133,12 @@ class DeepSpeedConfig:
 
     @property
     def allows_untested_optimizer(self) -> bool:
-        """Whether ZeRO takes optimisers that DeepSpeed has not been tested with."""
+        """Whether the config allows optimisers that DeepSpeed has not tested with ZeRO."""
         return bool(self._raw.get("zero_allow_untested_optimizer", False))
 
     @property
     def reduce_bucket_size(self) -> int:
-        """Elements in one of the buckets that gradients are reduced in."""
+        """The size of a gradient reduction bucket, in elements."""
         return self._zero.get("reduce_bucket_size", REDUCE_BUCKET_SIZE)
 
     @property
@@ -161,7 +161,7 @@ class DeepSpeedConfig:
 
     @property
     def optimizer_kind(self) -> str:
-        """The optimiser's type in lower case, as DeepSpeed compares it; "" without one."""
+        """The optimiser's type in lower case, as DeepSpeed compares it; "" if there is no optimiser."""
         return self.optimizer.type.lower() if self.optimizer else ""
 
     @property
@@ -170,7 +170,7 @@ class DeepSpeedConfig:
 
     @property
     def gradient_clipping(self) -> float | None:
-        """The norm that gradients are clipped to; None: the config says nothing."""
+        """The norm that gradients are clipped to; None if the config does not state it."""
         return self._raw.get("gradient_clipping")
 
     def _component(self, name: str) -> Component | None:
@@ -182,16 +182,17 @@ class DeepSpeedConfig:
 
 @dataclass(frozen=True)
 class ResolvedConfig(DeepSpeedConfig):
-    """A config without "auto", and the batch equation that it states.
+    """A config without "auto", and its batch equation.
 
-    The form of an Adam may still be "auto": the ranks choose it when they have joined (``settle_optimizer``).
+    The implementation of Adam may still be "auto": the ranks choose it together after they join
+    (``settle_optimizer``).
     """
 
     batch: BatchEquation
 
 
 def settings_of(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of an object by their paths."""
+    """Return the values of a nested object by their paths."""
     found: dict[str, Any] = {}
     for key, value in section.items():
         found |= (
@@ -201,13 +202,11 @@ def settings_of(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def no_meaning_of_auto(name: str) -> UserError:
-    return UserError(
-        "bad-config", f'"auto" has no meaning for "{name}" in the DeepSpeed config; give a value'
-    )
+    return UserError("bad-config", f'"{name}" in the DeepSpeed config does not support "auto"; set a value')
 
 
 def _check_parts(raw: Mapping[str, Any]) -> None:
-    """Raise a UserError unless the parts that are read here have the types and values that they need."""
+    """Raise a UserError if a part that this file reads has the wrong type or value."""
     for name in ("fp16", "bf16", "bfloat16"):
         if not isinstance(_section(raw, name).get("enabled", False), bool):
             raise UserError("bad-config", f'"{name}.enabled" in the DeepSpeed config must be true or false')
@@ -216,7 +215,7 @@ def _check_parts(raw: Mapping[str, Any]) -> None:
         _section(section, "params", name)
         if name in raw and not (section.get("type") and isinstance(section["type"], str)):
             raise UserError(
-                "bad-config", f'"{name}" in the DeepSpeed config has no "type"; give it one, see ds_configs/'
+                "bad-config", f'"{name}" in the DeepSpeed config has no "type"; add one, see ds_configs/'
             )
     _check_zero(_section(raw, "zero_optimization"))
     _section(raw, "data_types")
@@ -225,7 +224,7 @@ def _check_parts(raw: Mapping[str, Any]) -> None:
         if value != AUTO and (type(value) is not int or value < 1):
             raise UserError(
                 "bad-config",
-                f'"{name}" in the DeepSpeed config is {value!r}; it must be a whole number above 0 or "auto"',
+                f'"{name}" in the DeepSpeed config is {value!r}; it must be an integer above 0 or "auto"',
             )
     _precision(raw)
 
@@ -248,7 +247,7 @@ def _precision(raw: Mapping[str, Any]) -> str:
     if "amp" in raw:
         raise UserError("bad-config", '"amp" in the DeepSpeed config is not supported; use "fp16" or "bf16"')
     sections = {"fp16": _section(raw, "fp16")}
-    sections["bf16"] = _section(raw, "bf16" if "bf16" in raw else "bfloat16")  # its old name
+    sections["bf16"] = _section(raw, "bf16" if "bf16" in raw else "bfloat16")  # the old name
     enabled = [name for name, section in sections.items() if section.get("enabled", False)]
     if len(enabled) == 2:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Filling the "auto" values of a DeepSpeed config, as the Hugging Face integration does."""
+"""Fill the "auto" values of a DeepSpeed config, as Hugging Face's integration does."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from distilspeed.trainer.engine.config import (
 )
 from distilspeed.trainer.errors import UserError
 
-# The optimiser and schedule of the original DistilBERT.
+# Optimiser and schedule of the original DistilBERT.
 LEARNING_RATE = 5e-4
 ADAM_BETAS = (0.9, 0.98)
 ADAM_EPS = 1e-6
@@ -26,27 +26,27 @@ WEIGHT_DECAY = 0.0
 WARMUP_FRACTION = 0.05
 GRADIENT_CLIPPING = 5.0
 
-# The schedules of DeepSpeed's that warm up, and whose length is filled in here.
+# The DeepSpeed schedules with a warm-up, whose length is filled in here.
 WARMUP_SCHEDULES = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 # DeepSpeed raises shorter warm-ups to this.
 SHORTEST_WARMUP = 2
-# Left alone, DeepSpeed takes the first two steps at the warm-up's lowest rate, 0: the first before its schedule has
-# begun, the second at iteration 0. Begun at iteration 1, step n has the rate of iteration n.
+# By default DeepSpeed takes the first two steps at the lowest rate of the warm-up, which is 0: the first before the
+# schedule starts, the second at iteration 0. If the schedule starts at iteration 1, step n has the rate of iteration n.
 FIRST_ITERATION = 1
 
 PEAKS = ("optimizer.params.lr", "scheduler.params.warmup_max_lr")
 SCHEDULE_LENGTH = "scheduler.params.total_num_steps"
-# Of an Adam's parameters: the fastest form differs between machines, and the ranks of a job choose one together.
+# Parameters of Adam that depend on the machine: the fastest implementation differs, and the ranks choose one together.
 OF_MACHINES = ("optimizer.params.torch_adam", "optimizer.params.fused")
 
 
 @dataclass(frozen=True)
 class Started:
-    """What a run that is resumed has been trained with so far.
+    """The settings with which a resumed run has trained so far.
 
     Attributes:
-        deepspeed_config: without "auto".
-        total_steps: that it was to take.
+        deepspeed_config: the config without "auto".
+        total_steps: the planned number of optimiser steps.
     """
 
     deepspeed_config: DeepSpeedConfig
@@ -60,16 +60,16 @@ def resolve_deepspeed_config(
     learning_rate: float | None,
     started: Started | None = None,
 ) -> ResolvedConfig:
-    """Fill every "auto" of a DeepSpeed config but the form of its Adam.
+    """Fill every "auto" of a DeepSpeed config except the implementation of Adam.
 
     Args:
         batch: the solved batch equation.
         total_steps: optimiser steps of the whole run, for the schedule.
-        learning_rate: the peak, where the config says "auto"; None means 5e-4.
-        started: of a resumed run, whose "auto" values stay what they were.
+        learning_rate: the peak learning rate, used where the config says "auto"; None means 5e-4.
+        started: the earlier settings of a resumed run, which keeps its "auto" values; None for a new run.
 
     Raises:
-        UserError: an "auto" that has no meaning here, or a learning rate that contradicts the config.
+        UserError: a setting does not support "auto", or the learning rate contradicts the config.
     """
     before = _settings_before(started)
     _check_learning_rate(learning_rate, config)
@@ -84,7 +84,7 @@ def resolve_deepspeed_config(
         )
     if _is_to_accumulate_in_fp32(config, started):
         resolved["data_types"] = {**resolved.get("data_types", {}), "grad_accum_dtype": "fp32"}
-    # DeepSpeed's waits for the GPU twice a micro-batch; the metrics have the throughput.
+    # DeepSpeed's timer waits for the GPU twice per micro-batch; metrics.jsonl has the throughput already.
     resolved.setdefault("timers", {"throughput": {"enabled": False}})
     resolved[TRAIN_BATCH_SIZE] = batch.train_batch_size
     resolved[MICRO_BATCH_SIZE] = batch.micro_batch_size
@@ -110,7 +110,7 @@ def _check_learning_rate(learning_rate: float | None, config: DeepSpeedConfig) -
 
 
 def _peak_rate(learning_rate: float | None, config: DeepSpeedConfig, before: Mapping[str, Any]) -> Any:
-    """The command line's, else the config's, else that of before, else the original's."""
+    """Return the first that is given: command line, config, earlier settings, DistilBERT's original rate."""
     if learning_rate is not None:
         return learning_rate
     stated = config.settings().get("optimizer.params.lr", AUTO)
@@ -118,7 +118,7 @@ def _peak_rate(learning_rate: float | None, config: DeepSpeedConfig, before: Map
 
 
 def _values_of_auto(total_steps: int, before: Mapping[str, Any], started: Started | None) -> dict[str, Any]:
-    """What "auto" stands for, by the setting's path: of a resumed run what it stood for at the start."""
+    """Return the value of "auto" for each path; a resumed run keeps the values of its start."""
     values = {
         "gradient_clipping": GRADIENT_CLIPPING,
         "optimizer.params.betas": list(ADAM_BETAS),
@@ -128,7 +128,7 @@ def _values_of_auto(total_steps: int, before: Mapping[str, Any], started: Starte
         "scheduler.params.warmup_min_ratio": 0.0,
         "scheduler.params.warmup_num_steps": max(SHORTEST_WARMUP, round(WARMUP_FRACTION * total_steps)),
         "scheduler.params.warmup_type": "linear",
-        # Where the rate reaches 0: after the last step.
+        # The rate reaches 0 after the last step.
         SCHEDULE_LENGTH: total_steps + FIRST_ITERATION,
     }
     kept = {name: before[name] for name in values if name in before}
@@ -153,7 +153,7 @@ def _filled(section: Mapping[str, Any], fill: Mapping[str, Any], prefix: str) ->
 
 
 def _begins_late(config: DeepSpeedConfig, before: Mapping[str, Any]) -> bool:
-    """Whether a warm-up that is filled in here begins above 0; that of a run that began otherwise does not."""
+    """Return whether to start the warm-up at iteration 1; a resumed run keeps the start it had."""
     schedule = config.scheduler
     if not schedule or schedule.type not in WARMUP_SCHEDULES or AUTO not in schedule.params.values():
         return False
@@ -161,9 +161,10 @@ def _begins_late(config: DeepSpeedConfig, before: Mapping[str, Any]) -> bool:
 
 
 def _is_to_accumulate_in_fp32(config: DeepSpeedConfig, started: Started | None) -> bool:
-    """Whether half precision sums its micro-batches' gradients in fp32, where the config leaves that open.
+    """Return whether to accumulate half-precision gradients in fp32, which the config does not state.
 
-    128 micro-batches summed in bf16 are 1.1 to 6.4 % off, in fp16 0.1 to 0.8 % (on a CPU, November 2026).
+    Over 128 micro-batches, accumulating in bf16 has an error of 1.1 to 6.4 %, in fp16 of 0.1 to 0.8 % (on a CPU,
+    November 2026).
     """
     if (
         config.states_accumulation_dtype
@@ -171,5 +172,5 @@ def _is_to_accumulate_in_fp32(config: DeepSpeedConfig, started: Started | None) 
         or config.obstacle_to_fp32_accumulation()
     ):
         return False
-    # A version that left it open may have started the run.
+    # An older version of this project, which did not set it, may have started the run.
     return started is None or started.deepspeed_config.states_accumulation_dtype

@@ -1,4 +1,4 @@
-"""The batch equation, solved from what the DeepSpeed config and the command line state."""
+"""Solve the batch equation from the DeepSpeed config and the command line."""
 
 from distilspeed.trainer.data.batch_equation import BatchEquation
 from distilspeed.trainer.engine.config import (
@@ -18,12 +18,12 @@ def resolve_batch_equation(
     train_batch_size: int | None = None,
     per_device_train_batch_size: int | None = None,
 ) -> BatchEquation:
-    """Solve the batch equation from whatever the config and the command line state, as DeepSpeed does.
+    """Solve the batch equation from the values in config and command line, as DeepSpeed does.
 
-    A value may come from the config or from the command line (then the config says "auto" or nothing).
+    A flag of the command line fills a value that is "auto" or missing in the config.
 
     Raises:
-        UserError: the stated values contradict each other or do not divide; names the nearest that do.
+        UserError: the values contradict each other, or the batch is not divisible; names the nearest batch that is.
     """
     total = _stated(config, TRAIN_BATCH_SIZE, train_batch_size, "--train_batch_size")
     micro = _stated(config, MICRO_BATCH_SIZE, per_device_train_batch_size, "--per_device_train_batch_size")
@@ -66,5 +66,5 @@ def _require_divisible(total: int, unit: int, product: str) -> None:
         nearest = f"{below} and {above}" if below else str(above)
         raise UserError(
             "indivisible-batch",
-            f"train_batch_size {total} cannot be divided into {product}; the nearest that can: {nearest}",
+            f"train_batch_size {total} is not divisible by {product}; the nearest that are: {nearest}",
         )

@@ -1,4 +1,4 @@
-"""Whether DeepSpeed understands all of a config: it ignores a misspelt key, and meets many a wrong value only later."""
+"""Check that DeepSpeed understands a config: it ignores misspelt keys and reports many wrong values late."""
 
 import contextlib
 import io
@@ -25,9 +25,9 @@ from distilspeed.trainer.engine.optimizers import choose_optimizer
 from distilspeed.trainer.engine.schedules import quiet
 from distilspeed.trainer.errors import UserError, first_line
 
-# Read by deepspeed.initialize before it makes a DeepSpeedConfig.
+# deepspeed.initialize reads these before it makes a DeepSpeedConfig.
 READ_BY_INITIALIZE = ("sequence_parallel_size", "data_parallel_size")
-# How DeepSpeed's monitors import what they need, and what brings it.
+# For each monitor: DeepSpeed's import check, and the package to install.
 MONITOR_PACKAGES = {
     "tensorboard": (check_tb_availability, "distilspeed[monitors]"),
     "wandb": (check_wandb_availability, "distilspeed[monitors]"),
@@ -41,7 +41,7 @@ def check_deepspeed_config(config: ResolvedConfig, total_steps: int) -> None:
     """Raise a UserError unless DeepSpeed reads every key of a resolved config and can use every value.
 
     Args:
-        config: with the Adam that every machine has, where the choice is open.
+        config: an Adam that is still "auto" is checked as torch's, which every machine has.
         total_steps: optimiser steps of the run, for its schedule.
     """
     config = choose_optimizer(config, torch.device("cpu"))
@@ -54,28 +54,28 @@ def check_deepspeed_config(config: ResolvedConfig, total_steps: int) -> None:
 
 
 def _check_keys(config: DeepSpeedConfig) -> None:
-    """The known keys are those that DeepSpeed asks for while it reads this very config."""
-    # DeepSpeed works out the global batch, whose world size it may not know yet.
+    """Raise a UserError for a key that DeepSpeed does not ask for while it reads this config."""
+    # Without the global batch, which DeepSpeed would check against a world size that it may not know yet.
     watched = _Watched({name: value for name, value in config.to_dict().items() if name != TRAIN_BATCH_SIZE})
     try:
         with quiet():
             deepspeed.runtime.config.DeepSpeedConfig(watched)
     except ValidationError as error:
         raise _invalid(error, watched.last) from error
-    except Exception as error:  # whatever the value it did not expect led to
+    except Exception as error:  # an unexpected value can raise anything
         raise UserError(
             "bad-config",
-            f'DeepSpeed cannot read "{watched.last}" in its config: {first_line(error)}; correct the value',
+            f'DeepSpeed cannot read "{watched.last}" in the DeepSpeed config: {first_line(error)}; correct the value',
         ) from error
     _check_all_was_read(watched, "", READ_BY_INITIALIZE)
     for name, section in watched.items():
-        # One that was asked for nothing went as a whole to a model of pydantic's, which refuses unknown keys.
+        # A section without lookups went to a pydantic model, which rejects unknown keys itself.
         if isinstance(section, _Watched) and section.asked:
             _check_all_was_read(section, f"{name}.")
 
 
 class _Watched(dict[str, Any]):
-    """An object of a config that notes the keys it is asked for, each with the default DeepSpeed has for it."""
+    """A section of a config that records which keys are read, and with which default."""
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         super().__init__(
@@ -101,22 +101,22 @@ class _Watched(dict[str, Any]):
         self._note(str(key))
         return super().__contains__(key)
 
-    def __iter__(self) -> Iterator[str]:  # also where it is unpacked: **section
+    def __iter__(self) -> Iterator[str]:  # also used by **section
         for key in super().__iter__():
             self._note(key)
             yield key
 
     def keys(self) -> KeysView[str]:  # type: ignore[override]
-        return KeysView(self)  # dict's own would look past the methods above
+        return KeysView(self)  # dict.keys would bypass the methods above
 
     def __copy__(self) -> "_Watched":
         return self
 
 
 def _invalid(error: ValidationError, section: str) -> UserError:
-    """The first thing that pydantic found wrong."""
+    """Return the first error that pydantic found, as a UserError."""
     found = error.errors(include_url=False, include_context=False)[0]
-    # The monitors are read together, and their names are part of what pydantic says.
+    # DeepSpeed reads the monitors together, so pydantic's path has the section's name already.
     within = () if section == "comet" else (section,)
     path = ".".join(map(str, (*within, *found["loc"])))
     if found["type"] == "extra_forbidden":
@@ -128,7 +128,7 @@ def _invalid(error: ValidationError, section: str) -> UserError:
 
 
 def _names_of_models() -> set[str]:
-    """The keys of every section that DeepSpeed has a pydantic model of."""
+    """Return the keys of all sections for which DeepSpeed has a pydantic model."""
     fields = [
         field for model in DeepSpeedConfigModel.__subclasses__() for field in model.model_fields.items()
     ]
@@ -156,7 +156,7 @@ def _check_smallest(config: DeepSpeedConfig) -> None:
         value = settings.get(name, smallest)
         if isinstance(value, bool) or not isinstance(value, int | float) or value < smallest:
             raise UserError(
-                "bad-config", f'"{name}" in the DeepSpeed config is {value!r}; give a number from {smallest}'
+                "bad-config", f'"{name}" in the DeepSpeed config is {value!r}; it must be at least {smallest}'
             )
 
 
@@ -169,22 +169,22 @@ def _check_offload(config: DeepSpeedConfig) -> None:
         if offload.device == "nvme" and not (folder and Path(folder).is_dir()):
             raise UserError(
                 "bad-config",
-                f'"zero_optimization.{name}" in the DeepSpeed config offloads to nvme, and its "nvme_path", '
-                f"{folder!r}, is no folder here; make it, or offload to cpu",
+                f'"zero_optimization.{name}" in the DeepSpeed config offloads to nvme, but its "nvme_path", '
+                f"{folder!r}, is not a directory on this host; create it, or offload to cpu",
             )
 
 
 def check_monitors(config: DeepSpeedConfig) -> None:
-    """Raise a UserError unless the monitors that a config enables can run here; for rank 0, which alone makes them."""
+    """Raise a UserError unless the enabled monitors can run here; for rank 0, the only rank that creates them."""
     for name, (import_it, package) in MONITOR_PACKAGES.items():
         try:
             if config.section(name).get("enabled", False):
-                with contextlib.redirect_stdout(io.StringIO()):  # where DeepSpeed gives advice of its own
+                with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its own advice
                     import_it()
-        except Exception as error:  # whatever a package that does not fit the others raises
+        except Exception as error:  # an incompatible package can raise anything
             raise UserError(
                 "missing-package",
-                f'"{name}" is enabled in the DeepSpeed config, and its package cannot be imported '
+                f'"{name}" is enabled in the DeepSpeed config, but its package cannot be imported '
                 f"({first_line(error)}); pip install '{package}', or disable it",
             ) from error
     for name in WRITING_MONITORS:
@@ -195,7 +195,7 @@ def check_monitors(config: DeepSpeedConfig) -> None:
         if section.get("enabled", False) and not can_write:
             raise UserError(
                 "unwritable-output",
-                f'"{name}.output_path" in the DeepSpeed config: {nearest} is not a directory that can be written; '
+                f'"{name}.output_path" in the DeepSpeed config: {nearest} is not a writable directory; '
                 "choose another",
             )
 

@@ -1,4 +1,4 @@
-"""Reading the file of a DeepSpeed config."""
+"""Read the file of a DeepSpeed config."""
 
 import json
 import math
@@ -14,11 +14,11 @@ def read_deepspeed_config(path: Path) -> DeepSpeedConfig:
     """Read a DeepSpeed config file (JSON).
 
     Args:
-        path: the file, or the name of a config that ships with the package, such as "cpu".
+        path: the file, or the name of a shipped config, such as "cpu".
 
     Raises:
-        UserError: the file is missing, is not JSON, repeats a key or holds a number that is not finite; it holds no
-            object, or one of the sections that are read here is none.
+        UserError: the file is missing or is not a JSON object, repeats a key, has a number that is not finite, or
+            has a wrong type or value in a section that this project reads.
     """
     try:
         text = find_config(path).read_text(encoding="utf-8")
@@ -33,7 +33,7 @@ def read_deepspeed_config(path: Path) -> DeepSpeedConfig:
         raise UserError(
             "unreadable-config",
             f"cannot read the DeepSpeed config {path}: {error.strerror}; "
-            f"give a file, or one that ships: {', '.join(shipped_configs())}",
+            f"give a file, or the name of a shipped config: {', '.join(shipped_configs())}",
         ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(
@@ -48,14 +48,14 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     section = dict(pairs)
     if len(section) < len(pairs):
         repeated = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
-        raise ValueError(f'"{repeated}" stands twice in one object')
+        raise ValueError(f'"{repeated}" appears twice in one object')
     return section
 
 
 def _whole(text: str) -> int:
     number = int(text)
     if abs(number) >= 1 << 63:
-        raise ValueError(f"a number of {len(text)} digits is too large")
+        raise ValueError(f"a number with {len(text)} digits is too large")
     return number
 
 

@@ -1,4 +1,4 @@
-"""The message on a name in a config that DeepSpeed does not know: it gives the nearest one that DeepSpeed does."""
+"""Errors for names in a config that DeepSpeed does not know; they suggest the closest known name."""
 
 import difflib
 from collections.abc import Iterable

@@ -1,16 +1,16 @@
 """LAMB for very large batches (You et al. 2020, arXiv 1904.00962, Algorithm 2).
 
-Of each parameter tensor x with gradient g, at step t (elementwise, norms over the whole tensor):
+For each parameter tensor x with gradient g, at step t (elementwise; norms over the whole tensor):
 
     m = beta1 m + (1 - beta1) g              v = beta2 v + (1 - beta2) g^2
     r = m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
     u = r + weight_decay x
-    trust ratio = ||x|| / ||u||, limited to [min_coeff, max_coeff]; 1 where a norm is 0
+    trust ratio = ||x|| / ||u||, clamped to [min_coeff, max_coeff]; 1 if either norm is 0
     x = x - lr * trust ratio * u
 
-NVIDIA apex's FusedLAMB computes this with its ``use_nvlamb``, and has no limits. DeepSpeed's FusedLamb
-computes another step: it applies the bias correction to the learning rate, not to m and v, which the trust
-ratio would have cancelled; its first steps are larger or smaller by sqrt(1 - beta2^t) / (1 - beta1^t).
+NVIDIA apex's FusedLAMB computes the same with ``use_nvlamb``, but cannot clamp the trust ratio. DeepSpeed's FusedLamb
+computes a different step: it applies the bias correction to the learning rate instead of m and v, where the trust
+ratio would cancel it. Its first steps therefore differ by a factor of sqrt(1 - beta2^t) / (1 - beta1^t).
 """
 
 from collections.abc import Callable, Iterable
@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 
 class _Tensors(NamedTuple):
-    """The tensors of a parameter group that have gradients, list by list in the same order."""
+    """The parameters of a group that have gradients, and their states; all lists have the same order."""
 
     parameters: list[Tensor]
     gradients: list[Tensor]
@@ -31,16 +31,16 @@ class _Tensors(NamedTuple):
 
 
 class Lamb(Optimizer):
-    """The formula above in PyTorch's foreach operations: a few launches for all tensors together.
+    """LAMB with PyTorch's foreach operations: a few kernel launches for all tensors together.
 
     Args:
-        params: floating-point parameters or parameter groups, float32 as DeepSpeed's optimisers hand them over.
+        params: floating-point parameters or parameter groups; DeepSpeed's optimisers pass float32.
         lr: learning rate.
-        betas: decay of the moments.
+        betas: decay rates of the moments.
         eps: added to the root of the second moment.
-        weight_decay: decoupled, and inside the trust ratio.
-        max_coeff: upper limit of the trust ratio; None: no limit, as in the paper's experiments.
-        min_coeff: lower limit.
+        weight_decay: decoupled, and part of the trust ratio.
+        max_coeff: upper limit of the trust ratio; None for no limit, as in the paper's experiments.
+        min_coeff: lower limit of the trust ratio.
     """
 
     def __init__(
@@ -65,13 +65,13 @@ class Lamb(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step; parameters without a gradient are left as they are."""
+        """Take one step; parameters without a gradient do not change."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            # A count per group, not per tensor: DeepSpeed's checkpoints keep groups as they are.
+            # Count per group, not per tensor: DeepSpeed's checkpoints keep groups unchanged.
             group["step"] = group.get("step", 0) + 1
             tensors = self._tensors(group)
             if tensors.parameters:
@@ -109,7 +109,7 @@ def _update(tensors: _Tensors, group: dict[str, Any]) -> None:
         torch._foreach_add_(updates, parameters, alpha=group["weight_decay"])
 
     ratios = _trust_ratios(parameters, updates, group["min_coeff"], group["max_coeff"])
-    # The ratios stay on the device: reading them would wait for it at every step.
+    # The ratios stay on the device: reading them would synchronise at every step.
     torch._foreach_mul_(updates, list((-group["lr"] * ratios).unbind()))
     torch._foreach_add_(parameters, updates)
 
@@ -117,7 +117,7 @@ def _update(tensors: _Tensors, group: dict[str, Any]) -> None:
 def _trust_ratios(
     parameters: list[Tensor], updates: list[Tensor], lowest: float, highest: float | None
 ) -> Tensor:
-    """One ratio per tensor, [tensors]."""
+    """Return one ratio per tensor, shape [tensors]."""
     parameter_norms = torch.stack(torch._foreach_norm(parameters))
     update_norms = torch.stack(torch._foreach_norm(updates))
     ratios = (parameter_norms / update_norms).clamp(min=lowest, max=highest)

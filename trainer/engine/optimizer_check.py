@@ -1,4 +1,4 @@
-"""Whether DeepSpeed can make the optimiser and the schedule of a config, and a run can use them."""
+"""Check that DeepSpeed can create the optimiser and the schedule of a config, and that the run can use them."""
 
 import inspect
 from collections.abc import Mapping
@@ -19,17 +19,17 @@ from distilspeed.trainer.engine.lamb import Lamb
 from distilspeed.trainer.engine.schedules import classes_of, learning_rates, one_number_optimizer, schedules
 from distilspeed.trainer.errors import UserError, first_line
 
-# What the engine itself takes out of an Adam's parameters.
+# Parameters of Adam that the engine consumes itself.
 ADAM_SWITCHES = ("torch_adam", "adam_w_mode", "fp32_optimizer_states")
-# How much of a schedule is looked through for a rate above 0.
+# How many steps of a schedule are searched for a learning rate above 0.
 STEPS_TO_LOOK_AT = 10_000
 
 
 def check_optimizer(config: DeepSpeedConfig) -> None:
-    """Raise a UserError unless the optimiser can be made, with these parameters and this ZeRO stage.
+    """Raise a UserError unless the optimiser can be created with its parameters and this ZeRO stage.
 
     Args:
-        config: resolved, its Adam chosen.
+        config: the resolved config, in which the implementation of Adam is chosen.
     """
     if config.optimizer is None:
         return
@@ -54,10 +54,10 @@ def _check_params(made: type[Optimizer], config: DeepSpeedConfig) -> None:
             given = {key: value for key, value in params.items() if key not in switches}
             made([torch.nn.Parameter(torch.zeros(1))], **given)
         one_number_optimizer(params)
-    except Exception as error:  # whatever the value leads to
+    except Exception as error:  # a wrong value can raise anything
         raise UserError(
             "bad-config",
-            f'"optimizer.params" in the DeepSpeed config cannot be used: {first_line(error)}; correct the value',
+            f'"optimizer.params" in the DeepSpeed config is invalid: {first_line(error)}; correct the value',
         ) from error
 
 
@@ -67,19 +67,19 @@ def _check_stage(made: type[Optimizer], config: DeepSpeedConfig) -> None:
     if made is Lamb:
         raise UserError(
             "conflicting-config",
-            f"Lamb scales the update of each parameter tensor, and ZeRO stage {config.zero_stage} joins all tensors "
+            f"Lamb scales the update of each parameter tensor, but ZeRO stage {config.zero_stage} flattens all tensors "
             'into one; set "stage": 0 in the DeepSpeed config, or use AdamW',
         )
     if made not in ZERO_SUPPORTED_OPTIMIZERS and not config.allows_untested_optimizer:
         raise UserError(
             "unsupported-optimizer",
-            f"DeepSpeed has not been tested with ZeRO and {made.__name__}; "
+            f"DeepSpeed has not tested {made.__name__} with ZeRO; "
             'use "AdamW", set "stage": 0, or set "zero_allow_untested_optimizer": true',
         )
 
 
 def _optimizer_class(optimizer: Component, is_offloaded: bool) -> type[Optimizer] | None:
-    """The class that the engine takes for the optimiser's "type"; None for Muon and those of the package mup."""
+    """Return the class that the engine uses for the optimiser's "type"; None for Muon and optimisers of mup."""
     kind, params = optimizer.type.lower(), optimizer.params
     if kind in ADAM_TYPES and params.get("torch_adam", False):
         return AdamW if kind == "adamw" or params.get("adam_w_mode", True) else torch.optim.Adam
@@ -100,10 +100,10 @@ def _optimizer_class(optimizer: Component, is_offloaded: bool) -> type[Optimizer
 
 
 def check_scheduler(config: DeepSpeedConfig, total_steps: int) -> None:
-    """Raise a UserError unless the schedule can be made, and the run learns from it to its end.
+    """Raise a UserError unless the schedule can be created and has a learning rate for the whole run.
 
     Args:
-        config: resolved, its optimiser checked.
+        config: the resolved config, whose optimiser is checked.
     """
     scheduler = config.scheduler
     if config.optimizer is None or scheduler is None:
@@ -111,21 +111,21 @@ def check_scheduler(config: DeepSpeedConfig, total_steps: int) -> None:
     _check_schedule(scheduler, config)
     try:
         trains = any(rate > 0 for rate in learning_rates(config, min(total_steps, STEPS_TO_LOOK_AT)))
-    except Exception as error:  # whatever the value leads to
+    except Exception as error:  # a wrong value can raise anything
         raise UserError(
             "bad-config",
-            f'"scheduler.params" in the DeepSpeed config cannot be used: {first_line(error)}; correct the value',
+            f'"scheduler.params" in the DeepSpeed config is invalid: {first_line(error)}; correct the value',
         ) from error
     if not trains:
         raise UserError(
             "unsuitable-schedule",
-            f"the scheduler {scheduler.type} has a learning rate of 0 in all of the {total_steps} steps; "
+            f"the scheduler {scheduler.type} has a learning rate of 0 in all {total_steps} steps; "
             'train longer, or set its lengths to "auto"',
         )
     if scheduler.type == "OneCycleLR" and (length := _one_cycle_steps(scheduler.params)) < total_steps:
         raise UserError(
             "unsuitable-schedule",
-            f"the scheduler OneCycleLR ends after {length} steps, and the run takes {total_steps}; "
+            f"the scheduler OneCycleLR ends after {length} steps, but the run takes {total_steps}; "
             f'set "scheduler.params.total_steps" to {total_steps}',
         )
 
@@ -149,7 +149,7 @@ def _check_schedule(scheduler: Component, config: DeepSpeedConfig) -> None:
     if name not in lr_schedules.VALID_LR_SCHEDULES and (config.zero_stage or config.precision != "fp32"):
         raise UserError(
             "unsupported-scheduler",
-            f"the scheduler {name} is torch's, which DeepSpeed takes in fp32 at ZeRO stage 0 alone; "
+            f"DeepSpeed supports torch's scheduler {name} only in fp32 at ZeRO stage 0; "
             f"choose one of DeepSpeed's: {', '.join(lr_schedules.VALID_LR_SCHEDULES)}",
         )
 

@@ -1,4 +1,4 @@
-"""Which optimiser a run takes: the fastest that this machine has of the one that the DeepSpeed config names."""
+"""Choose the fastest implementation of the DeepSpeed config's optimiser that this machine supports."""
 
 import logging
 import math
@@ -25,7 +25,7 @@ from distilspeed.trainer.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
-SECONDS_OF_BUILD = 900.0  # more than any of DeepSpeed's Adams takes to compile
+SECONDS_OF_BUILD = 900.0  # longer than any Adam of DeepSpeed takes to compile
 SECONDS_BETWEEN_LOOKS = 1.0
 TRUST_RATIO_LIMITS = {"max_coeff", "min_coeff"}
 
@@ -35,9 +35,9 @@ def choose_optimizer(
 ) -> ResolvedConfig:
     """Fill ``"torch_adam": "auto"`` and ``"fused": "auto"`` of a DeepSpeed config.
 
-    ``torch_adam`` becomes false where DeepSpeed's own Adam can run: FusedAdam on a GPU, CPUAdam for optimiser
-    states offloaded from one. On a CPU device it becomes true: DeepSpeed would compile for minutes, and torch's
-    fused step of 66 million float32 parameters takes 0.04 s on 2 cores (0.22 s unfused; November 2026).
+    ``torch_adam`` becomes false if DeepSpeed's own Adam can run: FusedAdam on a GPU, or CPUAdam for optimiser
+    states offloaded to the CPU. On a CPU device it becomes true: compiling DeepSpeed's Adam takes minutes, and
+    torch's fused step over 66 million float32 parameters takes 0.04 s on 2 cores (0.22 s unfused; November 2026).
     """
     params = _adam_params(config)
     if not {"torch_adam", "fused"} & params.keys():
@@ -45,20 +45,20 @@ def choose_optimizer(
     if params.get("torch_adam") == AUTO:
         params["torch_adam"] = not has_deepspeed_adam
     if not params.get("torch_adam"):
-        params.pop("fused", None)  # DeepSpeed's know no such parameter: they are fused
+        params.pop("fused", None)  # DeepSpeed's Adams are always fused and do not have this parameter
     elif params.get("fused") == AUTO:
         params["fused"] = device.type in ("cuda", "cpu")
     return config.with_sections(optimizer=config.section("optimizer") | {"params": params})
 
 
 def settle_optimizer(config: ResolvedConfig, device: torch.device, local_rank: int) -> ResolvedConfig:
-    """Choose the optimiser for the whole job; called by every rank, when the ranks have joined.
+    """Choose one optimiser for all ranks; called by every rank, after the ranks have joined.
 
-    One rank of each host builds the operator that it needs, then the others load it. Where a rank cannot, all take
-    torch's Adam: with another on each host they would add up different updates.
+    One rank per host builds DeepSpeed's operator, then the others load it. If a rank cannot, all ranks use torch's
+    Adam: different implementations on different ranks would compute different updates.
 
     Raises:
-        UserError: the operator that the config asks for cannot be built, or waits for a build that was killed.
+        UserError: the operator that the config requires cannot be built, or its build lock is stale.
     """
     wanted = _adam_params(config).get("torch_adam", False)
     if (
@@ -72,17 +72,17 @@ def settle_optimizer(config: ResolvedConfig, device: torch.device, local_rank: i
     for is_turn in (local_rank == 0, local_rank != 0):
         if is_turn:
             obstacle = _obstacle(builder, compiler)
-        torch.distributed.all_gather_object(obstacles, obstacle)  # which waits for those whose turn it is
+        torch.distributed.all_gather_object(obstacles, obstacle)  # waits for the ranks whose turn it is
     rank, obstacle = next(((rank, each) for rank, each in enumerate(obstacles) if each), (0, ""))
     if obstacle and wanted != AUTO:
         raise UserError(
             "failed-build",
             f"DeepSpeed's {builder.name} cannot be built on rank {rank}: {obstacle}; "
-            'set "torch_adam": "auto" in the optimizer\'s "params", or mend that',
+            'set "torch_adam": "auto" in the optimizer\'s "params", or fix the build',
         )
     if obstacle and torch.distributed.get_rank() == 0:
         logger.info(
-            "DeepSpeed's %s cannot be built on rank %d, torch's AdamW is used: %s",
+            "DeepSpeed's %s cannot be built on rank %d, using torch's AdamW: %s",
             builder.name,
             rank,
             obstacle,
@@ -97,7 +97,7 @@ def _adam_params(config: DeepSpeedConfig) -> dict[str, Any]:
 
 
 def _builder_and_compiler(config: DeepSpeedConfig, device: torch.device) -> tuple[OpBuilder, str | None]:
-    """What DeepSpeed builds its Adam with."""
+    """Return DeepSpeed's builder of its Adam, and the compiler that it needs; None if that is missing."""
     if config.offload_optimizer:
         return CPUAdamBuilder(), shutil.which("c++")
     if device.type != "cuda":
@@ -106,24 +106,24 @@ def _builder_and_compiler(config: DeepSpeedConfig, device: torch.device) -> tupl
 
 
 def _obstacle(builder: OpBuilder, compiler: str | None) -> str:
-    """Load the operator as DeepSpeed is about to: prebuilt, or compiled now and kept for the next run.
+    """Load the operator as DeepSpeed will: prebuilt, or compiled now and cached for the next run.
 
     Returns:
-        why it cannot be loaded; "" where it was.
+        why the operator cannot be loaded; "" if it was loaded.
     """
     if not installed_ops.get(builder.name, False):
         if not (compiler and is_ninja_available()):
-            return "there is no compiler for it, or no ninja"
+            return "no compiler or no ninja was found"
         _wait_for_build(builder.name)
     try:
         builder.load()
-    except Exception as error:  # versions that do not go together, a compiler's or a linker's complaint
+    except Exception as error:  # incompatible versions, or an error of the compiler or linker
         return first_line(error)
     return ""
 
 
 def _wait_for_build(name: str) -> None:
-    """Wait for the lock of another process's build, for which torch itself would wait for ever."""
+    """Wait for another process's build; torch would wait forever if that process was killed."""
     lock = Path(_get_build_directory(name, verbose=False)) / "lock"
     has_told = False
     while True:
@@ -134,23 +134,25 @@ def _wait_for_build(name: str) -> None:
         if age > SECONDS_OF_BUILD:
             raise UserError(
                 "failed-build",
-                f"{lock} is {age / 60:.0f} minutes old: the build of DeepSpeed's {name} that made it was killed; "
-                "delete it if no build runs",
+                f"{lock} is {age / 60:.0f} minutes old: the build of DeepSpeed's {name} that created it was killed; "
+                "delete it if no build is running",
             )
         if not has_told:
-            logger.info("waiting for another build of DeepSpeed's %s; if none runs, delete %s", name, lock)
+            logger.info(
+                "waiting for another build of DeepSpeed's %s; if none is running, delete %s", name, lock
+            )
             has_told = True
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def own_optimizer(config: DeepSpeedConfig, device_type: str) -> Callable[[Any], Optimizer] | None:
-    """What makes the optimiser from the parameters, where the trainer and not DeepSpeed does: for Lamb; else None.
+    """Return a function that makes the optimiser from the parameters; None if DeepSpeed makes it (all but Lamb).
 
-    It is apex's FusedLAMB on a GPU where NVIDIA's apex is installed and the config limits no trust ratio (apex
-    cannot), else :class:`Lamb`: the same step either way.
+    Lamb is apex's FusedLAMB on a GPU if NVIDIA apex is installed and the config does not limit the trust ratio,
+    which apex does not support. Otherwise it is :class:`Lamb`. Both compute the same step.
 
     Raises:
-        UserError: an apex that is not NVIDIA's is installed where it would be used.
+        UserError: the unrelated package apex is installed, and NVIDIA's would be used.
     """
     if config.optimizer is None or config.optimizer_kind != LAMB_TYPE:
         return None
@@ -159,16 +161,16 @@ def own_optimizer(config: DeepSpeedConfig, device_type: str) -> Callable[[Any], 
     apex = find_apex() if device_type == "cuda" and not limited else None
     if apex is None or apex.fused_lamb is None:
         return partial(Lamb, **params)
-    # Left alone, apex clips gradients to norm 1 (DeepSpeed clips already; 0 would make every gradient 0) and
-    # applies no trust ratio without weight decay.
+    # By default apex clips gradients to norm 1 and applies no trust ratio without weight decay. DeepSpeed clips
+    # already, and max_grad_norm=0 would set every gradient to 0.
     return partial(apex.fused_lamb, **params, max_grad_norm=math.inf, use_nvlamb=True)
 
 
 def forget_dummy_step(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Undo the step with zero gradients that DeepSpeed takes to fill an optimiser's states.
+    """Undo the step with zero gradients that DeepSpeed takes to initialise an optimiser's states.
 
-    It does so in half precision without ZeRO. Adam and Lamb would count it (Adam's first updates would be 10 to 50 %
-    too small), and with weight decay it has moved the float32 copies of the weights.
+    DeepSpeed takes this step in half precision without ZeRO. Adam and Lamb would count the step, which makes Adam's
+    first updates 10 to 50 % too small. With weight decay the step also changes the float32 copies of the weights.
     """
     if engine.zero_optimization_stage() == 0:
         engine.basic_optimizer.state.clear()
@@ -179,7 +181,7 @@ def forget_dummy_step(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 def describe_fused_parts(engine: deepspeed.DeepSpeedEngine) -> str:
-    """One line on the optimiser and the layer norms that in fact run, read from the engine."""
+    """Return one line about the optimiser and the layer norms that the engine actually runs."""
     optimizer = engine.basic_optimizer
     owner = type(optimizer).__module__.partition(".")[0]
     fused = ", fused" if optimizer.defaults.get("fused") else ""

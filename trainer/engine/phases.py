@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 DATA, TEACHER, STUDENT, LOSSES = "data", "teacher", "student forward", "losses"
 BACKWARD, UPDATE = "backward", "gradient reduction and update"
 PHASES = (DATA, TEACHER, STUDENT, LOSSES, BACKWARD, UPDATE)
-# Collectives; those of gradients are part of the update, or of the backward pass, too.
+# Collectives overlap the other phases: those of gradients also count in the update or the backward pass.
 COMMUNICATION, COLLECTIVES = "communication, within them", "c10d::"
 
 _waits_for_device = False
@@ -17,7 +17,7 @@ _waits_for_device = False
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Mark what runs inside as a phase of the step; nothing but a label where nobody profiles."""
+    """Label the block as a phase of the step; without a profiler this has no other effect."""
     with record_function(name):
         yield
         if _waits_for_device:
@@ -25,10 +25,10 @@ def phase(name: str) -> Iterator[None]:
 
 
 class PhaseProfile:
-    """Within it a step's phases are timed by torch.profiler, on a GPU each until the device has done it.
+    """A context that times the phases of its steps with torch.profiler; on a GPU each phase is synchronised.
 
     Attributes:
-        seconds: on leaving, what each phase took; what is not in a phase is not counted.
+        seconds: set on exit, the seconds of each phase; time outside the phases is not counted.
     """
 
     seconds: dict[str, float]

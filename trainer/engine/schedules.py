@@ -1,4 +1,4 @@
-"""Learning rates of a schedule, step by step."""
+"""The learning rates of a schedule, step by step."""
 
 import inspect
 import logging
@@ -14,12 +14,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from distilspeed.trainer.engine.config import DeepSpeedConfig
 
-# The parameters whose values torch's AdamW checks for the optimisers that only an engine can make.
+# Some optimisers can be made only by an engine. torch's AdamW checks the values of these parameters in their place.
 ADAM_PARAMS = ("lr", "betas", "eps", "weight_decay")
 
 
 def learning_rates(config: DeepSpeedConfig, steps: int) -> Iterator[float]:
-    """The learning rates of a resolved config's first steps, one after the other."""
+    """Yield the learning rates of the first ``steps`` steps of a resolved config."""
     assert config.optimizer is not None
     optimizer = one_number_optimizer(config.optimizer.params)
     if config.scheduler is None:
@@ -36,22 +36,22 @@ def learning_rates(config: DeepSpeedConfig, steps: int) -> Iterator[float]:
 
 
 def apply_first_rate(scheduler: Any) -> None:
-    """Give the first step the rate of a schedule of DeepSpeed's that begins later than before its first iteration.
+    """Apply a DeepSpeed schedule's rate to the first step, if the schedule starts at iteration 0 or later.
 
-    DeepSpeed sets rates when such a schedule advances, and so leaves the first step the optimiser's own.
+    DeepSpeed sets the rate only when a schedule advances, so the first step would use the optimiser's own rate.
     """
     if getattr(scheduler, "last_batch_iteration", -1) >= 0:
         scheduler.step(scheduler.last_batch_iteration)
 
 
 def schedules() -> dict[str, Any]:
-    """Every schedule that an engine finds, by its name."""
+    """Return every schedule that an engine accepts, by its name."""
     of_deepspeed = {name: getattr(lr_schedules, name) for name in lr_schedules.VALID_LR_SCHEDULES}
     return classes_of(torch.optim.lr_scheduler, LRScheduler) | of_deepspeed
 
 
 def classes_of(module: Any, kind: type) -> dict[str, Any]:
-    """A module's classes of a kind, by their names."""
+    """Return the subclasses of ``kind`` in a module, by their names."""
     return {
         name: member
         for name, member in inspect.getmembers(module, inspect.isclass)
@@ -60,7 +60,7 @@ def classes_of(module: Any, kind: type) -> dict[str, Any]:
 
 
 def one_number_optimizer(params: Mapping[str, Any]) -> Optimizer:
-    """An AdamW of a single number with the parameters that all Adams have; it refuses senseless ones."""
+    """Return an AdamW over a single number; AdamW raises an error for invalid ``params``."""
     given = {key: params[key] for key in ADAM_PARAMS if key in params}
     if "betas" in given:
         _first, _second = given["betas"]
@@ -69,7 +69,7 @@ def one_number_optimizer(params: Mapping[str, Any]) -> Optimizer:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """What DeepSpeed and torch have to say they say again when the training starts."""
+    """Suppress logs and warnings of DeepSpeed and torch, which they repeat when training starts."""
     logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings():

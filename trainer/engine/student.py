@@ -1,4 +1,4 @@
-"""DeepSpeed: the processes, the student's engine; what the device can do, checked first."""
+"""The student's DeepSpeed engine, its backward pass and step, and a check of the device's precision."""
 
 import contextlib
 import io
@@ -19,12 +19,12 @@ from distilspeed.trainer.errors import OverflowAtLowestScale, UserError
 # Older versions divide gradients by the accumulation steps once per output tensor of the module.
 OLDEST_DEEPSPEED = Version("0.19.8")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Below this compute capability torch emulates bfloat16, slowly.
+# Below this compute capability torch emulates bfloat16, which is slow.
 OLDEST_BF16_CAPABILITY = (8, 0)
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Raise a UserError if the device cannot train in ``precision``, or DeepSpeed is too old to train at all."""
+    """Raise a UserError if the device cannot train in ``precision``, or if DeepSpeed is too old."""
     if Version(deepspeed.__version__) < OLDEST_DEEPSPEED:
         raise UserError(
             "wrong-package",
@@ -33,30 +33,31 @@ def check_precision(precision: str, device: torch.device) -> None:
     if device.type == "cuda" and (device.index or 0) >= max(1, torch.cuda.device_count()):
         raise UserError(
             "no-gpu",
-            f"rank {device.index} of this host has no GPU: it sees {torch.cuda.device_count()}; start no more ranks "
-            "than GPUs, and let each see all of the host's (under Slurm --gpus-per-node, not --gpus-per-task)",
+            f"rank {device.index} of this host has no GPU: it sees {torch.cuda.device_count()}; start at most one rank "
+            "per GPU, and let each rank see all GPUs of the host (under Slurm --gpus-per-node, not --gpus-per-task)",
         )
     if precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise UserError(
             "unsupported-precision",
-            f'this device ({device}) cannot train in fp16; enable "bf16" in the config, or neither',
+            f'this device ({device}) cannot train in fp16; enable "bf16" in the config, or train in fp32',
         )
     too_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST_BF16_CAPABILITY
     if precision == "bf16" and (too_old or not get_accelerator().is_bf16_supported()):
         raise UserError(
-            "unsupported-precision", f'this device ({device}) has no bf16; enable "fp16" in the config'
+            "unsupported-precision",
+            f'this device ({device}) cannot train in bf16; enable "fp16" in the config',
         )
 
 
 def student_engine(module: nn.Module, deepspeed_config: DeepSpeedConfig) -> deepspeed.DeepSpeedEngine:
-    """Wrap the student's module; parameters, gradients and optimiser states are laid out as the config says.
+    """Wrap the student's module in a DeepSpeed engine.
 
     Raises:
-        UserError: DeepSpeed refuses the config.
+        UserError: DeepSpeed rejects the config.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     try:
-        # Its optimiser for bf16 prints the memory in use.
+        # DeepSpeed's bf16 optimiser prints the memory in use.
         with contextlib.redirect_stdout(io.StringIO()):
             engine, *_ = deepspeed.initialize(
                 model=module,
@@ -72,19 +73,17 @@ def student_engine(module: nn.Module, deepspeed_config: DeepSpeedConfig) -> deep
         NotImplementedError,
     ) as error:
         raise UserError(
-            "bad-config", f"DeepSpeed refuses the config: {error}; correct --deepspeed_config"
+            "bad-config", f"DeepSpeed rejects the config: {error}; correct --deepspeed_config"
         ) from error
     if engine.optimizer is None or not engine.optimizer_name():
-        raise UserError(
-            "bad-config", 'the DeepSpeed config names no "optimizer"; give it one, for example "AdamW"'
-        )
+        raise UserError("bad-config", 'the DeepSpeed config has no "optimizer"; add one, for example "AdamW"')
     forget_dummy_step(engine)
     apply_first_rate(engine.lr_scheduler)
     return engine
 
 
 def backward(engine: deepspeed.DeepSpeedEngine, loss: torch.Tensor) -> None:
-    """Compute gradients, in fp16 of the scaled loss: DeepSpeed scales it for its ZeRO optimisers alone."""
+    """Compute gradients; in fp16, scale the loss where DeepSpeed does not: it does so only with ZeRO optimisers."""
     if not isinstance(engine.optimizer, ZeROOptimizer):
         loss = loss * loss_scale(engine)
     engine.backward(loss)
@@ -94,13 +93,13 @@ def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> float | torch.Tensor | 
     """Advance the engine one micro-step; at the accumulation boundary this updates the parameters.
 
     Returns:
-        the norm of the global batch's gradient before clipping, where a step was taken.
+        the norm of the global batch's gradient before clipping, if a step was taken.
 
     Raises:
-        OverflowAtLowestScale: fp16 gradients overflow, and the loss scale is at its minimum.
+        OverflowAtLowestScale: fp16 gradients overflow at the minimum loss scale.
     """
     norm = None
-    # In fp32 without ZeRO the optimizer is torch's own, and DeepSpeed keeps no norm.
+    # In fp32 without ZeRO the optimiser is torch's own, and DeepSpeed does not store the norm.
     plain = engine.zero_optimization_stage() == 0 and not (engine.fp16_enabled() or engine.bfloat16_enabled())
     if plain and engine.is_gradient_accumulation_boundary():
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
@@ -115,10 +114,10 @@ def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> float | torch.Tensor | 
     if plain:
         return norm
     norm = engine.get_global_grad_norm()
-    # Which keeps the norm of the scaled gradient.
+    # FP16_UnfusedOptimizer stores the norm of the scaled gradient.
     return norm / scale if isinstance(engine.optimizer, FP16_UnfusedOptimizer) and norm is not None else norm
 
 
 def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float:
-    """The fp16 loss scale in force; 1 in other precisions."""
+    """Return the current fp16 loss scale; 1 in other precisions."""
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0

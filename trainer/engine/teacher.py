@@ -1,4 +1,4 @@
-"""The frozen teacher: whole on every rank, or its weights shared out over the ranks by ZeRO-3."""
+"""The frozen teacher: replicated on every rank, or sharded over the ranks by ZeRO-3."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,13 +20,13 @@ def make_teacher(
     deepspeed_config: DeepSpeedConfig,
     share_out: bool,
 ) -> "ReplicatedTeacher | ShardedTeacher":
-    """A teacher that takes a micro-batch and gives its outputs; called by every rank.
+    """Return a teacher that maps a micro-batch to its outputs; called by every rank.
 
     Args:
-        model: which becomes this teacher's.
-        dtype: of its weights.
-        deepspeed_config: the student's, resolved.
-        share_out: its weights over the ranks (``--teacher_zero3``).
+        model: the teacher's model; it is modified in place.
+        dtype: dtype of the weights.
+        deepspeed_config: the student's resolved config.
+        share_out: shard the weights over the ranks (``--teacher_zero3``).
     """
     if share_out:
         return ShardedTeacher(model, dtype, deepspeed_config)
@@ -34,7 +34,7 @@ def make_teacher(
 
 
 class ReplicatedTeacher:
-    """The whole teacher on this rank's device; it has no gradients and no optimiser states."""
+    """The whole teacher on this rank's device, without gradients and optimiser states."""
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
         self.model = nn.Module.to(model, device=device, dtype=dtype).eval().requires_grad_(False)
@@ -43,19 +43,19 @@ class ReplicatedTeacher:
     def __call__(
         self, batch: MicroBatch, places: torch.Tensor | None = None, layers: Sequence[int] = ()
     ) -> ModelOutputs:
-        """Its outputs on packed rows, with logits at ``places`` of them; see :func:`forward_packed`."""
+        """Return the outputs on packed rows, with logits at ``places``; see :func:`forward_packed`."""
         return forward_packed(self.model, batch, places, layers)
 
 
 class ShardedTeacher:
-    """The teacher with each weight in pieces on all ranks, gathered layer by layer while it runs (ZeRO-3).
+    """The teacher with every weight sharded over the ranks and gathered layer by layer in the forward pass (ZeRO-3).
 
-    Its outputs are the replicated teacher's, to the bit. Every rank must call it equally often.
+    Its outputs equal the replicated teacher's bit for bit. Every rank must call it the same number of times.
 
     Args:
-        model: the whole teacher on the CPU; it comes to the devices weight by weight, never whole.
-        dtype: of its weights.
-        deepspeed_config: the student's, resolved; the teacher takes its precision and micro-batch.
+        model: the whole teacher on the CPU; weights move to the devices one at a time, so a device never holds all.
+        dtype: dtype of the weights.
+        deepspeed_config: the student's resolved config; the teacher uses its precision and micro-batch.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype, deepspeed_config: DeepSpeedConfig) -> None:
@@ -69,7 +69,7 @@ class ShardedTeacher:
     def __call__(
         self, batch: MicroBatch, places: torch.Tensor | None = None, layers: Sequence[int] = ()
     ) -> ModelOutputs:
-        """As the replicated teacher's."""
+        """Return the same outputs as :class:`ReplicatedTeacher`."""
         return self.engine(batch, places, layers)
 
 
@@ -83,10 +83,10 @@ class _PackedForward(nn.Module):
 
 
 def teacher_config(student: DeepSpeedConfig) -> dict[str, Any]:
-    """The DeepSpeed config of a sharded teacher: ZeRO-3 without an optimiser, in the precision of the student."""
+    """Return the DeepSpeed config of a sharded teacher: ZeRO-3 without an optimiser, in the student's precision."""
     kept = (MICRO_BATCH_SIZE, "fp16", "bf16")
-    # Else DeepSpeed puts a linear layer of its own, which adds the bias after rounding, in the place of PyTorch's for
-    # the whole process: the student's too. It spares backward passes memory, and the teacher has none.
+    # Otherwise DeepSpeed replaces PyTorch's linear layer in the whole process, including the student. Its layer adds
+    # the bias after rounding. It saves memory in backward passes only, and the teacher has none.
     zero = {"stage": 3, "memory_efficient_linear": False}
     taken = {key: value for key, value in student.to_dict().items() if key in kept}
     return taken | {"zero_optimization": zero}

@@ -1,1 +1,1 @@
-"""The ranks of a job: who they are, how they watch each other, signals, and the command around them."""
+"""The ranks of a job: identity, failure detection, signals, and the command that runs in each."""

@@ -1,6 +1,6 @@
-"""The arguments of a command: one frozen dataclass, whose fields are its flags with default, help and limits.
+"""Arguments of a command as one frozen dataclass: each field is a flag with default, help and limits.
 
-``parser.py`` makes the parser from it. Imports nothing that takes time.
+``parser.py`` makes the parser from the dataclass. This module has only fast imports.
 """
 
 import math
@@ -16,7 +16,7 @@ LARGEST_SEED = (1 << 32) - 1
 
 @dataclass(frozen=True)
 class Limits:
-    """What a number must keep to."""
+    """The allowed range of a number."""
 
     above: float | None = None
     at_least: float | None = None
@@ -50,14 +50,14 @@ def setting(
     one_of: str | None = None,
     **options: Any,
 ) -> Any:
-    """A field that is a flag: required without a default, repeatable where it is a tuple.
+    """Return a dataclass field for a flag; a field without a default is required, a tuple is repeatable.
 
     Args:
-        help: of the flag; the default is added to it, unless it says "default" itself.
-        above, at_least, below, at_most: limits of the number, or of each number of a tuple.
-        parse: makes the value from the text, where the field's type does not.
-        one_of: a name that flags have in common of which only one may be given.
-        options: further ones of ``argparse``'s ``add_argument``, ``metavar`` for example.
+        help: the flag's help; the default is appended, unless the text mentions "default".
+        above, at_least, below, at_most: limits of the number, or of each number in a tuple.
+        parse: a function from the text to the value; None to use the field's type.
+        one_of: the name of a group of mutually exclusive flags.
+        options: more options of ``argparse``'s ``add_argument``, such as ``metavar``.
     """
     metadata = {
         "help": help,
@@ -70,13 +70,13 @@ def setting(
 
 
 class Settings:
-    """Base of a dataclass of settings, which are checked when it is made."""
+    """The base of dataclasses of settings; checks the limits of all fields on creation."""
 
     def __post_init__(self) -> None:
         """Check the fields.
 
         Raises:
-            UserError: a number is not finite, or not within its field's limits.
+            UserError: a number is not finite, or is outside its field's limits.
         """
         for each in fields(self):  # type: ignore[arg-type]
             value = getattr(self, each.name)
@@ -89,13 +89,13 @@ class Settings:
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
-    """``0,2,4`` as numbers."""
+    """Parse a list of integers such as ``0,2,4``."""
     return tuple(int(number) for number in text.split(","))
 
 
 @dataclass(frozen=True)
 class LauncherArguments:
-    """What DeepSpeed's launcher adds to a command line; the environment's LOCAL_RANK says the same."""
+    """The flag that DeepSpeed's launcher adds to a command line; LOCAL_RANK in the environment has the same value."""
 
     local_rank: int | None = setting(None, help=SUPPRESS)
 

@@ -1,4 +1,4 @@
-"""How every command runs: its environment, and the one line of an error."""
+"""How every command runs: its environment, its log, and how it reports an error."""
 
 import argparse
 import logging
@@ -20,33 +20,33 @@ from distilspeed.trainer.errors import (
 )
 from distilspeed.trainer.job.environment import prepare_environment
 
-# A rank other than 0 gives rank 0 this long to report the same problem (the launcher ends the
-# others when rank 0 exits) before it concludes that the problem is its own and speaks.
+# A rank other than 0 waits this long, in case rank 0 reports the same problem: the launcher ends the other ranks when
+# rank 0 exits. After that it assumes that the problem is its own, and reports it.
 SECONDS_FOR_RANK_0_TO_SPEAK = 60.0
 
 
 class PlainParser(argparse.ArgumentParser):
-    """An argument parser that reports a wrong command line as a :class:`UserError`: one line, no usage text.
+    """An argument parser that reports an invalid command line as a :class:`UserError`: one line, no usage text.
 
-    It expands ``~`` in every path and string (no hub id begins with it): after an ``=`` no shell does. It needs no
-    package; ``parser.py`` makes one from dataclasses.
+    It expands ``~`` in every path and string, because the shell does not after ``=`` (no hub id begins with ``~``).
+    It needs no third-party package. ``parser.py`` makes a parser from dataclasses.
     """
 
-    # What the person typed instead of a script's name, "distilspeed train" for example.
+    # What the user typed instead of the script's name, such as "distilspeed train".
     typed: ClassVar[str | None] = None
 
     def __init__(self, *args: Any, **options: Any) -> None:
         options["allow_abbrev"] = False
         super().__init__(*args, **options)
         self.prog = self.typed or self.prog
-        # Path.expanduser raises where there is no such user.
+        # Path.expanduser raises an error if the user does not exist.
         self.register("type", Path, lambda text: Path(os.path.expanduser(text)))  # noqa: PTH111
         for text_type in (None, str):
             self.register("type", text_type, os.path.expanduser)
 
     def error(self, message: str) -> NoReturn:
         code: UserErrorCode = "bad-argument"
-        if "arguments are required" in message:  # argparse tells its errors apart by their text alone
+        if "arguments are required" in message:  # argparse's errors differ only in their text
             code = "missing-argument"
         elif "not allowed with argument" in message:
             code = "conflicting-arguments"
@@ -54,7 +54,7 @@ class PlainParser(argparse.ArgumentParser):
 
 
 def with_default(text: str, default: object) -> str:
-    """The help of a flag with its default, unless there is none or the text says it."""
+    """Return the help of a flag with its default appended, unless there is none or the text mentions it."""
     unsaid = default is None or default is False or default in ((), [], "", argparse.SUPPRESS)
     if unsaid or text == argparse.SUPPRESS or "default" in text:
         return text
@@ -63,10 +63,10 @@ def with_default(text: str, default: object) -> str:
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Run ``main`` in the prepared environment and exit: 0, or with the status of a :class:`CommandError`.
+    """Run ``main`` in the prepared environment, then exit with 0 or the status of a :class:`CommandError`.
 
-    The error is one line on stderr, ``error: what is wrong; what to do``, from one rank only. With
-    ``--debug`` on the command line the traceback is shown as well.
+    One rank reports the error as one line on stderr, ``error: what is wrong; what to do``. With ``--debug`` on the
+    command line Python shows the traceback instead.
     """
     try:
         show_log()
@@ -94,15 +94,15 @@ class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         is_warning = record.levelno >= logging.WARNING
         line = f"warning: {record.getMessage()}" if is_warning else record.getMessage()
-        # The streams of now: a test replaces them.
+        # Look up the streams at each call, because tests replace them.
         print(line, file=sys.stderr if is_warning or self.facts_on_stderr else sys.stdout, flush=True)
 
 
 def show_log(facts_on_stderr: bool = False) -> None:
-    """Show what this project logs, a line each: facts (INFO) on stdout or stderr, ``warning: …`` on stderr.
+    """Print this project's log, one line per message: INFO on stdout or stderr, ``warning: …`` on stderr.
 
     Args:
-        facts_on_stderr: for a command that prints a result.
+        facts_on_stderr: print INFO on stderr, for a command that prints a result on stdout.
     """
     logger = logging.getLogger("distilspeed")
     logger.setLevel(logging.INFO)
@@ -110,14 +110,14 @@ def show_log(facts_on_stderr: bool = False) -> None:
 
 
 def quiet_libraries() -> None:
-    """Let transformers and the hub say only what is an error: the rest is in this project's lines, or in its way."""
+    """Show only errors of transformers and the hub; this project logs what users need to know."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 
     hub_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    # DeepSpeed's calls of names that torch renames; nobody who runs this can change them.
+    # DeepSpeed calls functions that torch has renamed; users cannot change that.
     warnings.filterwarnings(
         "ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning
     )

@@ -1,23 +1,23 @@
-"""What must stand in the environment before torch is imported; imports nothing itself."""
+"""Environment variables that must be set before torch is imported; this module imports only ``os``."""
 
 import os
 
 SETTINGS = {
-    # OpenMP threads that wait by spinning keep the one they wait for off its core where anything else runs: the losses
-    # took 3.75 s instead of 0.13 on 2 cores beside one busy process, and as long as before on idle ones.
+    # OpenMP threads that spin while they wait can keep the thread they wait for off its core. On 2 cores with another
+    # busy process the losses took 3.75 s by spinning and 0.13 s without; on idle cores there was no difference.
     "OMP_WAIT_POLICY": "PASSIVE",
-    # torch's: large pages for large tensors on CPUs, where the logits of a new micro-batch cost as much in page faults
-    # as in writing them: a step of a small BERT took 0.88 of the time. (Both: November 2026.)
+    # Makes torch use large pages for large tensors on CPUs. Without them, page faults of a micro-batch's logits cost
+    # as much as writing them. A step of a small BERT took 0.88 of the time. (Both measured in November 2026.)
     "THP_MEM_ALLOC_ENABLE": "1",
 }
 
 
-# What cuBLAS needs for the same bits from run to run.
+# cuBLAS needs this for bitwise reproducible runs.
 DETERMINISTIC_SETTINGS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 
 def prepare_environment(full_determinism: bool = False) -> None:
-    """Set what makes a command faster, or deterministic, and is not set yet; before torch is imported.
+    """Set the variables that make a command faster or deterministic, unless set already; call before importing torch.
 
     ``run_command`` calls this for every command.
     """
@@ -26,5 +26,5 @@ def prepare_environment(full_determinism: bool = False) -> None:
 
 
 def unprepared_environment() -> dict[str, str]:
-    """The environment of a process that is to run as if no command of ours had started it."""
+    """Return the environment without the variables that ``prepare_environment`` sets."""
     return {name: value for name, value in os.environ.items() if SETTINGS.get(name) != value}

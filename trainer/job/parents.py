@@ -1,8 +1,8 @@
-"""The processes that started this rank: when they go, so does the rank. Linux; imports nothing that takes time.
+"""End this rank when the processes that started it end. Linux only; this module has only fast imports.
 
-``deepspeed`` starts DeepSpeed's launcher, and that one the ranks. Killed, neither takes down what it started, and the
-ranks would train on for days. A rank that was started by a shell or by Slurm is not tied to its parent: people log out
-of shells.
+The ``deepspeed`` command starts DeepSpeed's launcher, and the launcher starts the ranks. If either is killed, its
+children keep running, and the ranks could train for days. A rank that a shell or Slurm started is not tied to its
+parent, because people log out of shells.
 """
 
 import ctypes
@@ -11,21 +11,21 @@ import signal
 import sys
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1  # prctl's, in linux/prctl.h
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 _LAUNCHER = "deepspeed.launcher.launch"
 _RUNNERS = ("deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner")
-_INIT = 1  # takes over the children of a process that ends
+_INIT = 1  # adopts the children of a process that ended
 _ENDED = 128 + signal.SIGTERM
 
-# A pidfd of the ``deepspeed`` command: can be read when that process has ended. None where there is none.
+# A pidfd of the ``deepspeed`` command, which becomes readable when the command ends. None if there is no such command.
 runner: int | None = None
 
 
 def end_with_launcher(was_launched: bool) -> None:
-    """Have SIGTERM sent to this rank at the launcher's end; exit where launcher or ``deepspeed`` has ended already.
+    """Send SIGTERM to this rank when the launcher ends; exit if the launcher or ``deepspeed`` has already ended.
 
     Args:
-        was_launched: the command line is a launcher's.
+        was_launched: whether a launcher made the command line.
     """
     global runner
     launcher = os.getppid()
@@ -41,9 +41,9 @@ def end_with_launcher(was_launched: bool) -> None:
             runner = os.pidfd_open(parent)
         except ProcessLookupError:
             sys.exit(_ENDED)
-        except (AttributeError, OSError):  # a system that has none: `deepspeed` is not watched
+        except (AttributeError, OSError):  # without pidfds `deepspeed` is not watched
             runner = None
-    # `deepspeed` gives its launcher this option, on other hosts together with --node_rank.
+    # `deepspeed` passes this option to its launcher; on other hosts it also passes --node_rank.
     elif parent == _INIT and "--enable_each_rank_log" in str(command) and "--node_rank" not in str(command):
         sys.exit(_ENDED)
     if os.getppid() != launcher:
@@ -51,7 +51,7 @@ def end_with_launcher(was_launched: bool) -> None:
 
 
 def is_sibling(process: int) -> bool:
-    """Whether ``process`` was started by the process that started this one."""
+    """Return whether ``process`` has the same parent as this process."""
     try:
         return os.getppid() != _INIT and _parent(process) == os.getppid()
     except OSError:
@@ -59,7 +59,7 @@ def is_sibling(process: int) -> bool:
 
 
 def _is_runner(process: int) -> bool:
-    # The program, or an interpreter with its switches and the script or module.
+    # The command line starts with the program, or with an interpreter, its options and the script or module.
     return any(Path(part).name in _RUNNERS for part in _command(process)[:4])
 
 
@@ -71,5 +71,5 @@ def _command(process: int) -> list[str]:
 
 
 def _parent(process: int) -> int:
-    # Behind the name, which is in brackets and may hold anything: state, parent.
+    # State and parent follow the name, which is in parentheses and may contain any character.
     return int(Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])

@@ -1,7 +1,7 @@
-"""The parser of a command, made from the dataclasses of its arguments by transformers' HfArgumentParser.
+"""The parser of a command, made from the dataclasses of its arguments with transformers' HfArgumentParser.
 
-Import it when a parser is made: transformers takes a second, and looks for torch, before which the environment must
-be prepared.
+Import this module only when a parser is made: importing transformers takes a second and may import torch, and the
+environment must be prepared before that.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from distilspeed.trainer.job.command import PlainParser, with_default
 class CommandParser(PlainParser, HfArgumentParser):
     """Flags from dataclasses of :func:`~distilspeed.trainer.job.arguments.setting` fields, and ``--debug``.
 
-    As HfArgumentParser makes them, but in one spelling; booleans are switches, tuples repeatable flags.
+    Unlike HfArgumentParser, it gives each flag one spelling; booleans are switches and tuples are repeatable.
     """
 
     def __init__(self, *kinds: Any, prog: str, description: str | None) -> None:
@@ -31,8 +31,8 @@ class CommandParser(PlainParser, HfArgumentParser):
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def add_argument(self, *flags: str, **options: Any) -> argparse.Action:
-        """Add a flag as HfArgumentParser describes it, with what ``setting`` says besides."""
-        # Not --output-dir beside --output_dir.
+        """Add a flag with the options of HfArgumentParser and of ``setting``."""
+        # HfArgumentParser adds --output-dir as a second name of --output_dir.
         flags = tuple(flag for flag in flags if "-" not in flag.lstrip("-"))
         options.pop("limits", None)
         parse, group = options.pop("parse", None), options.pop("one_of", None)
@@ -40,7 +40,7 @@ class CommandParser(PlainParser, HfArgumentParser):
             options["type"] = parse
         elif get_origin(options.get("type")) is tuple:
             _make_repeatable(options)
-        elif options.pop("const", False):  # of a boolean, which would take a value
+        elif options.pop("const", False):  # HfArgumentParser would let a boolean take a value
             options = {"action": "store_true", "help": options["help"]}
         options["help"] = with_default(options.get("help", ""), options.get("default"))
         if group is None:
@@ -50,10 +50,10 @@ class CommandParser(PlainParser, HfArgumentParser):
         return self._one_of[group].add_argument(*flags, **options)
 
     def parse(self, arguments: Sequence[str] | None = None) -> tuple[Any, ...]:
-        """The dataclasses, in the order in which the parser got them.
+        """Parse a command line into the parser's dataclasses, in their order.
 
         Raises:
-            UserError: for a command line that is wrong, or a value that a dataclass refuses.
+            UserError: the command line is invalid, or a dataclass rejects a value.
         """
         found = vars(self.parse_args(arguments))
         return tuple(

@@ -1,4 +1,4 @@
-"""The end of a process, the signals that bring it about, and the processes that it starts: they leave these to it."""
+"""Stop signals, child processes that ignore them, and immediate exit."""
 
 import os
 import signal
@@ -14,29 +14,30 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """Those that end this command: nohup asks it to ignore that its terminal is closed."""
+    """Return the signals that stop this command; under nohup SIGHUP is ignored."""
     is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return tuple(number for number in STOP_SIGNALS if not (is_ignored and number == signal.SIGHUP))
 
 
 @contextmanager
 def children_deaf_to(signals: Collection[signal.Signals]) -> Iterator[None]:
-    """Processes that the block starts never get these signals; this one handles all stop signals after the block.
+    """Block these signals in processes that the block starts; this process handles its stop signals after the block.
 
-    A new process inherits the blocked signals of the thread that starts it. Had it to ignore them by itself, it would
-    be too late: a signal meets an interpreter that is starting, which prints a traceback. And were this process to
-    leave the block half-way, the new one would print that it was given only half of what it is to do.
+    A new process inherits the blocked signals of the thread that starts it. If it ignored them by itself, a signal
+    could arrive while its interpreter starts, which prints a traceback. If this process left the block half-way, the
+    new process would print an error about incomplete input.
     """
     held: list[int] = []
     handlers = {}
     if (
         threading.current_thread() is threading.main_thread()
-    ):  # handlers run in it, whichever thread got the signal
+    ):  # Python runs signal handlers only in the main thread
         handlers = {number: handler for number in STOP_SIGNALS if (handler := signal.getsignal(number))}
         for number in handlers:
             signal.signal(number, lambda number, _: held.append(number))
     blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    # A helper of multiprocessing, which starts it when it is needed first, and then unblocks what we have blocked.
+    # multiprocessing starts its resource tracker on first use and then unblocks signals. Start it now, and block the
+    # signals again.
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
@@ -50,7 +51,7 @@ def children_deaf_to(signals: Collection[signal.Signals]) -> Iterator[None]:
 
 
 def end_at_once(status: int) -> NoReturn:
-    """End without the interpreter's own end, which can wait for, or abort over, what another process has left."""
+    """Exit without the interpreter's shutdown, which can hang or abort after another process has died."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -1,4 +1,4 @@
-"""The ranks of a job: which one this process is, and how they find each other."""
+"""The ranks of a job: which rank this process is, and how ranks join."""
 
 import atexit
 import os
@@ -19,7 +19,7 @@ from distilspeed.trainer.job.scheduler import take_place_from_scheduler
 
 @dataclass(frozen=True)
 class Process:
-    """One rank's place in the job."""
+    """This process's rank in the job, and its device."""
 
     rank: int
     local_rank: int
@@ -28,10 +28,10 @@ class Process:
 
 
 def this_process() -> Process:
-    """Read the launcher's environment; without one, this process is the whole job.
+    """Read the rank from the launcher's environment variables; without them, this process is the whole job.
 
     Raises:
-        UserError: what the environment says makes no sense.
+        UserError: the variables are inconsistent.
     """
     take_place_from_scheduler()
     numbers = []
@@ -39,31 +39,32 @@ def this_process() -> Process:
         value = os.environ.get(name, default)
         if not value.isdecimal():
             raise UserError(
-                "bad-ranks", f"{name} is {value!r}, which is no number; unset it, or set it as torchrun does"
+                "bad-ranks", f"{name} is {value!r}, not a number; unset it, or set it as torchrun does"
             )
         numbers.append(int(value))
     rank, local_rank, world_size = numbers
     if not rank < world_size:
         raise UserError(
             "bad-ranks",
-            f"RANK is {rank} and WORLD_SIZE {world_size}; unset them, or set them as torchrun does",
+            f"RANK is {rank}, but WORLD_SIZE is {world_size}; unset them, or set them as torchrun does",
         )
     return Process(rank, local_rank, world_size, torch.device(get_accelerator().device_name(local_rank)))
 
 
 @contextmanager
 def joined_job(process: Process, timeout: float = 1800.0) -> Iterator[None]:
-    """Be connected to the other ranks (in a job that has been joined already this does nothing).
+    """Connect to the other ranks for the duration of the block; does nothing if they are connected already.
 
-    In the end the process groups are destroyed, because an interpreter that ends with them can abort. Not so after an
-    error: it may be that another rank has gone, or waits for this one, and then that could take as long as a
-    collective. The process ends without them, and without the interpreter's end, when all has been said.
+    After the block the process groups are destroyed, because the interpreter can abort if it exits with them. After
+    an error they are not: another rank may be dead or may wait for this one, and destroying the groups could then
+    take as long as a collective's timeout. The process exits without the interpreter's shutdown instead, after it
+    has reported the error.
 
     Args:
-        timeout: of collectives, in seconds.
+        timeout: timeout of collectives, in seconds.
 
     Raises:
-        UserError: the ranks cannot meet.
+        UserError: the ranks cannot connect.
     """
     if torch.distributed.is_initialized():
         yield
@@ -81,12 +82,12 @@ def joined_job(process: Process, timeout: float = 1800.0) -> Iterator[None]:
 
 
 def _wait_for_all(process: Process) -> None:
-    """One that leaves first would break what the others are still at."""
+    """Wait for all ranks, because a rank that leaves early would break the others' last collectives."""
     try:
         torch.distributed.barrier(device_ids=[process.local_rank] if process.device.type == "cuda" else None)
     except RuntimeError as error:
         raise LostRankError(
-            f"a rank has died as the job ended ({first_line(error)}); where student/ is there the run is complete"
+            f"a rank died as the job ended ({first_line(error)}); the run is complete if student/ exists"
         ) from error
 
 
@@ -113,7 +114,7 @@ def _join(process: Process, timeout: float = 1800.0) -> None:
     except torch.distributed.DistError as error:
         raise UserError(
             "bad-ranks",
-            f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
+            f"the ranks cannot connect at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
             f"{first_line(error)}; choose another port (deepspeed --master_port)",
         ) from error
 
@@ -123,24 +124,24 @@ def _check_meeting_place() -> None:
         if not os.environ.get(name):
             raise UserError(
                 "bad-ranks",
-                f"{os.environ['WORLD_SIZE']} ranks need {name}, which is not set; set MASTER_ADDR to the host of "
-                "rank 0 and MASTER_PORT to a free port there, for all ranks, or start them with deepspeed or torchrun",
+                f"{os.environ['WORLD_SIZE']} ranks need {name}, which is not set; on all ranks, set MASTER_ADDR to "
+                "rank 0's host and MASTER_PORT to a free port there, or start the ranks with deepspeed or torchrun",
             )
 
 
 def free_port() -> int:
-    """A TCP port of this host that nothing listens on now."""
+    """Return a TCP port of this host that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def _share_cores(process: Process) -> None:
-    """Give each rank of this host cores of its own, unless the launcher has (--bind_cores_to_rank) or a person."""
+    """Give each rank of this host its own cores, unless OMP_NUM_THREADS is set (by a launcher or the user)."""
     if "OMP_NUM_THREADS" in os.environ:
         return
     cores = sorted(os.sched_getaffinity(0))
-    # DeepSpeed's launcher tells it by the first name, torchrun by the second.
+    # DeepSpeed's launcher sets the first variable, torchrun the second.
     told = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE")
     ranks_here = int(told or process.world_size)
     each = len(cores) // ranks_here
@@ -150,8 +151,8 @@ def _share_cores(process: Process) -> None:
 
 
 def _skip_compiling_shared_memory_collectives() -> None:
-    # On CPUs DeepSpeed compiles this operator for minutes inside init_distributed; gloo serves without
-    # it. The table of operators is a private name, so a DeepSpeed without it is left alone.
+    # On CPUs DeepSpeed compiles this operator inside init_distributed, which takes minutes; gloo works without it. The
+    # table of operators is private, so do nothing if it does not exist.
     operators = getattr(deepspeed.ops, "__compatible_ops__", None)
     if isinstance(operators, dict) and "deepspeed_shm_comm" in operators:
         operators["deepspeed_shm_comm"] = False

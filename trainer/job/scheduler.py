@@ -1,4 +1,4 @@
-"""A rank that srun or mpirun started: its place, told as torch's launchers tell it. Imports nothing that takes time."""
+"""Set torch's launcher variables for a rank that srun or mpirun started. This module has only fast imports."""
 
 import os
 import re
@@ -9,13 +9,13 @@ from typing import NamedTuple
 from distilspeed.trainer.errors import UserError
 
 LOOPBACK = "127.0.0.1"
-# Below the ports that Linux gives to outgoing connections.
+# Below the ports that Linux uses for outgoing connections.
 FIRST_PORT, PORTS = 15000, 15000
-PORTS_BETWEEN_STEPS = 1009  # so that a step and the next job's do not meet where they share a node
+PORTS_BETWEEN_STEPS = 1009  # so that steps of consecutive jobs on one node use different ports
 
 
 class _Names(NamedTuple):
-    """The variables by which one kind of mpirun tells a rank's place."""
+    """The variables in which one kind of mpirun passes rank and world size."""
 
     rank: str
     size: str
@@ -34,22 +34,23 @@ _PALS = _Names("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE")  # of
 
 
 def take_place_from_scheduler() -> None:
-    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT where srun or mpirun tells them.
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT from srun's or mpirun's variables.
 
-    What is set already stays, and where RANK or WORLD_SIZE is, nothing is set: another launcher has done so.
+    Variables that are set already do not change. If RANK or WORLD_SIZE is set, another launcher started the rank, and
+    this does nothing.
 
     Raises:
-        UserError: srun or mpirun tells only half of it, or no sense.
+        UserError: the variables of srun or mpirun are incomplete or inconsistent.
     """
     given = os.environ
     if {"RANK", "WORLD_SIZE"} & given.keys():
         return
-    # mpirun first: on a cluster it starts its own helpers with srun, whose variables its ranks inherit.
+    # Check mpirun first: on a cluster it starts its helpers with srun, and its ranks inherit srun's variables.
     kind = next((kind for kind in (_OPEN_MPI, _HYDRA, _PALS) if kind.local_rank in given), None)
     if kind:
         place = _place_under_mpirun(kind, given)
-    # Set by srun alone. Without, this is a batch script or a person's shell in an allocation, however many tasks
-    # that has; so is a shell that srun gave a terminal.
+    # Only srun sets SLURM_STEP_NUM_TASKS. Without it this process is a batch script or a shell in an allocation, not a
+    # rank. A process with SLURM_PTY_PORT is a shell that srun started.
     elif "SLURM_STEP_NUM_TASKS" in given and "SLURM_PTY_PORT" not in given:
         place = _place_under_srun(given)
     else:
@@ -64,7 +65,7 @@ def _place_under_mpirun(names: _Names, given: Mapping[str, str]) -> dict[str, ob
         job = given.get("PMIX_NAMESPACE") or given.get("OMPI_MCA_ess_base_jobid") or str(os.getppid())
         port = FIRST_PORT + zlib.crc32(job.encode()) % PORTS
         place |= {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": port}
-    # Over several hosts nothing tells the first one's name, which a person has to give.
+    # Over several hosts no variable names the first host, so the user must set MASTER_ADDR.
     return place | ({"LOCAL_SIZE": given[names.local_size]} if names.local_size in given else {})
 
 
@@ -82,7 +83,7 @@ def _place_under_srun(given: Mapping[str, str]) -> dict[str, object]:
 
 
 def first_host(nodes: str) -> str:
-    """The first of a list of hosts as Slurm writes it: ``gpu[03-05,07]-a,cpu1`` begins with ``gpu03-a``."""
+    """Return the first host of a list in Slurm's notation: ``gpu03-a`` for ``gpu[03-05,07]-a,cpu1``."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0] if first else nodes)
 
@@ -92,7 +93,7 @@ def _place(rank: str, size: str, local_rank: str, given: Mapping[str, str]) -> d
     if not numbers[2] <= numbers[0] < numbers[1]:
         raise UserError(
             "bad-ranks",
-            f"{rank} is {numbers[0]}, {local_rank} {numbers[2]} and {size} {numbers[1]}, which do not go together; "
+            f"{rank} is {numbers[0]}, {local_rank} is {numbers[2]} and {size} is {numbers[1]}, which is inconsistent; "
             "set RANK, LOCAL_RANK and WORLD_SIZE, or start the ranks with deepspeed",
         )
     return dict(zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), numbers, strict=True))
@@ -103,7 +104,7 @@ def _number(name: str, given: Mapping[str, str]) -> int:
     if not value.isdecimal():
         raise UserError(
             "bad-ranks",
-            f"{name} is {value!r}, where srun or mpirun gives a number; "
+            f"{name} is {value!r}, but srun or mpirun must set it to a number; "
             "set RANK, LOCAL_RANK and WORLD_SIZE, or start the ranks with deepspeed",
         )
     return int(value)

@@ -1,10 +1,10 @@
-"""A job watched from inside: ranks that die, stop answering or fail, and signals to end.
+"""Detect ranks that die, hang or fail, and agree on when to stop after a signal.
 
-One thread per rank holds a connection to rank 0, apart from torch's own, and beats once a second. So every rank learns
-within a second of one that has died, whatever its main thread waits for; of one that does not answer (stopped, its
-host gone) after ``timeout`` seconds; and of one that fails, which alone says why. SIGTERM, SIGINT, SIGHUP and the end
-of the ``deepspeed`` command reach one rank or all, at different moments: at the end of each step the ranks agree
-whether it is their last.
+A thread in each rank keeps a connection to rank 0, separate from torch's, and sends a heartbeat every second. Every
+rank therefore learns within a second that another rank died, even while its main thread waits. It learns after
+``timeout`` seconds that a rank does not respond (because its process is stopped or its host is down). If a rank fails,
+only that rank reports the error. SIGTERM, SIGINT, SIGHUP and the end of the ``deepspeed`` command reach the ranks at
+different times, so the ranks agree at the end of each step whether it is the last.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from distilspeed.trainer.job.scheduler import LOOPBACK
 
 SECONDS_BETWEEN_BEATS = 1.0
 SECONDS_TO_HANG_UP = 5.0
-SECONDS_TO_SPEAK = 3.0  # for the rank that says what has happened: where one ends, launchers end all
+SECONDS_TO_SPEAK = 3.0  # time for the reporting rank: when a rank exits, the launcher ends all others
 STANDARD_STREAMS = (1, 2)
 
 Message = dict[str, Any]
@@ -42,7 +42,7 @@ Message = dict[str, Any]
 
 @dataclass
 class _Member:
-    """A rank as rank 0 sees it."""
+    """A rank, as seen by another rank."""
 
     rank: int
     host: str
@@ -53,20 +53,20 @@ class _Member:
         return time.monotonic() - self.last_heard
 
     def report(self, what: str) -> None:
-        """Say what became of this rank."""
+        """Report what happened to this rank."""
         place = f"process {self.process} on {self.host}"
         if os.environ["RANK"] == "0":
-            print(file=sys.stderr)  # the progress bar stands in the last line
+            print(file=sys.stderr)  # start a new line after the progress bar
         show_error(
             LostRankError(
-                f"rank {self.rank} ({place}) {what}; go on from the newest checkpoint with --resume"
+                f"rank {self.rank} ({place}) {what}; resume from the newest checkpoint with --resume"
             )
         )
 
     def kill(self) -> None:
-        """Kill it, if it is a rank that this one's launcher started.
+        """Kill the rank if this process's launcher started it.
 
-        A stopped process does not take SIGTERM, and the launcher waits 30 seconds before it sends SIGKILL.
+        A stopped process does not handle SIGTERM, and the launcher waits 30 seconds before it sends SIGKILL.
         """
         if self.host == socket.gethostname() and parents.is_sibling(self.process):
             with contextlib.suppress(OSError):
@@ -74,13 +74,13 @@ class _Member:
 
 
 class JobWatch:
-    """Watches the job while the ``with`` block runs; entered by every rank's main thread, in ``joined_job``.
+    """Watches the job during the ``with`` block; entered by every rank's main thread, in ``joined_job``.
 
-    Leaving the block waits for all ranks to leave it. An exception in it ends all ranks: the first one to fail raises
-    it, the others end quietly with its status.
+    Leaving the block waits for all ranks to leave it. An exception in the block ends all ranks: one rank raises it,
+    and the others exit with its status and no message.
 
     Args:
-        timeout: seconds of silence after which a rank is given up.
+        timeout: seconds without a heartbeat after which a rank counts as lost.
     """
 
     def __init__(self, process: Process, timeout: float) -> None:
@@ -105,7 +105,7 @@ class JobWatch:
         self._rank_0 = _Member(**rank_0)
         self._connection = connection.Client((os.environ["MASTER_ADDR"], port), authkey=key)
         self._send(here)
-        # A copy in a data worker would keep the connection open when this process has died.
+        # A data worker's copy would keep the connection open after this process has died.
         os.register_at_fork(after_in_child=self._connection.close)
         self._catch_signals()
         threading.Thread(target=self._run, name="watch", daemon=True).start()
@@ -118,11 +118,11 @@ class JobWatch:
             if isinstance(error, CommandError):
                 error.ranks_agree = True
             else:
-                # Where another rank has died, collectives may break here before that is known.
+                # If another rank died, a collective can fail here before the watch reports that rank.
                 time.sleep(SECONDS_BETWEEN_BEATS)
             self._send({"kind": "failed", "status": status_of(error)})
             self._may_leave.wait(self.timeout)
-            return  # with its handlers: a signal must not interrupt the error on its way out
+            return  # keep the signal handlers, so that no signal interrupts the error handling
         self._send({"kind": "done"})
         self._may_leave.wait()
         os.close(signal.set_wakeup_fd(-1))
@@ -131,19 +131,19 @@ class JobWatch:
             signal.signal(number, handler)
 
     def told_to_stop(self) -> str | None:
-        """Whether the job is to end with this step, and by what, a signal's name for example: the same on every rank.
+        """Return what tells the job to stop after this step, such as a signal's name; None to continue.
 
-        Called by every rank at the end of each step; waits for all of them.
+        All ranks get the same answer. Called by every rank at the end of each step; waits for all ranks.
         """
         self._send({"kind": "step", "told_by": self._told_by})
         return self._answers.get()
 
     def _send(self, message: Message) -> None:
-        with self._sending, contextlib.suppress(OSError):  # without rank 0 the thread ends this process
+        with self._sending, contextlib.suppress(OSError):  # if rank 0 is gone, the thread ends this process
             self._connection.send_bytes(json.dumps(message).encode())
 
     def _catch_signals(self) -> None:
-        """Have the thread read signals; Python's own handlers wait until the main thread leaves a collective."""
+        """Let the thread read signals: Python runs its handlers only after the main thread leaves a collective."""
         self._signals, written_to = socket.socketpair()
         written_to.setblocking(False)
         self._on_terminal = [stream for stream in STANDARD_STREAMS if os.isatty(stream)]
@@ -169,21 +169,21 @@ class JobWatch:
                 try:
                     message = json.loads(self._connection.recv_bytes())
                 except (OSError, EOFError):
-                    self._end_without_rank_0("has died")
+                    self._end_without_rank_0("died")
                 if self._is_over(message):
                     return
             if time.monotonic() - beat_at >= SECONDS_BETWEEN_BEATS:
                 self._send({"kind": "beat"})
                 beat_at = time.monotonic()
             if self._rank_0.silence() > self.timeout:
-                self._end_without_rank_0(f"has not answered for {self.timeout:g} seconds", kill=True)
+                self._end_without_rank_0(f"has not responded for {self.timeout:g} seconds", kill=True)
 
     def _note_end(self, told_by: str) -> None:
         self._told_by = self._told_by or told_by
         for stream in self._on_terminal:
             if not os.isatty(
                 stream
-            ):  # it is closed, and writing to it an error that would cost the checkpoint
+            ):  # the terminal is closed, and an error of writing to it would prevent the checkpoint
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, stream)
                 os.close(nowhere)
@@ -201,7 +201,7 @@ class JobWatch:
         return False
 
     def _end_without_rank_0(self, what: str, kill: bool = False) -> NoReturn:
-        # One speaks on its host, and one on each other host, because that one may be gone as a whole.
+        # One rank on rank 0's host reports it, and one on every other host, because rank 0's host may be down.
         if self.process.rank == 1 or self.process.local_rank == 0:
             self._rank_0.report(what)
             if kill:
@@ -212,7 +212,7 @@ class JobWatch:
 
 
 class _Coordinator:
-    """Rank 0's side of the connections; it is a member, too."""
+    """Rank 0's end of the connections; rank 0 is a member, too."""
 
     def __init__(self, address: tuple[str, int], key: bytes, world_size: int, timeout: float) -> None:
         self.listener = connection.Listener(address, backlog=world_size, authkey=key)
@@ -236,7 +236,7 @@ class _Coordinator:
 
     def _accept(self) -> None:
         while len(self.members) < self.world_size:
-            with contextlib.suppress(OSError, EOFError, AuthenticationError):  # of a stranger
+            with contextlib.suppress(OSError, EOFError, AuthenticationError):  # not a rank of this job
                 source = self.listener.accept()
                 self.members[source] = _Member(**json.loads(source.recv_bytes()))
         self.listener.close()
@@ -248,7 +248,7 @@ class _Coordinator:
                 self._note(member, message)
             for member in list(self.members.values()):
                 if member.silence() > self.timeout:
-                    self._lose(member, f"has not answered for {self.timeout:g} seconds", kill=True)
+                    self._lose(member, f"has not responded for {self.timeout:g} seconds", kill=True)
             if self.failed and (0 in self.failed or time.monotonic() > self.decide_at):
                 rank = min(self.failed)
                 self._dismiss({"kind": "leave", "status": self.failed[rank], "rank": rank})
@@ -260,14 +260,14 @@ class _Coordinator:
 
     def _receive(self) -> list[tuple[_Member, Message]]:
         received = []
-        # Ranks that connect meanwhile are heard a beat later.
+        # Ranks that connect during the wait are read one beat later.
         for source in connection.wait(list(self.members), SECONDS_BETWEEN_BEATS):
             member = self.members[source]
             member.last_heard = time.monotonic()
             try:
                 received.append((member, json.loads(source.recv_bytes())))  # type: ignore[union-attr]
             except (OSError, EOFError):
-                self._lose(member, "has died")
+                self._lose(member, "died")
         return received
 
     def _note(self, member: _Member, message: Message) -> None:
@@ -281,7 +281,7 @@ class _Coordinator:
             self.done += 1
         elif message["kind"] == "failed":
             self.failed[member.rank] = message["status"]
-            # What fails on all ranks is said by rank 0, if it has come as far.
+            # If all ranks fail, rank 0 reports the error, if it fails within a beat.
             self.decide_at = min(self.decide_at, time.monotonic() + SECONDS_BETWEEN_BEATS)
 
     def _lose(self, lost: _Member, what: str, kill: bool = False) -> NoReturn:
@@ -294,7 +294,7 @@ class _Coordinator:
         end_at_once(LostRankError.status)
 
     def _dismiss(self, message: Message, but: Collection[int] = ()) -> None:
-        """Tell the ranks to leave, this process's last: with it goes what the others have not read yet."""
+        """Tell the ranks to leave, this process last: if it exits, messages that others have not read are lost."""
         ranks = {member.rank: source for source, member in self.members.items() if member.rank not in but}
         own = ranks.pop(0, None)
         self._tell(ranks.values(), message)
@@ -311,5 +311,5 @@ class _Coordinator:
 
     def _tell(self, members: Iterable[Any], message: Message) -> None:
         for member in members:
-            with contextlib.suppress(OSError):  # what ended it is found when it is read from
+            with contextlib.suppress(OSError):  # reading from this member will find the failure
                 member.send_bytes(json.dumps(message).encode())

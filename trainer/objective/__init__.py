@@ -1,1 +1,1 @@
-"""The losses of a micro-batch."""
+"""The losses of a micro-batch, one file per term."""

@@ -1,7 +1,7 @@
-"""Soft targets and masked language modelling in one pass over the logits, with their gradient.
+"""Soft targets and masked language modelling, with their gradient, in one pass over the logits.
 
-The kernel computes what the two terms compute alone. It reads both models' logits once, and may write the gradient
-over the student's.
+The kernel computes the same values as the two terms separately. It reads both models' logits once, and can write the
+gradient over the student's logits.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class FusedTerms(NamedTuple):
 
 
 def fused_terms(terms: Sequence[Term]) -> FusedTerms | None:
-    """The pair among ``terms``; None where one of them is missing."""
+    """Return the pair among ``terms``; None if one of them is missing."""
     soft = next((term for term in terms if isinstance(term, SoftTargets)), None)
     hard = next((term for term in terms if isinstance(term, MaskedLM)), None)
     return FusedTerms(soft, hard) if soft and hard else None
@@ -33,11 +33,11 @@ def fused_terms(terms: Sequence[Term]) -> FusedTerms | None:
 def fused_losses(
     terms: FusedTerms, outputs: Outputs, loss_scale: float, inplace: bool
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The weighted sum of the two, and the value of each by its name; only the sum has a gradient.
+    """Return the weighted sum of the two losses, and the value of each by its name; only the sum has a gradient.
 
     Args:
-        loss_scale: the gradient that will arrive at the sum.
-        inplace: write the gradient over the student's logits, which no other term may then read.
+        loss_scale: the gradient that the sum will receive in the backward pass.
+        inplace: write the gradient over the student's logits; no other term may then read them.
     """
     soft, hard = terms
     rows = soft.rows(outputs)

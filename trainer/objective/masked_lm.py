@@ -1,6 +1,6 @@
 """Masked language modelling: L_mlm = mean over masked tokens of -log softmax(z)[label], with student logits z.
 
-With a teacher ``fused.py`` computes it together with the soft targets.
+With a teacher, ``fused.py`` computes it together with the soft targets.
 """
 
 from dataclasses import dataclass

@@ -5,12 +5,12 @@
 Every mean is over the global batch. DeepSpeed averages gradients over ranks and accumulation steps, so a
 micro-batch's sums are divided by the global counts and multiplied by ranks x accumulation steps.
 
-Where the terms read logits of masked tokens alone, the MLM heads of both models see masked tokens alone. The
-vocabulary is that of the models' configs; projections may be padded beyond it (families/vocabulary.py), and padding
-counts for nothing.
+If the terms read only logits of masked tokens, the MLM heads of both models run only on masked tokens. The vocabulary
+size comes from the models' configs. Projections may be padded beyond it (families/vocabulary.py); the losses ignore
+the padding.
 
-The losses must stay inside the module that DeepSpeed wraps, and it must return this one scalar:
-DeepSpeed 0.18.3 to 0.18.9 divides gradients by the accumulation steps once per output tensor.
+The losses must stay inside the module that DeepSpeed wraps, and the module must return one scalar: DeepSpeed 0.18.3
+to 0.18.9 divides gradients by the accumulation steps once per output tensor.
 """
 
 from collections.abc import Iterable, Sequence
@@ -33,10 +33,10 @@ from distilspeed.trainer.objective.term import Logits, Needs, Term
 
 @dataclass(frozen=True)
 class Objective:
-    """The registered terms with a run's settings, and what they ask of its two models together.
+    """The registered terms with a run's settings, and what they need of the two models together.
 
     Attributes:
-        registered: all of them, in the registry's order.
+        registered: all terms, in the registry's order.
     """
 
     registered: tuple[Term, ...]
@@ -44,22 +44,22 @@ class Objective:
 
     @cached_property
     def terms(self) -> tuple[Term, ...]:
-        """Those that take part: the run writes their values."""
+        """The terms that take part; the run logs their values."""
         return tuple(term for term in self.registered if term.takes_part)
 
     @cached_property
     def computed(self) -> tuple[Term, ...]:
-        """Those of ``terms`` that are computed; the value of the others, which lack a teacher, is 0."""
+        """The ``terms`` that are computed; without a teacher, terms that need one have the value 0."""
         return tuple(term for term in self.terms if self.models.teacher or not term.needs_teacher)
 
     @cached_property
     def trained(self) -> tuple[Term, ...]:
-        """Those of ``computed`` that have a weight."""
+        """The ``computed`` terms with a weight above 0."""
         return tuple(term for term in self.computed if term.weight)
 
     @cached_property
     def needs(self) -> Needs:
-        """What the terms read of the two models."""
+        """The logits and layers that the terms read of the two models."""
         needs = [term.needs(self.models) for term in self.computed]
         return Needs(
             max(of.logits for of in needs),
@@ -69,21 +69,21 @@ class Objective:
 
     @property
     def head_share(self) -> float:
-        """Of the tokens, those that pass through the MLM heads."""
+        """The fraction of tokens that pass through the MLM heads."""
         return 1.0 if self.needs.logits is Logits.EVERYWHERE else MASKED_FRACTION
 
     def places(self, batch: MicroBatch) -> torch.Tensor | None:
-        """Where logits of both models are needed: everywhere (None), or at the masked tokens."""
+        """Return where the logits of both models are needed: None for all tokens, or the places of masked tokens."""
         return None if self.needs.logits is Logits.EVERYWHERE else batch.masked_places
 
     def settings(self) -> dict[str, Any]:
-        """Every setting of every registered term, by its flag."""
+        """Return every setting of every registered term, by its flag."""
         return {name: value for term in self.registered for name, value in asdict(term).items()}
 
     def identity(self) -> dict[str, Any]:
-        """What of the terms must not change when a run is resumed.
+        """Return the terms' settings that must not change when a run is resumed.
 
-        Of an optional term nothing where it takes no part: registering one leaves earlier runs as they are.
+        An optional term that takes no part adds nothing, so registering a new term does not affect earlier runs.
         """
         identity: dict[str, Any] = {"alphas": [term.weight for term in self.terms if not term.is_optional]}
         for term in self.terms:
@@ -96,20 +96,20 @@ def _union(layers: Iterable[Sequence[int]]) -> tuple[int, ...]:
 
 
 class Distillation(nn.Module):
-    """Student and objective; ``forward`` returns the scalar that DeepSpeed's backward takes.
+    """Student and objective in one module; ``forward`` returns the scalar for DeepSpeed's backward pass.
 
     Args:
-        student: the masked language model that is trained.
+        student: the masked language model to train.
         objective: the terms.
-        world_size, accumulation_steps: over which DeepSpeed averages gradients.
+        world_size, accumulation_steps: the numbers over which DeepSpeed averages gradients.
 
     Attributes:
         own: the terms' own parameters, by the terms' names.
-        last_parts: of the last forward pass, float32 [1 + terms], detached: the loss and the value of each of the
-            objective's terms, not multiplied by ranks x accumulation steps. Their sum over a global batch's
-            micro-batches is its mean.
-        last_gradient_is_finite: bool scalar on the device: of the last backward pass, where it leaves the losses and
-            the MLM head for the layers.
+        last_parts: float32 [1 + terms], detached: the loss and the value of each term in the last forward pass, not
+            multiplied by ranks x accumulation steps. Summed over the micro-batches of a global batch, they give its
+            means.
+        last_gradient_is_finite: bool scalar on the device: whether the gradient that the last backward pass sent
+            from the losses and the MLM head into the encoder's layers was finite.
     """
 
     last_parts: torch.Tensor
@@ -137,12 +137,12 @@ class Distillation(nn.Module):
     def forward(
         self, batch: MicroBatch, targets: ModelOutputs | None, loss_scale: float = 1.0
     ) -> torch.Tensor:
-        """Loss of one micro-batch.
+        """Return the loss of one micro-batch, multiplied by ranks x accumulation steps.
 
         Args:
-            targets: the teacher's outputs on it, with logits at ``objective.places(batch)`` and the layers of
-                ``objective.needs``; None without a teacher.
-            loss_scale: of fp16, which the engine's backward multiplies by.
+            targets: the teacher's outputs on the micro-batch, with logits at ``objective.places(batch)`` and the
+                layers of ``objective.needs``; None without a teacher.
+            loss_scale: the fp16 loss scale, by which the engine's backward pass multiplies.
         """
         places = self.objective.places(batch)
         with phase(STUDENT):
@@ -161,11 +161,11 @@ class Distillation(nn.Module):
         self.last_gradient_is_finite = gradient.isfinite().all()
 
     def losses(self, outputs: Outputs, loss_scale: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The weighted sum of the computed terms, and the value of each by its name."""
+        """Return the weighted sum of the computed terms, and the value of each by its name."""
         weighted: list[torch.Tensor] = []
         values: dict[str, torch.Tensor] = {}
         if self.fused:
-            # The engine divides by the accumulation steps, which forward has multiplied by.
+            # The accumulation steps cancel: forward multiplies by them, and the engine divides by them.
             scale = self.world_size * loss_scale
             loss, values = fused_losses(self.fused, outputs, scale, inplace=not self.keeps_logits)
             weighted.append(loss)

@@ -1,4 +1,4 @@
-"""What a term sees of a micro-batch."""
+"""The inputs of a term: a micro-batch and the outputs of both models on it."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,20 +13,20 @@ from distilspeed.trainer.models.packed_forward import ModelOutputs
 
 
 class Models(NamedTuple):
-    """The two models of a run."""
+    """The configs of the two models of a run."""
 
     student: PreTrainedConfig
     teacher: PreTrainedConfig | None
-    layers: tuple[int, ...]  # of the teacher, from which the student starts; counted from 0
+    layers: tuple[int, ...]  # the teacher's layers that the student is initialised from; counted from 0
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """A micro-batch and what the two models gave on it.
+    """A micro-batch and the outputs of the two models on it.
 
     Attributes:
         targets: the teacher's outputs; None without a teacher.
-        places: where in the flattened rows the logits are, int64 [tokens]; None: everywhere.
+        places: int64 [tokens], the indices into the flattened rows at which there are logits; None for all tokens.
     """
 
     batch: MicroBatch
@@ -37,26 +37,26 @@ class Outputs:
 
     @property
     def teacher(self) -> ModelOutputs:
-        """The teacher's outputs, for a term that needs a teacher."""
+        """The teacher's outputs; only for terms that need a teacher."""
         assert self.targets is not None
         return self.targets
 
     @property
     def vocab_size(self) -> int:
-        """Columns of the logits beyond it are padding."""
+        """The size of the vocabulary; columns of the logits beyond it are padding."""
         return self.models.student.vocab_size
 
     @cached_property
     def labels(self) -> torch.Tensor:
-        """int64, those at the places of the logits: [rows, length] or [tokens]; -100 where a token is not masked."""
+        """int64 [rows, length] or [tokens], the labels at ``places``; -100 if a token is not masked."""
         return self.batch.labels if self.places is None else self.batch.labels.flatten()[self.places]
 
     @cached_property
     def is_labelled(self) -> torch.Tensor:
-        """bool, in the shape of the labels: the masked tokens."""
+        """bool, in the shape of ``labels``: the masked tokens."""
         return self.labels != IGNORE_INDEX
 
     @cached_property
     def is_real(self) -> torch.Tensor:
-        """bool [rows, length], the tokens that are not padding."""
+        """bool [rows, length]: the tokens that are not padding."""
         return self.batch.document_ids != PADDING_DOCUMENT

@@ -1,4 +1,4 @@
-"""The terms of the objective: a new one is a class, and its place in this list."""
+"""The terms of the objective; to add one, write its class and add it to this list."""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -14,7 +14,7 @@ TERMS: list[type[Term]] = [SoftTargets, MaskedLM, HiddenCosine]
 
 
 def take_terms(options: dict[str, Any]) -> tuple[Term, ...]:
-    """A run's terms, with their settings taken out of a command's options; settings not among them have defaults.
+    """Make a run's terms, removing their settings from ``options``; missing settings get their defaults.
 
     Raises:
         UserError: a setting is out of range.
@@ -28,7 +28,7 @@ def take_terms(options: dict[str, Any]) -> tuple[Term, ...]:
 
 
 def check_terms(terms: Sequence[Term], has_teacher: bool) -> None:
-    """Raise a UserError unless a term that can be computed has a weight."""
+    """Raise a UserError unless at least one term that can be computed has a weight above 0."""
     if not any(term.weight for term in terms if has_teacher or not term.needs_teacher):
         flags = ", ".join(f"--{term.weight_flag}" for term in terms)
-        raise UserError("bad-argument", f"no loss is left to train on; give one of {flags} a value above 0")
+        raise UserError("bad-argument", f"no loss has a weight; set one of {flags} above 0")

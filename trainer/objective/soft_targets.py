@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class SoftRows(NamedTuple):
-    """The tokens that soft targets count at, and their number in the global batch."""
+    """The tokens at which the soft-target loss is computed, and their number in the global batch."""
 
     mask: "torch.Tensor"  # bool, in the shape of the labels
     normalizer: "torch.Tensor"  # float32 []
@@ -27,12 +27,12 @@ class SoftRows(NamedTuple):
 
 @dataclass(frozen=True)
 class SoftTargets(Term):
-    """``restrict_ce_to_mask`` limits it to masked tokens: another objective, not comparable with the default."""
+    """The soft-target loss; ``restrict_ce_to_mask`` limits it to masked tokens, which is a different objective."""
 
     name = "ce"
     shown = Shown("soft", "Soft targets", "soft targets, T² KL in nats", "#0072B2")
 
-    temperature: float = setting(2.0, above=0, help="of the soft targets")
+    temperature: float = setting(2.0, above=0, help="temperature of the soft targets")
     alpha_ce: float = setting(5.0, help="weight of the soft-target loss")
     restrict_ce_to_mask: bool = setting(False, help="soft targets on masked tokens only (another objective)")
 
@@ -40,7 +40,7 @@ class SoftTargets(Term):
         return Needs(Logits.MASKED if self.restrict_ce_to_mask else Logits.EVERYWHERE)
 
     def rows(self, outputs: "Outputs") -> SoftRows:
-        """Where it counts."""
+        """Return the tokens at which the loss is computed."""
         if self.restrict_ce_to_mask:
             return SoftRows(outputs.is_labelled, outputs.batch.masked_tokens)
         return SoftRows(outputs.is_real, outputs.batch.real_tokens)

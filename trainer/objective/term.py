@@ -1,8 +1,8 @@
-"""The protocol of a loss: what the trainer asks of each term of the objective.
+"""The protocol of a loss: the methods that the trainer calls on each term of the objective.
 
-A term is a frozen dataclass whose fields are its flags. It stands in ``registry.TERMS``; command line, metrics, model
-card, plot and the run's identity follow from there. Imports nothing heavy, because a parser is made from the terms:
-they import torch where they compute.
+A term is a frozen dataclass whose fields are its flags. Command line, metrics, model card, plot and the run's identity
+follow from the list ``registry.TERMS``. This module and the terms have only fast imports, because parsers are made
+from the terms; a term imports torch inside the functions that compute.
 """
 
 from abc import ABC, abstractmethod
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Logits(IntEnum):
-    """Where a term reads logits, of both models; a larger value includes the smaller ones."""
+    """The tokens at which a term reads both models' logits; a larger value includes the smaller ones."""
 
     NOWHERE = 0
     MASKED = 1
@@ -29,7 +29,7 @@ class Logits(IntEnum):
 
 
 class Needs(NamedTuple):
-    """What a term reads of the two models besides the last hidden states, which it always gets.
+    """The outputs of the two models that a term reads, apart from the last hidden states, which every term gets.
 
     Layers are numbered as in transformers: 0 is the output of the embeddings, n that of the n-th layer.
     """
@@ -41,12 +41,12 @@ class Needs(NamedTuple):
 
 @dataclass(frozen=True)
 class Shown:
-    """How a term is shown in what a run leaves behind."""
+    """How a term is shown in the model card and loss.png."""
 
-    short: str  # its value in the model card
-    card: str  # its row in the model card
-    panel: str  # the title of its panel in loss.png, with the unit
-    colour: str  # of its curve there
+    short: str  # name of its value in the model card
+    card: str  # name of its row in the model card
+    panel: str  # title of its panel in loss.png, with the unit
+    colour: str  # colour of its curve in loss.png
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Term(Settings, ABC):
     """One loss of the objective.
 
     A subclass is a frozen dataclass. Each field is a flag, made by ``job/arguments.py``'s ``setting`` with default,
-    help and limits; the one called ``alpha_NAME`` is the weight. Values are numbers, strings and booleans. A term whose
-    default weight is 0 is optional: without a weight nothing of it is computed or written.
+    help and limits; the field ``alpha_NAME`` is the weight. Values are numbers, strings and booleans. A term whose
+    default weight is 0 is optional: with weight 0 it is neither computed nor logged.
 
     Attributes:
-        name: of its flag ``alpha_NAME`` and its metric ``loss_NAME``.
-        needs_teacher: it is not computed where there is none.
+        name: NAME in the flag ``alpha_NAME`` and the metric ``loss_NAME``.
+        needs_teacher: if true, the term is not computed without a teacher.
     """
 
     name: ClassVar[str]
@@ -70,33 +70,33 @@ class Term(Settings, ABC):
         """Check the settings.
 
         Raises:
-            UserError: one is not finite or not within its limits, or the weight is negative.
+            UserError: a setting is not finite or outside its limits, or the weight is negative.
         """
         super().__post_init__()
         if self.weight < 0:
-            raise UserError("bad-argument", f"--{self.weight_flag} must not be negative")
+            raise UserError("bad-argument", f"--{self.weight_flag} must be at least 0")
 
     @abstractmethod
     def needs(self, models: "Models") -> Needs:
-        """What it reads of the models."""
+        """Return the logits and layers that the term reads."""
 
     def own_parameters(self, models: "Models") -> "nn.Module":
-        """A module with its own parameters: trained and saved with the student, not exported with it."""
+        """Return a module with the term's own parameters: trained and saved with the student, but not exported."""
         from torch import nn
 
-        return nn.Identity()  # which has none
+        return nn.Identity()  # has no parameters
 
     @abstractmethod
     def loss(self, outputs: "Outputs", own: "nn.Module") -> "torch.Tensor":
-        """Its share of a micro-batch in its mean over the global batch; float32 scalar, without the weight.
+        """Return a micro-batch's share of the term's mean over the global batch; float32 scalar, without the weight.
 
         Args:
-            own: what :meth:`own_parameters` made.
+            own: the module that :meth:`own_parameters` returned.
         """
 
     @abstractmethod
     def described(self) -> str:
-        """What the weight multiplies, for the model card."""
+        """Describe what the weight multiplies, for the model card."""
 
     @property
     def weight_flag(self) -> str:
@@ -112,11 +112,14 @@ class Term(Settings, ABC):
 
     @property
     def takes_part(self) -> bool:
-        """Whether it is computed and written: with weight 0, too, unless it is optional."""
+        """Whether the term is computed and logged; a term that is not optional is, even with weight 0."""
         return self.weight > 0 or not self.is_optional
 
     def identity(self) -> dict[str, Any]:
-        """Its settings that must not change when a run is resumed: all; ``Objective.identity`` has most weights."""
+        """Return the settings that must not change when a run is resumed.
+
+        These are all settings, but the weight only of an optional term: ``Objective.identity`` adds the others.
+        """
         settings = asdict(self)
         if not self.is_optional:
             del settings[self.weight_flag]

@@ -1,1 +1,1 @@
-"""What launch/benchmark.py and launch/gpu_check.py measure and run."""
+"""Measurements and checks for launch/benchmark.py and launch/gpu_check.py."""

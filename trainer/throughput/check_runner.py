@@ -1,4 +1,4 @@
-"""Running the parts of a check, each within its time, and reporting on all of them whatever becomes of one."""
+"""Run the parts of a check, each with a time limit, and report on all parts, even if one fails."""
 
 import contextlib
 import json
@@ -32,9 +32,9 @@ SECONDS_TO_END = 10.0
 class Part:
     """Commands that run one after the other until one fails.
 
-    seconds       they may take together
-    result        JSON file that they write; what they print goes into the report then
-    environment   variables besides those of this process
+    seconds       time limit of all commands together
+    result        JSON file that the commands write; if set, their output goes into the report
+    environment   variables added to those of this process
     """
 
     name: str
@@ -46,7 +46,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a part: PASSED, FAILED, TIMED_OUT or NOT_INSTALLED, and what it said last."""
+    """The outcome of a part; ``status`` is PASSED, FAILED, TIMED_OUT or NOT_INSTALLED, ``said`` its last message."""
 
     name: str
     status: str
@@ -57,12 +57,12 @@ class Outcome:
 
 
 class Runner:
-    """Runs parts until the time is over; report.json and report.md tell of those that have ended.
+    """Runs parts within a time limit; report.json and report.md describe the parts that have ended.
 
     Args:
-        folder: exists; gets the report, and in logs/ what every part prints.
-        seconds: for all parts.
-        pace: the time that each part may take over its ``seconds``.
+        folder: an existing folder for the report, and for the output of every part in logs/.
+        seconds: time limit of all parts together.
+        pace: factor by which the time limit of each part is multiplied.
     """
 
     def __init__(self, folder: Path, machine: "Machine", seconds: float, pace: float = 1.0) -> None:
@@ -75,11 +75,11 @@ class Runner:
 
     @property
     def all_passed(self) -> bool:
-        """Whether no part failed or ran out of time; one whose program is not installed does not count."""
+        """Whether no part failed or timed out; parts whose program is not installed do not count."""
         return all(outcome.status in (PASSED, NOT_INSTALLED) for outcome in self.outcomes)
 
     def run(self, *parts: Part) -> None:
-        """Run parts one after the other, whatever becomes of each.
+        """Run parts one after the other, even if some fail.
 
         Raises:
             OSError: the report cannot be written.
@@ -91,7 +91,10 @@ class Runner:
                 status, said = self._run_commands(part, min(self._end, start + self.pace * part.seconds))
                 if status == PASSED and part.result:
                     result, said = json.loads(part.result.read_text(encoding="utf-8")), ""
-            except (OSError, ValueError) as error:  # no program, or not the result that it should write
+            except (
+                OSError,
+                ValueError,
+            ) as error:  # the program cannot start, or its result is missing or invalid
                 status, said = FAILED, first_line(error)
             programs = f"{Path(sys.executable).parent}/"
             commands = [shlex.join(map(str, command)).replace(programs, "") for command in part.commands]
@@ -107,11 +110,11 @@ class Runner:
             try:
                 list(threads.map(lambda parts: self.run(*parts), sequences))
             except BaseException:
-                self._end = 0.0  # for those that still run
+                self._end = 0.0  # ends the parts that still run
                 raise
 
     def report(self) -> str:
-        """What became of the parts, and what the measurements printed, in Markdown."""
+        """Return the outcome of the parts and the output of the measurements, in Markdown."""
         rows = [("part", "", "seconds", ""), ("---", "---", "---:", "---")]
         rows += [(each.name, each.status, f"{each.seconds:.0f}", each.said) for each in self.outcomes]
         lines = [f"{self.machine}", ""]
@@ -127,12 +130,12 @@ class Runner:
         write_text(self.folder / "report.md", self.report())
 
     def _run_commands(self, part: Part, end: float) -> tuple[str, str]:
-        """Status, and what was said last."""
+        """Return the status and the last message of a part."""
         for command in part.commands:
             if shutil.which(str(command[0])) is None:
-                return NOT_INSTALLED, f"there is no {command[0]}"
+                return NOT_INSTALLED, f"{command[0]} is not installed"
             if time.monotonic() >= end:
-                return TIMED_OUT, "no time was left"
+                return TIMED_OUT, "not started: no time was left"
             with (
                 self._log(part.name, "out").open("a") as output,
                 self._log(part.name, "err").open("a") as errors,
@@ -146,11 +149,11 @@ class Runner:
                     start_new_session=True,
                 )
                 try:
-                    # Looked at again and again, because Ctrl-C makes the end earlier.
+                    # Poll, because run_together moves self._end to the past on Ctrl-C or an error.
                     while process.poll() is None and time.monotonic() < min(end, self._end):
                         time.sleep(0.1)
                     if process.returncode is None:
-                        return TIMED_OUT, "ended for want of time"
+                        return TIMED_OUT, "stopped at its time limit"
                 finally:
                     end_tree(process)
             if process.returncode:
@@ -158,10 +161,12 @@ class Runner:
         return PASSED, next(iter(self._printed(part.name, "out")[-1:]), "")
 
     def _reason(self, name: str, status: int) -> str:
-        """An error in one line, or the last line that says anything: pytest's, or a traceback's."""
+        """Return the last "error: " line, else the last line of stderr, else of stdout, else the status."""
         errors = self._printed(name, "err")
-        said = [line for line in errors if line.startswith("error: ")] or errors or self._printed(name, "out")
-        return said[-1] if said else f"status {status}"
+        lines = (
+            [line for line in errors if line.startswith("error: ")] or errors or self._printed(name, "out")
+        )
+        return lines[-1] if lines else f"status {status}"
 
     def _printed(self, name: str, kind: str) -> list[str]:
         text = self._log(name, kind).read_text(encoding="utf-8", errors="replace")
@@ -176,7 +181,7 @@ def file_name(part: str) -> str:
 
 
 def end_tree(process: subprocess.Popen[Any]) -> None:
-    """End a command, if it still runs, and all that it started: as Ctrl-C does, and after a while with SIGKILL."""
+    """End a command and all processes that it started, with SIGINT if it still runs, then with SIGKILL."""
     tree = []
     if process.poll() is None:
         with contextlib.suppress(psutil.Error):

@@ -1,8 +1,8 @@
-"""The two ways to train that a benchmark compares, each in a process of its own, and what such a process tells.
+"""The two trainers that a benchmark compares, each in its own process, and the protocol of such a process.
 
-A process takes as many steps as it is told, and answers how many real tokens it saw and how long that took. It has
-its way's own environment: what ``launch/train.py`` sets for ours (threads that sleep, large pages), nothing for the
-eager recipe, whose users set nothing.
+A process takes the requested number of steps, and answers with the number of real tokens and the time. Our trainer
+runs with the environment that ``launch/train.py`` sets (threads that sleep while they wait, large pages). The eager
+recipe runs without it, because its users set nothing.
 """
 
 import gc
@@ -30,7 +30,7 @@ from distilspeed.trainer.training.run import Run, settle_attention
 from distilspeed.trainer.training.step import TrainingStep
 
 OURS, EAGER = "ours", "eager"
-# So many rows of the corpus are cut into pieces for the eager recipe: enough for real variety of lengths.
+# Rows of the corpus that are split into pieces for the eager recipe: enough for a realistic variety of lengths.
 EAGER_ROWS = 4096
 WARM_UP_STEPS, PROFILED_STEPS = 1, 2
 ANSWER = "BENCHMARK "
@@ -38,7 +38,7 @@ ANSWER = "BENCHMARK "
 
 @dataclass(frozen=True)
 class Lap:
-    """Some steps: the real (non-padding) tokens of all ranks, and the seconds that they took."""
+    """A number of steps: the real (non-padding) tokens of all ranks, and the seconds that the steps took."""
 
     tokens: int
     seconds: float
@@ -50,10 +50,10 @@ class Lap:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a process tells besides: memory in bytes, seconds of the phases of one step, FLOP/s of a matrix product.
+    """Further measurements of a process: memory in bytes, seconds per phase of a step, FLOP/s of a matrix product.
 
     resident   tensors held between steps: weights, gradients, optimiser states, teacher
-    peak       the most bytes of tensors held at any moment of a step
+    peak       largest size of all tensors at any moment of a step
     """
 
     resident: int
@@ -68,7 +68,7 @@ class Contestant(Protocol):
 
 
 class Ours:
-    """The trainer's own step, as ``launch/train.py`` takes it; made in ``joined_job``."""
+    """The trainer's own step, as in ``launch/train.py``; created in ``joined_job``."""
 
     def __init__(self, run: Run) -> None:
         self.run = run = run.with_optimizer_settled()
@@ -99,7 +99,8 @@ class Eager:
 
     def __init__(self, run: Run) -> None:
         assert run.teacher is not None
-        # Which makes a plan for every new shape, and these batches have hundreds: without, the recipe is faster.
+        # cuDNN attention makes a plan for every new shape, and these batches have hundreds: the recipe is faster
+        # without it.
         torch.backends.cuda.enable_cudnn_sdp(False)
         device, dtype = run.process.device, DTYPES[run.precision]
         rows = min(EAGER_ROWS, len(run.corpus.train))
@@ -120,13 +121,13 @@ class Eager:
 
 
 def serve(name: str, run: Run, commands: Iterable[str] | None = None) -> None:
-    """Be a contestant: for every line that holds a number take so many steps, and print the lap as JSON.
+    """Run a contestant: for each line with a number, take that many steps and print the lap as JSON.
 
-    An empty line asks for the :class:`Footprint`. On rank 0 alone lines are printed, each behind ``ANSWER``, because
-    libraries print, too.
+    An empty line asks for the :class:`Footprint`. Only rank 0 prints answers. Each answer starts with ``ANSWER``,
+    because libraries print, too.
 
     Args:
-        commands: None: standard input.
+        commands: the lines; None to read standard input.
     """
     with joined_job(run.process) if name == OURS else nullcontext():
         contestant: Contestant = Ours(run) if name == OURS else Eager(run)
@@ -148,7 +149,7 @@ def footprint(contestant: Contestant, run: Run) -> Footprint:
 
 
 def resident_bytes(device: torch.device) -> int:
-    """Bytes of all tensors alive on the device, each storage once."""
+    """Return the bytes of all live tensors on the device, counting each storage once."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     gc.collect()
@@ -162,7 +163,7 @@ def resident_bytes(device: torch.device) -> int:
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device, resident: int) -> int:
-    """The most bytes of tensors held at any moment of ``run``, those held before included."""
+    """Return the largest size in bytes of all tensors at any moment of ``run``, including those held before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         run()

@@ -1,10 +1,9 @@
 """The baseline: DistilBERT's original training recipe in eager PyTorch (Sanh et al. 2019), without DeepSpeed.
 
-As in the training code published with the paper: each piece of text is a row of its own, rows of about the same
-length form a batch and are padded to its longest; masks are drawn over the whole batch; the losses select real
-tokens out of the logits with ``masked_select`` and go through PyTorch's ``log_softmax``, ``softmax``, ``KLDivLoss``,
-``CrossEntropyLoss`` and ``CosineEmbeddingLoss``; every micro-batch reads its losses with ``.item()``. The models are
-transformers' own, called as anybody calls them.
+It follows the training code published with the paper. Each piece of text is its own row. Rows of similar length form a
+batch and are padded to the longest. Masks are drawn over the whole batch. The losses select real tokens from the
+logits with ``masked_select`` and use PyTorch's ``log_softmax``, ``softmax``, ``KLDivLoss``, ``CrossEntropyLoss`` and
+``CosineEmbeddingLoss``. Every micro-batch reads its losses with ``.item()``. The models are plain transformers models.
 """
 
 import math
@@ -38,7 +37,7 @@ ROWS_READ_AT_A_TIME = 1024
 
 
 class PaddedBatch(NamedTuple):
-    """Pieces padded to the longest; before masking."""
+    """Pieces padded to the longest, before masking."""
 
     input_ids: Tensor  # int64 [rows, longest]
     attention_mask: Tensor  # bool [rows, longest]
@@ -46,9 +45,9 @@ class PaddedBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class BucketedPieces:
-    """The pieces of a corpus's first rows, in batches of one length bucket each, in random order.
+    """The pieces of a corpus's first rows in random order; each batch has pieces of one length bucket.
 
-    A batch holds as many pieces as fill ``tokens_per_batch`` best, at least one.
+    A batch holds about ``tokens_per_batch`` tokens, and at least one piece.
     """
 
     corpus: Corpus
@@ -57,7 +56,7 @@ class BucketedPieces:
     seed: int
 
     def batches(self) -> Iterator[PaddedBatch]:
-        """Batches without end, every piece once an epoch; the last ones of each bucket may be small."""
+        """Yield batches forever, every piece once per epoch; the last batch of each bucket may be smaller."""
         pieces = self._pieces()
         generator = np.random.default_rng(self.seed)
         while True:
@@ -91,9 +90,9 @@ class BucketedPieces:
 
 
 class EagerRecipe:
-    """Teacher, student and optimiser of the baseline on one device, weights and moments in float32.
+    """Teacher, student and optimiser of the baseline on one device, with weights and moments in float32.
 
-    In half precision with torch.autocast and, for float16, a GradScaler: today's form of the apex it was run with.
+    Half precision uses torch.autocast and, for float16, a GradScaler. They replace the apex of the original code.
 
     Args:
         student, teacher: float32 on ``device``; the student in training mode, the teacher in evaluation mode.
@@ -122,7 +121,7 @@ class EagerRecipe:
         )
 
     def step(self) -> tuple[int, float]:
-        """One optimiser step; returns the real tokens it saw and the last micro-batch's loss."""
+        """Take one optimiser step; return its number of real tokens and the last micro-batch's loss."""
         tokens = 0
         for _ in range(self.accumulation_steps):
             batch = PaddedBatch(*(tensor.to(self.device) for tensor in next(self.batches)))
@@ -142,7 +141,7 @@ class EagerRecipe:
         return tokens, last
 
     def loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        """The weighted sum over one micro-batch, every mean over this micro-batch alone."""
+        """Return the weighted sum of the losses; every mean is over this micro-batch only."""
         soft, mlm, cosine = SoftTargets(), MaskedLM(), HiddenCosine()  # with the published weights
         arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "output_hidden_states": True}
         student = self.student(**arguments)
@@ -170,7 +169,7 @@ class EagerRecipe:
         )
         parts = ((soft.weight, loss_ce), (mlm.weight, loss_mlm), (cosine.weight, loss_cos))
         for _, part in parts:
-            part.item()  # the recipe logs each of them for each micro-batch
+            part.item()  # the recipe logs each loss of each micro-batch
         return torch.stack([weight * part for weight, part in parts]).sum()
 
 
@@ -181,7 +180,7 @@ def mask_batch(batch: PaddedBatch, weights: Tensor, rule: MaskingRule) -> tuple[
         weights: float32 [vocabulary], zero for special tokens.
 
     Returns:
-        masked ids and labels (-100 where nothing was drawn), int64 [rows, longest].
+        masked ids and labels (-100 for tokens that were not drawn), int64 [rows, longest].
     """
     drawable = weights[batch.input_ids] * batch.attention_mask
     count = math.ceil(MASKED_FRACTION * int(batch.attention_mask.sum().item()))

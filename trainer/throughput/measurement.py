@@ -1,4 +1,4 @@
-"""Running both contestants in turns on one machine, and the trainer on several ranks."""
+"""Run both contestants in turns on one machine, and the trainer on several ranks."""
 
 import json
 import subprocess
@@ -15,22 +15,22 @@ from distilspeed.trainer.job.environment import unprepared_environment
 from distilspeed.trainer.job.ranks import free_port
 from distilspeed.trainer.throughput.contestants import ANSWER, EAGER, OURS, Footprint, Lap
 
-# Each turn lasts about so long: many steps where they are short, at least one where they are long. A GPU takes more
-# steps in less time, and nobody else's.
+# Target length of a turn, which has at least one step. A GPU needs less time: its steps are short, and no other job
+# shares it.
 SECONDS_PER_TURN = {"cpu": 6.0, "cuda": 2.0}
 LAPS_ON_RANKS = 5
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the contestants said: laps of the same index were taken one right after the other."""
+    """The measurements of the contestants; laps with the same index ran directly after each other."""
 
     laps: dict[str, list[Lap]]
     footprints: dict[str, Footprint]
 
 
 class Process:
-    """A contestant in a process of its own, which works only while it is asked."""
+    """A contestant in its own process; it works only between a request and its answer."""
 
     def __init__(self, name: str, command: Sequence[str]) -> None:
         self.name = name
@@ -40,7 +40,7 @@ class Process:
             stdout=subprocess.PIPE,
             text=True,
             env=unprepared_environment() if name == EAGER else None,
-            # A terminal's Ctrl-C is for the parent, which ends it.
+            # Ctrl-C in a terminal must reach only the parent, which ends this process.
             start_new_session=True,
         )
 
@@ -54,7 +54,7 @@ class Process:
         self._process.communicate()
 
     def first_lap(self) -> Lap:
-        """Wait until it is warm: one step."""
+        """Wait for the lap of one step that the process takes after its warm-up."""
         return Lap(**self._answer())
 
     def lap(self, steps: int) -> Lap:
@@ -69,7 +69,7 @@ class Process:
             self._process.stdin.write(f"{line}\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # it has ended; reading tells how
+            pass  # the process has ended; reading its answer reports how
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class Process:
             if line.startswith(ANSWER):
                 return json.loads(line.removeprefix(ANSWER))
         status = self._process.wait()
-        if status == UserError.status:  # it has said why
+        if status == UserError.status:  # the process has reported the reason
             raise UserError("failed-step", f"the process that runs {self.name!r} could not start; see above")
         raise UserError(
             "failed-step", f"the process that runs {self.name!r} ended with status {status}; see above"
@@ -88,15 +88,15 @@ class Process:
 def compare(
     command: Sequence[str], rounds: int, seconds_per_turn: float, names: Sequence[str] = (OURS, EAGER)
 ) -> Comparison:
-    """Let the contestants take steps in turns, each round in the other order.
+    """Run the contestants in turns, in alternating order.
 
     Args:
-        command: what starts a contestant, but for ``--contestant NAME``.
+        command: the command that starts a contestant, without ``--contestant NAME``.
     """
     with ExitStack() as stack:
         processes: list[Process] = []
         steps: dict[str, int] = {}
-        for name in names:  # one after the other: one that warms up would disturb the other's first lap
+        for name in names:  # one at a time, because one's warm-up would disturb the other's first lap
             processes.append(stack.enter_context(Process(name, command)))
             steps[name] = max(1, round(seconds_per_turn / processes[-1].first_lap().seconds))
         laps: dict[str, list[Lap]] = {name: [] for name in names}
@@ -108,12 +108,12 @@ def compare(
 
 
 def measure_scaling(arguments: Sequence[str], ranks: Sequence[int]) -> dict[str, float]:
-    """Tokens per second of the trainer's own step on several ranks of this host, over those of one rank.
+    """Return the trainer's tokens per second on several ranks of this host, relative to one rank.
 
-    All under DeepSpeed's launcher, cores shared out among the ranks; of each the fastest lap.
+    All runs use DeepSpeed's launcher, and the ranks share the cores. Each run counts with its fastest lap.
 
     Args:
-        arguments: script and arguments that make a contestant of every rank, but for which one and what to do.
+        arguments: script and arguments that start a contestant, without ``--contestant`` and ``--laps``.
     """
     if not ranks:
         return {}

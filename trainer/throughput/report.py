@@ -1,4 +1,4 @@
-"""What a benchmark found: table, JSON, and the check against an earlier one."""
+"""The results of a benchmark: table, JSON, and the check against an earlier benchmark."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from distilspeed.trainer.throughput.v100 import is_limited_to_v100
 from distilspeed.trainer.training.run import Run
 
 MIB = 2**20
-# A stored ratio may be missed by so much before the check fails.
+# The check fails if the ratio is lower than a stored one by more than this.
 TOLERATED_LOSS = 0.10
 # The paper's run: 8 V100s for 90 hours, three epochs of Wikipedia and BookCorpus (Sanh et al. 2019).
 PAPER_TOKENS = 13e9
@@ -28,16 +28,16 @@ PAPER_TOKENS = 13e9
 class BenchmarkReport:
     """A benchmark, as it is stored.
 
-    setting            what was trained: models, rows, batch, precision, ZeRO stage
-    machine            where, with which versions, when, by which command
-    ratio              real tokens per second of ours over the eager recipe's, median over the rounds
-    ratios             of each round, in which both ran one right after the other
+    setting            models, rows, batch, precision, ZeRO stage
+    machine            machine, versions, date, command
+    ratio              our real tokens per second over the eager recipe's, median over the rounds
+    ratios             the ratio of each round, in which both ran directly after each other
     tokens_per_s       median over the rounds
-    flops_per_token    of the method: student forward and backward, teacher forward
-    mfu                FLOP/s of the method over those of a large matrix product, the fastest of the run's
-    resident, peak     bytes of tensors between steps, and at most
+    flops_per_token    FLOPs of the method: student forward and backward, teacher forward
+    mfu                FLOP/s of the method over the FLOP/s of the fastest large matrix product measured in the run
+    resident, peak     bytes of tensors between steps, and the most during a step
     phases             share of our step's time in each phase
-    scaling            ranks -> tokens per second over those of one rank, both under the launcher
+    scaling            ranks -> tokens per second relative to one rank, both under the launcher
     """
 
     setting: dict[str, Any]
@@ -54,7 +54,7 @@ class BenchmarkReport:
 
     @classmethod
     def of(cls, run: Run, comparison: Comparison, scaling: dict[str, float]) -> "BenchmarkReport":
-        """Work out the report of a run that was prepared, not trained."""
+        """Make the report from the measurements; ``run`` is prepared, not trained."""
         student, teacher = run.shapes()
         assert teacher is not None
         flops = run.flops_per_token()
@@ -120,7 +120,11 @@ class BenchmarkReport:
 
 
 def read_stored(path: Path) -> tuple[float, dict[str, Any]]:
-    """Ratio and setting of a stored report; UserError for any other file."""
+    """Read ratio and setting of a stored report.
+
+    Raises:
+        UserError: the file cannot be read, or is not a stored report.
+    """
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         ratio, setting = float(stored["ratio"]), dict(stored["setting"])
@@ -128,24 +132,24 @@ def read_stored(path: Path) -> tuple[float, dict[str, Any]]:
             raise ValueError(f"its ratio is {ratio}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            "unreadable-file", f"{path} is no stored benchmark ({error}); give a file that --output wrote"
+            "unreadable-file", f"{path} is not a stored benchmark ({error}); give a file written by --output"
         ) from error
     return ratio, setting
 
 
 def check_against(stored: Path, report: BenchmarkReport) -> None:
-    """Raise a UserError where the ratio is more than 10 % below that of a stored report of the same setting."""
+    """Raise a UserError if the ratio is more than 10 % below a stored report's with the same setting."""
     ratio, setting = read_stored(stored)
     names = {**setting, **report.setting}
     different = [name for name in names if setting.get(name) != report.setting.get(name)]
     if different:
         raise UserError(
             "changed-benchmark",
-            f"{stored} was measured with another {', '.join(different)}; compare with the same",
+            f"{stored} was measured with a different {', '.join(different)}; compare with the same setting",
         )
     if report.ratio < (1 - TOLERATED_LOSS) * ratio:
         raise UserError(
             "slower-than-before",
-            f"the trainer is {report.ratio:.2f} times as fast as the eager recipe and was {ratio:.2f} times "
-            f"({stored}); find out what made it slower",
+            f"the trainer is {report.ratio:.2f} times as fast as the eager recipe, and was {ratio:.2f} times as fast "
+            f"in {stored}; find out what made it slower",
         )

@@ -1,19 +1,19 @@
-"""The limits of a V100, set on a newer GPU."""
+"""Limit a newer GPU to the features of a V100."""
 
 import torch
 
 from distilspeed.trainer.engine import student
 from distilspeed.trainer.models import attention
 
-# Of 16 GiB, what CUDA's context leaves.
+# 16 GiB without the CUDA context.
 BYTES = 15 * 2**30
 NO_GPU_HAS = (1000, 0)
 
 
 def limit_to_v100() -> None:
-    """Take from this process what a V100 does not have.
+    """Disable in this process what a V100 does not have.
 
-    That is memory beyond 16 GiB, bfloat16, TF32, and all attention but SDPA's memory-efficient kernel.
+    This is memory beyond 16 GiB, bfloat16, TF32, and all attention except SDPA's memory-efficient kernel.
     """
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory

@@ -1,1 +1,1 @@
-"""A run: its arguments, plan, step, loop, metrics and export."""
+"""A training run: arguments, plan, step, loop, metrics and export."""

@@ -1,4 +1,4 @@
-"""Whether a run can train here: the device and the run's folder. A plan needs neither."""
+"""Check that a run can train here: the device and the run's folder. A plan needs neither check."""
 
 import os
 from pathlib import Path
@@ -13,25 +13,25 @@ from distilspeed.trainer.training.arguments import TrainArguments
 
 
 def check_device(arguments: TrainArguments, config: DeepSpeedConfig, device: torch.device) -> None:
-    """Raise a UserError unless the device trains in the config's precision and runs the losses."""
+    """Raise a UserError unless the device supports the config's precision and runs the loss kernels."""
     check_precision(config.precision, device)
-    if arguments.has_teacher:  # without one no kernel of ours runs
+    if arguments.has_teacher:  # without a teacher none of our kernels runs
         check_kernels(device)
 
 
 def check_output_dir(arguments: TrainArguments) -> None:
-    """Raise a UserError unless the run's folder can be written, and is empty or to be resumed."""
+    """Raise a UserError unless the run's folder is writable, and is empty or will be resumed."""
     folder = arguments.output_dir.absolute()
     nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not nearest.is_dir():
         raise UserError(
             "unwritable-output",
-            f"--output_dir {arguments.output_dir}: {nearest} is no folder; choose another",
+            f"--output_dir {arguments.output_dir}: {nearest} is not a directory; choose another",
         )
     if not os.access(nearest, os.R_OK | os.W_OK | os.X_OK):
         raise UserError(
             "unwritable-output",
-            f"--output_dir {arguments.output_dir}: {nearest} cannot be written; choose another",
+            f"--output_dir {arguments.output_dir}: {nearest} is not writable; choose another",
         )
     for flag, given in (("--data_dir", arguments.data_dir), ("--teacher", Path(arguments.teacher))):
         if given.is_dir() and folder.resolve().is_relative_to(given.resolve()):
@@ -42,5 +42,5 @@ def check_output_dir(arguments: TrainArguments) -> None:
     if not arguments.resume and folder.is_dir() and any(folder.iterdir()):
         raise UserError(
             "output-exists",
-            f"{arguments.output_dir} holds files already; continue it with --resume or choose another --output_dir",
+            f"{arguments.output_dir} is not empty; continue with --resume, or choose another --output_dir",
         )

@@ -1,4 +1,4 @@
-"""The trained student as a Hugging Face folder that loads without this project."""
+"""Export the trained student as a Hugging Face folder that loads without this project."""
 
 import inspect
 from pathlib import Path
@@ -16,10 +16,10 @@ TOKENIZER_OUTPUTS = ("input_ids", "token_type_ids", "attention_mask")
 
 
 def gather_weights(engine: deepspeed.DeepSpeedEngine, student: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The student's float32 weights on the CPU, whole, under the student's own names.
+    """Return the student's full float32 weights on the CPU, by the student's own names.
 
-    In half-precision training these are the optimiser's float32 copies, not the rounded ones. Every
-    rank calls this, because under ZeRO each holds a part; rank 0 keeps the result, the others get {}.
+    In half-precision training these are the optimiser's float32 copies, not the rounded weights. Called by every
+    rank, because ZeRO shards the weights; rank 0 gets the weights, other ranks get {}.
     """
     weights = {}
     for name, parameter in student.named_parameters():
@@ -31,9 +31,9 @@ def gather_weights(engine: deepspeed.DeepSpeedEngine, student: PreTrainedModel) 
 
 
 def whole_student(student: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
-    """The student as one ordinary float32 model on the CPU, from its gathered weights, without vocabulary padding.
+    """Return the student as a plain float32 model on the CPU, from its gathered weights, without vocabulary padding.
 
-    ``student`` itself gives only its config: under ZeRO-3 its parameters are partitioned.
+    Only the config and class of ``student`` are used: under ZeRO-3 its parameters are partitioned.
     """
     model = type(student)._from_config(student.config, dtype=torch.float32, attn_implementation="sdpa")
     with torch.no_grad():
@@ -43,9 +43,9 @@ def whole_student(student: PreTrainedModel, weights: dict[str, torch.Tensor]) ->
 
 
 def export_student(student: PreTrainedModel, record: TrainingRecord, folder: Path) -> None:
-    """Write config, safetensors, tokenizer and model card to ``folder``, in place of a student of fewer steps.
+    """Write config, safetensors, tokenizer and model card to ``folder``, replacing a student of fewer steps.
 
-    It appears whole or not at all.
+    The folder is written atomically.
     """
     with folder_written_whole(folder, replaces=True) as beside:
         student.save_pretrained(beside)
@@ -54,13 +54,13 @@ def export_student(student: PreTrainedModel, record: TrainingRecord, folder: Pat
 
 
 def tokenizer_for(model: PreTrainedModel, corpus: Corpus) -> PreTrainedTokenizerFast:
-    """The corpus's tokenizer, to be saved with a model: it gives the inputs that the model takes and no others.
+    """Return the corpus's tokenizer, set to return only the inputs that the model takes; for saving with the model.
 
-    DistilBERT takes no token types, and before transformers 5 a pipeline passes on all that a tokenizer gives.
+    DistilBERT takes no token types. Before transformers 5 a pipeline passes everything that the tokenizer returns.
     """
     tokenizer = corpus.load_tokenizer()
     taken = inspect.signature(model.forward).parameters
     names = [name for name in TOKENIZER_OUTPUTS if name in taken]
-    # save_pretrained writes what a tokenizer was made with, not the attribute.
+    # save_pretrained writes init_kwargs, not the attribute.
     tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names = names
     return tokenizer

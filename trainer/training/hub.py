@@ -1,4 +1,4 @@
-"""``--push_to_hub``: the finished student goes to a repository of the Hugging Face hub (or of ``HF_ENDPOINT``)."""
+"""``--push_to_hub``: upload the finished student to a repository on the Hugging Face hub (or ``HF_ENDPOINT``)."""
 
 import logging
 import shlex
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_can_push(repo_id: str) -> None:
-    """Raise UserError where an upload is bound to fail: known before training, without asking the hub."""
+    """Raise a UserError if an upload is certain to fail; checked before training, without contacting the hub."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -24,20 +24,20 @@ def check_can_push(repo_id: str) -> None:
     if is_offline_mode():
         raise UserError(
             "unusable-hub",
-            "--push_to_hub needs the hub and HF_HUB_OFFLINE is set; unset it or leave out the flag",
+            "--push_to_hub needs the hub, but HF_HUB_OFFLINE is set; unset it, or omit the flag",
         )
     if get_token() is None:
         raise UserError(
             "unusable-hub",
-            "--push_to_hub needs a token of the hub; set HF_TOKEN, or log in with `hf auth login`",
+            "--push_to_hub needs a hub token; set HF_TOKEN, or log in with `hf auth login`",
         )
 
 
 def push_student(folder: Path, repo_id: str) -> None:
-    """Upload a student's folder; the repository is made where there is none.
+    """Upload a student's folder; create the repository if it does not exist.
 
     Raises:
-        UserError: it could not be uploaded; names the folder, which stays, and the command that repeats the upload.
+        UserError: the upload failed; names the folder, which is kept, and the command that repeats the upload.
     """
     try:
         hub = HfApi()
@@ -45,7 +45,7 @@ def push_student(folder: Path, repo_id: str) -> None:
         hub.upload_folder(
             repo_id=repository.repo_id, folder_path=folder, commit_message="Student trained with distilspeed"
         )
-    except Exception as error:  # of the hub, its client, the network, the file system
+    except Exception as error:  # from the hub, its client, the network or the file system
         again = shlex.join(["hf", "upload", repo_id, str(folder)])
         raise UserError(
             "unusable-hub",

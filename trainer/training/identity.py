@@ -1,4 +1,4 @@
-"""What ``train_config.json`` says of a run that starts, and what must not change when it is resumed."""
+"""The contents of ``train_config.json`` for a new run, and the settings that must not change when it is resumed."""
 
 import hashlib
 from dataclasses import asdict
@@ -15,10 +15,10 @@ RECORDED_PACKAGES = ("distilspeed", "torch", "deepspeed", "transformers", "datas
 
 
 def record_run(run: Run, identity: dict[str, Any], attention: dict[str, str]) -> None:
-    """Write ``train_config.json`` of a run that starts.
+    """Write ``train_config.json`` of a new run.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     write_record(
         run.arguments.output_dir,
@@ -37,7 +37,7 @@ def record_run(run: Run, identity: dict[str, Any], attention: dict[str, str]) ->
 
 
 def identity_of(run: Run) -> dict[str, Any]:
-    """What must not change when a run is resumed; reads all weights of the teacher."""
+    """Return the settings that must not change when a run is resumed; hashes all weights of the teacher."""
     optimizer = run.deepspeed_config.optimizer
     return {
         "teacher": _weights_hash(run.teacher) if run.teacher else None,
@@ -55,7 +55,7 @@ def identity_of(run: Run) -> dict[str, Any]:
 
 
 def _weights_hash(model: PreTrainedModel) -> str:
-    """SHA-256 of all weights, float32, and their names."""
+    """Return the SHA-256 of all weights (float32) and their names."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode())

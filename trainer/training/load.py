@@ -1,4 +1,4 @@
-"""Loading what a run works with: its corpus, its teacher and its student."""
+"""Load the corpus, teacher and student of a run."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ class LoadedModels:
     """Teacher and student on the CPU.
 
     Attributes:
-        layers: the teacher's layers that the student starts with; () without a teacher.
+        layers: the teacher's layers that the student is initialised from; () without a teacher.
     """
 
     teacher: PreTrainedModel | None
@@ -36,7 +36,7 @@ def load_corpus(arguments: TrainArguments) -> Corpus:
     """Open the corpus.
 
     Raises:
-        UserError: it cannot be read, or has no rows to train on.
+        UserError: the corpus cannot be read, or has no training rows.
     """
     corpus = open_corpus(arguments.data_dir)
     if not corpus.manifest.counts.train_rows:
@@ -51,7 +51,7 @@ def load_models(arguments: TrainArguments, corpus: Corpus) -> LoadedModels:
     """Load the teacher and make the student from it, or make the student from a config.
 
     Raises:
-        UserError: a model cannot be loaded, or does not fit the corpus.
+        UserError: a model cannot be loaded, or does not match the corpus.
     """
     if arguments.student_config is not None:
         student = model_from_config(arguments.student_config, arguments.seed)

@@ -1,4 +1,4 @@
-"""The training loop, and the student that comes out of it."""
+"""The training loop: start or resume, take steps, save checkpoints, export the student."""
 
 import logging
 import shutil
@@ -42,16 +42,16 @@ logger = logging.getLogger(__name__)
 
 HELD_OUT_ROWS_FOR_CARD = 200
 SECONDS_TO_NAME_RANK = 60.0
-SECONDS_TO_END = 60.0  # in which a job that was told to may be expected to have ended
+SECONDS_TO_END = 60.0  # within which a job ends after it was told to stop
 
 
 def train(run: Run) -> None:
     """Train the student and write ``student/``, ``metrics.jsonl``, ``loss.png`` and ``train_config.json``.
 
     Raises:
-        UserError: the run cannot be gone on with, or its folder not written.
+        UserError: the run cannot be resumed, or its folder is not writable.
         NumericalError: a loss or gradient is not finite.
-        StoppedError: a signal has ended the run; a checkpoint is saved.
+        StoppedError: a signal stopped the run, after it saved a checkpoint.
     """
     arguments, process = run.arguments, run.process
     identity = identity_of(run) if process.rank == 0 else {}
@@ -59,7 +59,7 @@ def train(run: Run) -> None:
         _compare_with_folder(run, identity)
     torch.use_deterministic_algorithms(arguments.full_determinism)
     with (
-        # A rank that does not answer is named by the watch; collectives, which name none, wait longer.
+        # The watch names a rank that does not respond. Collectives do not, so their timeout is longer.
         joined_job(process, arguments.ddp_timeout + SECONDS_TO_NAME_RANK),
         JobWatch(process, arguments.ddp_timeout) as watch,
         _alone_in_folder(run),
@@ -67,13 +67,13 @@ def train(run: Run) -> None:
         changes, is_complete = _compare_for_all(run, identity)
         if is_complete:
             if process.rank == 0:
-                logger.info("%s/student exists: this run is complete", arguments.output_dir)
+                logger.info("this run is complete: %s/student exists", arguments.output_dir)
             return
         batches = MicroBatches(run.corpus, run.batch, process.rank, arguments.seed)
         attention = settle_attention(run, batches)
         training = _start_engine(run, batches)
         if process.rank == 0:
-            # Not before: a folder that is left by what DeepSpeed refuses is empty.
+            # Only now: if DeepSpeed rejects the config, the folder stays empty.
             _record(training, identity, attention, changes)
         _take_steps(training, watch)
         _finish(training)
@@ -86,7 +86,7 @@ def _checkpoints(arguments: TrainArguments) -> Checkpoints:
 
 
 def _compare_for_all(run: Run, identity: dict[str, Any]) -> tuple[Changes, bool]:
-    """Compare again, because another job may have been at work in the folder since; called by every rank."""
+    """Compare again under the lock, because another job may have changed the folder; called by every rank."""
     found: list[tuple[Changes, bool]] = [({}, False)]
     if run.process.rank == 0:
         folder = run.arguments.output_dir
@@ -99,13 +99,13 @@ def _compare_for_all(run: Run, identity: dict[str, Any]) -> tuple[Changes, bool]
 
 
 def _compare_with_folder(run: Run, identity: dict[str, Any]) -> tuple[Changes, bool]:
-    """Compare a run with what its folder holds; rank 0 only.
+    """Compare a run with the contents of its folder; rank 0 only.
 
     Returns:
-        what the run changes when it is resumed, and whether it is complete.
+        the settings that a resumed run changes, and whether the run is complete.
 
     Raises:
-        UserError: the folder cannot be the run's, or the run not be resumed.
+        UserError: the run cannot use the folder, or cannot be resumed.
     """
     arguments, folder = run.arguments, run.arguments.output_dir
     check_output_dir(arguments)
@@ -114,7 +114,7 @@ def _compare_with_folder(run: Run, identity: dict[str, Any]) -> tuple[Changes, b
         if taken:
             raise UserError(
                 "damaged-record",
-                f"{folder} has checkpoints and no train_config.json; bring it back, or choose another --output_dir",
+                f"{folder} has checkpoints but no train_config.json; restore it, or choose another --output_dir",
             )
         return {}, False
     changes = find_changes(record, identity, run.deepspeed_config, run.total_steps)
@@ -123,41 +123,41 @@ def _compare_with_folder(run: Run, identity: dict[str, Any]) -> tuple[Changes, b
     if run.total_steps < steps:
         raise UserError(
             "changed-run",
-            f"this run has taken {steps} steps, more than {run.total_steps}; give at least as many, "
+            f"this run has already taken {steps} steps, more than {run.total_steps}; give at least as many, "
             "or choose another --output_dir",
         )
     is_complete = has_student and record.student_step == run.total_steps
     if is_complete and (settings := changes.keys() - {TOTAL_STEPS}):
         raise UserError(
             "finished-run",
-            f"this run is complete: {min(settings)} cannot be changed any more; give more steps, "
+            f"this run is complete, so {min(settings)} cannot be changed; give more steps, "
             "or choose another --output_dir",
         )
     if has_student and not is_complete and not taken:
         raise UserError(
             "damaged-checkpoint",
-            f"the student in {folder} is of step {record.student_step}, and its checkpoints are gone; "
-            "bring one back from a copy, or choose another --output_dir",
+            f"the student in {folder} is from step {record.student_step}, but its checkpoints are missing; "
+            "restore one from a backup, or choose another --output_dir",
         )
     return changes, is_complete
 
 
 def _alone_in_folder(run: Run) -> AbstractContextManager[None]:
-    """Rank 0 makes the run's folder and keeps other jobs out: `deepspeed` can return before its ranks have ended."""
+    """Create and lock the run's folder on rank 0: the ranks of an earlier `deepspeed` command may still run."""
     folder = run.arguments.output_dir
     if run.process.rank != 0:
         return nullcontext()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    return locked(folder, SECONDS_TO_END, f"another job is at work in {folder}; wait for it, or end it")
+    return locked(folder, SECONDS_TO_END, f"another job uses {folder}; wait for it, or stop it")
 
 
 @dataclass(frozen=True)
 class _Training:
-    """A run whose engine stands, with its newest checkpoint loaded.
+    """A run with its engine started and its newest checkpoint loaded.
 
     Attributes:
-        first: where it starts or goes on.
+        first: the progress at which the run starts or resumes.
     """
 
     run: Run
@@ -183,7 +183,7 @@ def _start_engine(run: Run, batches: MicroBatches) -> _Training:
 def _record(
     training: _Training, identity: dict[str, Any], attention: dict[str, str], changes: Changes
 ) -> None:
-    """Write what the run starts with, or what it changes."""
+    """Record the settings of a new run, or the changes of a resumed one."""
     run, folder = training.run, training.run.arguments.output_dir
     record = read_record(folder)
     if record is None:
@@ -194,18 +194,18 @@ def _record(
 
 
 def _take_steps(training: _Training, watch: JobWatch) -> None:
-    """Train to the last step, with metrics and checkpoints on the way.
+    """Train to the last step, writing metrics and checkpoints.
 
     Raises:
-        StoppedError: a signal has ended the run; a checkpoint is saved.
+        StoppedError: a signal stopped the run, after it saved a checkpoint.
     """
     run, batches, step, progress = training.run, training.batches, training.step, training.first
     arguments, device = run.arguments, run.process.device
     num_workers = resolve_num_workers(arguments.dataloader_num_workers, device)
     loader = on_device(batches.loader(progress.batches, None, num_workers), device)
     metrics = _start_metrics(training)
-    # Closed here, and not when a reference cycle happens to be found: its workers heed no signal, and the end of the
-    # process waits for them.
+    # Close the loader here instead of when Python collects it: its workers ignore signals, and the process waits for
+    # them when it exits.
     with metrics.progress_bar, closing(loader):
         while progress.step < run.total_steps:
             learning_rate = step.engine.get_lr()[0]
@@ -221,7 +221,7 @@ def _take_steps(training: _Training, watch: JobWatch) -> None:
                 training.checkpoints.save(step.engine, progress)
             if told_by and not is_last:
                 raise StoppedError(
-                    f"by {told_by} after step {progress.step}, of which there is a checkpoint; go on with --resume"
+                    f"by {told_by} after step {progress.step}, with a checkpoint saved; continue with --resume"
                 )
 
 
@@ -275,7 +275,7 @@ def _finish(training: _Training) -> None:
             ),
             changes=changed.changes if changed else (),
         )
-        for left in run.arguments.output_dir.glob("student.incomplete-*"):  # by an export that was killed
+        for left in run.arguments.output_dir.glob("student.incomplete-*"):  # leftovers of a killed export
             shutil.rmtree(left)
         export_student(student, record, run.arguments.output_dir / "student")
         record_student(run.arguments.output_dir, run.total_steps)

@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 from distilspeed.trainer.objective.term import Term
 from distilspeed.trainer.training.metrics import StepMetrics
 
-if TYPE_CHECKING:  # importing matplotlib takes a second, and only the end of a run draws
+if TYPE_CHECKING:  # importing matplotlib takes a second, and only the end of a run needs it
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FEW_STEPS = 50  # each of which is a dot
-# Inches. Margins are fixed, because matplotlib's layout engines draw the figure several times to find them.
+FEW_STEPS = 50  # up to this many, each step is drawn as a dot
+# Inches. Margins are fixed, because matplotlib's layout engines draw the figure several times to compute them.
 AXES_WIDTH, AXES_HEIGHT = 3.5, 1.85
-LEFT, RIGHT = 0.9, 0.25  # of each panel's axes: tick labels as wide as 1,234,567, and half of one
-ABOVE, BELOW = 0.35, 0.35  # of each panel's axes: titles, tick labels
+LEFT, RIGHT = 0.9, 0.25  # beside each panel's axes: room for a tick label like 1,234,567, and for half of one
+ABOVE, BELOW = 0.35, 0.35  # above and below each panel's axes: room for titles, and for tick labels
 HEADLINE, STEP_LABEL = 0.4, 0.3  # above and below all panels
 
 
@@ -30,7 +30,7 @@ class _Panel:
     value: Callable[[StepMetrics], float]
     title: str
     in_short: Callable[[NDArray[np.float64]], str]
-    colour: str  # Okabe & Ito 2008: told apart with every common colour blindness, and in grey
+    colour: str  # Okabe & Ito 2008: distinguishable with every common colour blindness, and in grey
     is_loss: bool = True
 
 
@@ -62,17 +62,17 @@ def _panel_of(term: Term) -> _Panel:
 
 
 def plot_losses(metrics: Sequence[StepMetrics], path: Path, terms: Sequence[Term]) -> None:
-    """Write :func:`loss_figure` as PNG, whole or not at all."""
+    """Write :func:`loss_figure` as PNG, atomically."""
     import matplotlib
 
     beside = path.with_name(f".{path.name}.incomplete")
-    with matplotlib.rc_context({"agg.path.chunksize": 10_000}):  # or Agg refuses lines of very many points
+    with matplotlib.rc_context({"agg.path.chunksize": 10_000}):  # without it Agg fails on very long lines
         loss_figure(metrics, terms).savefig(beside, dpi=120, format="png")
     beside.replace(path)
 
 
 def loss_figure(metrics: Sequence[StepMetrics], terms: Sequence[Term]) -> "Figure":
-    """The loss of each of ``terms``, their sum, learning rate and throughput over the steps, each in a panel."""
+    """Draw the sum of the losses, the loss of each of ``terms``, learning rate and throughput, one panel each."""
     from matplotlib.figure import Figure
 
     panels = [_SUM_PANEL, *map(_panel_of, terms), *_OTHER_PANELS]
@@ -123,9 +123,9 @@ def _draw(axes: "Axes", panel: _Panel, metrics: Sequence[StepMetrics]) -> None:
 
 
 def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Each value's mean with its neighbours, 1 % of all values on either side; few values stay as they are.
+    """Return a moving average over 1 % of all values on either side; fewer than 100 values are not changed.
 
-    The first values, where a loss falls fast, have as few neighbours after them as before them.
+    Near the start, where a loss falls fast, the window has as few values after a point as before it.
     """
     reach = len(values) // 100
     if not reach:
@@ -138,7 +138,7 @@ def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _limits(values: NDArray[np.float64]) -> tuple[float, float]:
-    """Of a loss's axis: all values, without the first 2 % where they would leave no room for the rest."""
+    """Return the y limits of a loss: all values, but not the first 2 % if they would squeeze the rest."""
     low, high = values.min(), values.max()
     later = values[len(values) * 2 // 100 :]
     if high - low > 2 * (later.max() - low):

@@ -1,11 +1,11 @@
-"""Memory that one rank's tensors will take, estimated from shapes before anything is loaded.
+"""Estimate the memory of one rank's tensors from shapes.
 
-    weights, gradients, optimiser states   by ZeRO's stage (Rajbhandari et al. 2020, section 3)
-    reduction buckets                      DeepSpeed's, allocated whole
-    activations                            what the student keeps for its backward pass, and both models' logits
+    weights, gradients, optimiser states   by ZeRO stage (Rajbhandari et al. 2020, section 3)
+    reduction buckets                      DeepSpeed's, allocated in full
+    activations                            tensors that the student keeps for its backward pass, and both models' logits
 
-The peak of a step is at the end of the student's forward pass (activations and logits stand, gradients of earlier
-micro-steps too). Compared with measured peaks by tests/launch/test_memory.py.
+The peak of a step is at the end of the student's forward pass, when activations, logits and the gradients of earlier
+micro-steps are in memory. tests/launch/test_memory.py compares the estimates with measured peaks.
 """
 
 from dataclasses import dataclass
@@ -16,20 +16,20 @@ from distilspeed.trainer.engine.config import DeepSpeedConfig
 from distilspeed.trainer.families.shape import ModelShape
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-# AdamW keeps two float32 moments; mixed precision and ZeRO add float32 copies of the weights that are updated.
+# AdamW keeps two float32 moments; mixed precision and ZeRO add float32 master weights.
 ADAM_BYTES_PER_PARAMETER = 8
 MASTER_BYTES_PER_PARAMETER = 4
-# Tensors of [tokens, hidden size] kept for the backward pass: in each layer the inputs of its matrix products, norms
-# and activation, those of the feed-forward part counting by its width; outside them embeddings and MLM head.
+# Tensors of [tokens, hidden size] kept for the backward pass. In each layer these are the inputs of matrix products,
+# norms and activation; feed-forward ones have [tokens, intermediate size]. The others are of embeddings and MLM head.
 ATTENTION_ACTIVATIONS, FEED_FORWARD_ACTIVATIONS, OTHER_ACTIVATIONS = 9, 2, 6
-# Attention with dropout as CPUs do it keeps probabilities, mask and their product, [heads, length] per token, in half
-# precision as float32 and with the products' own copies.
+# On a CPU, attention with dropout keeps probabilities, mask and their product, [heads, length] per token. In half
+# precision they are float32, and the matrix product keeps its own copy.
 KEPT_PROBABILITIES = {4: 3 * 4, 2: 4 * 4}
-# Student's and teacher's; the gradient is written over the student's. Without a teacher: logits, float32 copy and
-# gradient.
+# With a teacher: the logits of both models; the gradient is written over the student's. Without a teacher: logits,
+# their float32 copy and the gradient.
 DISTILLATION_LOGITS = 2
 MLM_LOGITS = 3
-# What the losses work in on a CPU: three buffers, and copies of the labelled rows of one. A GPU needs none.
+# On a CPU the losses use three buffers, and copies of one buffer's labelled rows. A GPU needs none.
 LOSS_BUFFERS = 4
 GIB = 2**30
 
@@ -67,10 +67,10 @@ def estimate_memory(
     """Estimate the memory of one rank from shapes, ZeRO stage, offload and micro-batch.
 
     Args:
-        config: for ZeRO, offload and precision.
-        head_share: of the tokens, those that have logits.
-        on_cpu: where attention with dropout keeps its probabilities, and the losses work in buffers of their own.
-        attention_dropout: of the student.
+        config: gives ZeRO stage, offload and precision.
+        head_share: the fraction of tokens that have logits.
+        on_cpu: on a CPU, attention with dropout keeps its probabilities, and the losses use buffers.
+        attention_dropout: the student's dropout probability in attention.
     """
     width = BYTES[config.precision]
 
@@ -102,16 +102,19 @@ def _bytes_per_optimizer_state(config: DeepSpeedConfig) -> int:
 
 
 def _bytes_per_gradient(batch: BatchEquation, config: DeepSpeedConfig) -> int:
-    """What is kept of a parameter's gradient; with one micro-step the gradients come when activations go."""
+    """Return the bytes of a parameter's gradient at the peak.
+
+    With one micro-step the gradients themselves do not count: they are allocated while activations are freed.
+    """
     width = BYTES["fp32"] if config.accumulates_in_fp32 else BYTES[config.precision]
     accumulates = batch.gradient_accumulation_steps > 1
     if not _keeps_every_gradient_in_fp32(config):
         return width * accumulates
-    return width + BYTES[config.precision] * accumulates  # the last micro-step's own gradients, too
+    return width + BYTES[config.precision] * accumulates  # plus the gradients of the last micro-step
 
 
 def _keeps_every_gradient_in_fp32(config: DeepSpeedConfig) -> bool:
-    """Whether it is DeepSpeed's optimiser for bf16 at stage 1, which does so from the start, and has no buckets."""
+    """Return whether DeepSpeed uses its bf16 optimiser of stage 1: all gradients in fp32 from the start, no buckets."""
     return (
         config.zero_stage == 1
         and config.precision == "bf16"

@@ -1,4 +1,4 @@
-"""Metrics of a run: gathered on the device, read once per logging interval, written as JSON lines."""
+"""Metrics of a run: collected on the device, read once per logging interval, written as JSON lines."""
 
 import json
 import math
@@ -27,10 +27,10 @@ ROW_IDS_SHOWN = 64
 class StepMetrics:
     """One line of ``metrics.jsonl``: an optimiser step of the whole job.
 
-    ``loss`` is the weighted sum, ``losses`` the terms' values by their names, ``loss_NAME`` in the file; they are means
-    over the global batch. ``tokens`` are real (non-padding) tokens seen so far,
-    ``tokens_per_s`` and ``mfu`` averages over the logging interval, ``time`` seconds since the epoch.
-    ``skipped`` counts the batches that were left out because fp16 overflowed: they are no steps, and have no line.
+    ``loss`` is the weighted sum of the terms; ``losses`` has the value of each term by name, ``loss_NAME`` in the file.
+    All are means over the global batch. ``tokens`` counts real (non-padding) tokens so far. ``tokens_per_s`` and
+    ``mfu`` are averages over the logging interval. ``time`` is in seconds since the epoch. ``skipped`` counts batches
+    that were skipped after an fp16 overflow; skipped batches are not steps and are not logged.
     """
 
     step: int
@@ -47,7 +47,7 @@ class StepMetrics:
     time: float
 
     def to_json(self) -> dict[str, Any]:
-        """The line's names and values."""
+        """Return the line as a flat object."""
         line: dict[str, Any] = {}
         for name, value in vars(self).items():
             line |= {f"loss_{term}": of for term, of in value.items()} if name == "losses" else {name: value}
@@ -72,16 +72,16 @@ class _PendingStep:
 
 
 class Metrics:
-    """Collects what each step measured and writes it every ``logging_steps`` steps, rank 0 only.
+    """Collects the measurements of each step; rank 0 writes them every ``logging_steps`` steps.
 
     Args:
-        path: ``metrics.jsonl``; lines after ``first.step`` are dropped (a resumed run makes them again).
-        batches: which rows a fault came from.
-        progress_bar: rank 0's, or a disabled one.
+        path: ``metrics.jsonl``; lines after ``first.step`` are removed (a resumed run writes them again).
+        batches: maps a fault to its rows.
+        progress_bar: rank 0's progress bar; disabled on other ranks.
         terms: the names of the losses, in the order of a step's parts.
-        flops_per_token: of the whole step, per real token.
+        flops_per_token: FLOPs of the whole step, per real token.
         peak_flops: FLOP/s of all ranks together, for MFU.
-        first: where the run starts or goes on.
+        first: the progress at which the run starts or resumes.
     """
 
     def __init__(
@@ -112,11 +112,11 @@ class Metrics:
                 _keep_lines_up_to(path, first.step)
 
     def end_step(self, progress: Progress, epoch: float, result: StepResult, lr: float) -> None:
-        """Close a step, an update or not.
+        """Record a step, whether or not it updated the parameters.
 
         Args:
-            progress: with this step.
-            lr: that it was taken with.
+            progress: the progress after this step.
+            lr: the learning rate of this step.
 
         Raises:
             NumericalError: see :meth:`flush`.
@@ -128,10 +128,10 @@ class Metrics:
             self.flush()
 
     def flush(self) -> None:
-        """Read the pending steps from the device, check and write them; every rank calls this.
+        """Read the pending steps from the device, check and write them; called by every rank.
 
         Raises:
-            NumericalError: the loss or the gradient of one is not finite, which is no fp16 overflow.
+            NumericalError: a loss or gradient is not finite, and fp16 overflow is not the cause.
         """
         if not self.pending:
             return
@@ -175,12 +175,12 @@ class Metrics:
             what = f"gradient is {grad_norm}"
         number = step.progress.step + (not step.result.is_update)
         raise NumericalError(
-            f"at step {number} the {what}: {self._origin(step)}; the checkpoints of steps before are kept: "
-            "look at these rows, or go on with --resume and a lower learning rate"
+            f"at step {number} the {what}, {self._origin(step)}; earlier checkpoints are kept: "
+            "inspect these rows, or continue with --resume and a lower learning rate"
         )
 
     def _origin(self, step: _PendingStep) -> str:
-        """Where values are not finite; called by every rank."""
+        """Describe the rows whose values are not finite; called by every rank."""
         result, index = step.result, step.progress.batches - 1
         is_finite = result.parts.isfinite().all(dim=1) & result.gradients_are_finite
         found = [self.batches.rows_of(index, int(number)) for number in (~is_finite).nonzero()]
@@ -188,9 +188,9 @@ class Metrics:
         torch.distributed.all_gather_object(of_ranks, found)
         for rank, of_rank in enumerate(of_ranks):
             if of_rank:
-                return f"it comes from row ids {_listed(of_rank[0])} on rank {rank}"
+                return f"from row ids {_listed(of_rank[0])} on rank {rank}"
         _, rows = self.batches.global_batch(index)
-        return f"it comes from row ids {_listed(rows.tolist())}, its global batch"
+        return f"from row ids {_listed(rows.tolist())}, the global batch"
 
     def _write(self, lines: Sequence[StepMetrics]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -225,7 +225,7 @@ def _keep_lines_up_to(path: Path, step: int) -> None:
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except ValueError:  # the line a killed run was writing
+    except ValueError:  # a half-written line of a killed run
         return math.inf
 
 

@@ -1,4 +1,4 @@
-"""The model card of a student: what it was made of and how, for a reader and for the hub."""
+"""The model card of a student: how it was trained, for readers and for the hub."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,28 +16,28 @@ from distilspeed.trainer.training.metrics import StepMetrics
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What the model card says of the run."""
+    """The facts about a run that its model card states."""
 
     arguments: TrainArguments
-    terms: Sequence[Term]  # of which the metrics have values
+    terms: Sequence[Term]  # the terms that the metrics have values of
     deepspeed_config: ResolvedConfig
     corpus: Corpus
     layers: Sequence[int]
     world_size: int
     last_step: StepMetrics
     held_out: MaskedTokenQuality
-    changes: Sequence[str] = ()  # made when the run was resumed
+    changes: Sequence[str] = ()  # settings changed when the run was resumed
 
 
 def model_card(record: TrainingRecord) -> ModelCard:
-    """The model card: teacher, data, losses, hyper-parameters, results, which the hub reads from its metadata."""
+    """Return the model card: teacher, data, losses, hyper-parameters, results, and metadata for the hub."""
     return ModelCard(f"---\n{_metadata(record).to_yaml()}\n---\n\n{_text(record)}")
 
 
 def _metadata(record: TrainingRecord) -> ModelCardData:
-    """What is known; licence and language of the data are not."""
+    """Return the metadata; without licence and language, because those of the data are unknown."""
     arguments = record.arguments
-    # The size of a source is on record unless it is a data set of the hub, NAME[:CONFIG[:SPLIT]].
+    # A source without a recorded size is a data set of the hub, NAME[:CONFIG[:SPLIT]].
     sources = record.corpus.manifest.sources
     hub_ids = [source.name.partition(":")[0] for source in sources if source.bytes is None]
     task = "fill-mask"

@@ -1,4 +1,4 @@
-"""``--plan``: what a run will need, printed before anything is trained; refused where it does not fit the card."""
+"""``--plan``: print what a run will need, without training; an error if the run does not fit the GPU's memory."""
 
 import torch
 
@@ -8,7 +8,7 @@ from distilspeed.trainer.families.registry import family_of
 from distilspeed.trainer.training.memory import GIB, MemoryPlan, estimate_memory
 from distilspeed.trainer.training.run import Run
 
-# Beside the tensors: CUDA's context, libraries' workspaces, what the allocator cannot use. An allowance, not measured.
+# Memory beyond the tensors: CUDA context, library workspaces, fragmentation. An allowance, not measured.
 RESERVE_BYTES = GIB
 
 
@@ -16,7 +16,7 @@ def print_plan(run: Run) -> None:
     """Print the batch equation, FLOPs per step and estimated memory per GPU; rank 0 only.
 
     Raises:
-        UserError: the memory of the card (``--gpu_memory``, or that of the GPU here) is too small; names the largest
+        UserError: the memory of the GPU (``--gpu_memory``, or the local GPU's) is too small; names the largest
             micro-batch that fits.
     """
     tokens_per_step = run.batch.train_batch_size * run.corpus.manifest.seq_length
@@ -37,9 +37,10 @@ def print_plan(run: Run) -> None:
 
 
 def plan_memory(run: Run, batch: BatchEquation) -> MemoryPlan:
-    """The estimate for a run, with its micro-batch or another."""
+    """Estimate the memory of a run, with its own batch equation or another."""
     config = run.student.config
-    on_cpu = run.process.device.type == "cpu" and run.precision != "fp16"  # which no CPU is asked to train in
+    # fp16 does not train on a CPU, so a plan in fp16 is for a GPU.
+    on_cpu = run.process.device.type == "cpu" and run.precision != "fp16"
     return estimate_memory(
         *run.shapes(),
         batch,
@@ -66,12 +67,12 @@ def _check_fits(run: Run, memory: MemoryPlan) -> None:
     advice = (
         f"a micro-batch of {fitting[0]} fits (train_micro_batch_size_per_gpu)"
         if fitting
-        else "raise the ZeRO stage, offload, or share out the teacher (--teacher_zero3)"
+        else "raise the ZeRO stage, offload, or shard the teacher (--teacher_zero3)"
     )
     raise UserError(
         "out-of-memory",
-        f"the plan needs {memory.total / GIB:.1f} GiB of tensors and about {RESERVE_BYTES / GIB:.0f} GiB beside them, "
-        f"and the card has {card / GIB:.1f} GiB; {advice}",
+        f"the plan needs {memory.total / GIB:.1f} GiB for tensors and about {RESERVE_BYTES / GIB:.0f} GiB of reserve, "
+        f"but the GPU has {card / GIB:.1f} GiB; {advice}",
     )
 
 

@@ -1,6 +1,6 @@
-"""``train_config.json``: what a run was started with, what was changed since, and what --resume may change.
+"""``train_config.json``: the settings of a run, their later changes, and the settings that --resume may change.
 
-The settings at the start are never overwritten; what a resumed run changes is appended under "changes".
+The settings at the start are never overwritten. The changes of a resumed run are appended under "changes".
 """
 
 import json
@@ -18,7 +18,7 @@ from distilspeed.trainer.files import write_text, writing
 
 NAME = "train_config.json"
 TOTAL_STEPS = "total_steps"
-# Settings of DeepSpeed's config that a resumed run takes on: the optimiser's, and the heights of a schedule.
+# Settings of the DeepSpeed config that a resumed run may change: the optimiser's, and the heights of a schedule.
 CHANGEABLE = {
     "gradient_clipping",
     *(f"optimizer.params.{name}" for name in ("lr", "betas", "eps", "weight_decay")),
@@ -30,9 +30,9 @@ CHANGEABLE = {
         )
     ),
 }
-# Sections that decide what is computed: the rest of them must be as before.
+# Sections that affect what is computed. Their settings must not change, except those in CHANGEABLE.
 FIXED_SECTIONS = ("optimizer", "scheduler", "fp16", "bf16", "gradient_clipping")
-# How ZeRO lays out the states in a checkpoint.
+# Settings that affect how ZeRO lays out the states in a checkpoint.
 FIXED_LAYOUT = tuple(
     f"zero_optimization.{name}"
     for name in ("round_robin_gradients", "sub_group_size", "parameter_alignment", "elastic_checkpoint")
@@ -43,14 +43,14 @@ Changes = dict[str, tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class Record:
-    """What ``train_config.json`` holds.
+    """The contents of ``train_config.json``.
 
     Attributes:
-        identity: of the run as it was started (``run.identity_of``).
-        attention: transformers' names, for "student" and "teacher".
-        started: config and number of steps that are in force: those of the start with all changes.
-        changes: what was changed when the run was resumed, a line each.
-        student_step: the step that ``student/`` is of, where it is there.
+        identity: the settings that must not change, as at the start (``identity.identity_of``).
+        attention: transformers' names of the attention implementations, for "student" and "teacher".
+        started: current config and number of steps: those of the start, with all changes applied.
+        changes: the changes made when the run was resumed, one line each.
+        student_step: the step at which ``student/`` was exported, if it exists.
     """
 
     identity: dict[str, Any]
@@ -61,10 +61,10 @@ class Record:
 
 
 def read_record(output_dir: Path) -> Record | None:
-    """The record of a run that was started before; None: there is none.
+    """Return the record of a run that was started before; None if there is none.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the record cannot be read.
     """
     path = output_dir / NAME
     try:
@@ -83,33 +83,33 @@ def read_record(output_dir: Path) -> Record | None:
             dict(content["attention"]),
             Started(DeepSpeedConfig(config), total_steps),
             tuple(lines),
-            int(content.get("student_step", identity[TOTAL_STEPS])),  # of older versions: at the end alone
+            int(content.get("student_step", identity[TOTAL_STEPS])),  # older versions export only at the end
         )
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(
             "damaged-record",
-            f"{path} cannot be read: {first_line(error)}; bring it back, or choose another --output_dir",
+            f"cannot read {path}: {first_line(error)}; restore it, or choose another --output_dir",
         ) from error
 
 
 def find_changes(
     record: Record, identity: Mapping[str, Any], config: DeepSpeedConfig, total_steps: int
 ) -> Changes:
-    """What a resumed run changes: (before, now) by the setting's path.
+    """Return the settings that a resumed run changes: (before, now) by path.
 
     Raises:
-        UserError: something differs that cannot be changed; names it.
+        UserError: a setting differs that cannot be changed; names it.
     """
-    # What is in one of them alone is the setting of an optional term.
+    # A name that only one identity has is a setting of an optional term.
     for name in [*identity, *(record.identity.keys() - identity.keys())]:
         before, value = record.identity.get(name), identity.get(name)
         if name != TOTAL_STEPS and before != value:
             raise _refusal(name, before, value)
     before_config = record.started.deepspeed_config
     settings = _fixed_settings(before_config), _fixed_settings(config)
-    # By the names of sections: a type before its parameters.
+    # Compare a type before its parameters, so that the error names the type.
     names = sorted({*settings[0], *settings[1]}, key=lambda name: (".params." in name, name))
     changes: Changes = {}
     for name in names:
@@ -119,9 +119,10 @@ def find_changes(
         if name == SCHEDULE_LENGTH and total_steps != record.started.total_steps:
             raise UserError(
                 "unsuitable-schedule",
-                f"the learning rate of this run was planned to fall to 0 over {record.started.total_steps} steps "
-                f"({settings[1]['scheduler.type']}), not over {total_steps}; resume it with as many, or train with "
-                "another --output_dir. A run that starts with WarmupLR, or a larger total_num_steps, can be extended",
+                f"the learning rate of this run falls to 0 over {record.started.total_steps} steps "
+                f"({settings[1]['scheduler.type']}), not over {total_steps}; resume it with the same number of steps, "
+                "or choose another --output_dir (a run that starts with WarmupLR, or with a larger total_num_steps, "
+                "can be extended)",
             )
         if name not in CHANGEABLE:
             raise _refusal(name, before, now)
@@ -133,13 +134,13 @@ def find_changes(
 
 
 def _fixed_settings(config: DeepSpeedConfig) -> dict[str, Any]:
-    """The settings that are compared, by their paths."""
+    """Return the settings that a resumed run is compared by, by their paths."""
     settings = {name: value for name, value in config.settings().items() if _is_fixed(name)}
     return settings | {"gradients are summed in fp32": config.accumulates_in_fp32}
 
 
 def _is_fixed(name: str) -> bool:
-    # Which form of the same Adam runs follows from the machines, and is not known before the ranks have joined.
+    # The implementation of Adam depends on the machines, and is not known before the ranks have joined.
     return name not in OF_MACHINES and (name.partition(".")[0] in FIXED_SECTIONS or name in FIXED_LAYOUT)
 
 
@@ -158,7 +159,7 @@ def _refusal(name: str, before: object, now: object) -> UserError:
     return UserError(
         "changed-run",
         f"this run was started with {name} {_shown(before)}, not {_shown(now)}; "
-        "resume it with the same, or choose another --output_dir",
+        "resume it with the same value, or choose another --output_dir",
     )
 
 
@@ -167,27 +168,27 @@ def _shown(value: object) -> object:
 
 
 def write_record(output_dir: Path, content: Mapping[str, Any]) -> None:
-    """Write the record of a run that starts.
+    """Write the record of a new run.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the record cannot be written.
     """
     with writing(output_dir / NAME):
         write_text(output_dir / NAME, json.dumps(content, indent=2) + "\n")
 
 
 def append_changes(output_dir: Path, step: int, changes: Changes, student_step: int) -> str:
-    """Add what a resumed run changes to its record, and return it as a line.
+    """Append the changes of a resumed run to its record, and return them as one line.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the record cannot be written.
     """
     _update(output_dir, {"student_step": student_step}, {"after_step": step, "changed": changes})
     return _line(step, changes)
 
 
 def record_student(output_dir: Path, step: int) -> None:
-    """Note which step ``student/`` is of."""
+    """Record the step at which ``student/`` was exported."""
     _update(output_dir, {"student_step": step})
 
 

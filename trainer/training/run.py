@@ -1,4 +1,4 @@
-"""A training run before it starts: what it is told, resolved and checked, with its models."""
+"""Prepare a training run: read, resolve and check its arguments, then load its models."""
 
 import logging
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a run needs, checked, before any process is joined or file written."""
+    """Everything that a run needs, checked before the ranks join and before any file is written."""
 
     arguments: TrainArguments
     process: Process
@@ -59,28 +59,28 @@ class Run:
         return self.deepspeed_config.precision
 
     def models(self) -> dict[str, PreTrainedModel]:
-        """Student and, if there is one, teacher, by these names."""
+        """Return the models by role: "student" and, if there is one, "teacher"."""
         return {"student": self.student} | ({"teacher": self.teacher} if self.teacher else {})
 
     def shapes(self) -> tuple[ModelShape, ModelShape | None]:
-        """The sizes of student and, if there is one, teacher."""
+        """Return the shapes of the student and, if there is one, the teacher."""
         return model_shape(self.student.config), model_shape(self.teacher.config) if self.teacher else None
 
     def with_optimizer_settled(self) -> "Run":
-        """The run with the optimiser that every rank can make; called by every rank, when the ranks have joined."""
+        """Return the run with an optimiser that every rank can make; called by every rank, after the ranks join."""
         process = self.process
         config = settle_optimizer(self.deepspeed_config, process.device, process.local_rank)
         return replace(self, deepspeed_config=config)
 
     def flops_per_token(self) -> float:
-        """FLOPs of a training step per token of a row."""
+        """Return the FLOPs of a training step per token of a row."""
         seq_length = self.corpus.manifest.seq_length
         return flops_per_token(*self.shapes(), seq_length, self.objective.head_share)
 
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What a run is told, before its models are loaded."""
+    """The inputs of a run, before its models are loaded."""
 
     arguments: TrainArguments
     terms: tuple[Term, ...]
@@ -92,20 +92,20 @@ class _Inputs:
 
 
 def prepare_run(arguments: TrainArguments, terms: Sequence[Term] | None = None) -> Run:
-    """Check every argument against every other and load the models.
+    """Check the arguments and load the models.
 
     Args:
-        terms: of the objective, one of each registered class; None: with their defaults.
+        terms: the terms of the objective, one of each registered class; None for their defaults.
 
     Raises:
-        UserError: for anything the caller can put right; nothing has been written then.
+        UserError: an input is invalid; nothing has been written.
     """
     inputs = _read_inputs(arguments, take_terms({}) if terms is None else tuple(terms))
     return _prepare_plan(inputs) if arguments.plan else _prepare_training(inputs)
 
 
 def _prepare_training(inputs: _Inputs) -> Run:
-    """A run that trains here."""
+    """Prepare a run that trains on this machine."""
     arguments, device = inputs.arguments, inputs.process.device
     check_device(arguments, inputs.config, device)
     layer_norm = fused_layer_norm(device) if arguments.apex_layer_norm else None
@@ -120,13 +120,13 @@ def _prepare_training(inputs: _Inputs) -> Run:
     if layer_norm is not None:
         for model in models.all():
             replace_layer_norms(model, layer_norm)
-    if inputs.process.rank == 0:  # for all ranks, and last, because it reads the whole corpus
+    if inputs.process.rank == 0:  # once for all ranks, and last, because it reads the whole corpus
         open_corpus(arguments.data_dir, verify_checksums=True)
     return _make_run(inputs, config, models)
 
 
 def _prepare_plan(inputs: _Inputs) -> Run:
-    """A run to plan: on any machine, for machines that are elsewhere."""
+    """Prepare a run to plan, which may be for another machine than this one."""
     config = _resolve_config(inputs, started=None)
     return _make_run(inputs, config, load_models(inputs.arguments, inputs.corpus))
 
@@ -174,13 +174,13 @@ def _make_run(inputs: _Inputs, config: ResolvedConfig, models: LoadedModels) -> 
 
 
 def settle_attention(run: Run, batches: MicroBatches) -> dict[str, str]:
-    """Set the attention that both models run with, the same on every rank; called by every rank.
+    """Choose the attention implementation of both models for all ranks; called by every rank.
 
-    Rank 0 measures, on the first micro-batch; a resumed run takes what the run was started with, so that it computes
-    the same bits.
+    Rank 0 measures on the first micro-batch. A resumed run keeps the implementations of its start, so that it
+    computes the same bits.
 
     Returns:
-        transformers' name of the implementation, for "student" and "teacher".
+        transformers' names of the implementations, for "student" and "teacher".
     """
     chosen: list[dict[str, str]] = [{}]
     if run.process.rank == 0:
@@ -196,7 +196,7 @@ def settle_attention(run: Run, batches: MicroBatches) -> dict[str, str]:
                     DTYPES[run.precision],
                     run.process.device,
                     is_trained=role == "student",
-                    # A choice by time may be another in the next run.
+                    # A choice by measured time may differ between runs.
                     candidates=(SDPA,) if run.arguments.full_determinism else None,
                 )
                 for role, model in run.models().items()

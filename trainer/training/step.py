@@ -16,29 +16,26 @@ from distilspeed.trainer.families.vocabulary import pad_vocabulary
 from distilspeed.trainer.objective.objective import Distillation
 from distilspeed.trainer.training.run import Run
 
-# fp16: batches skipped in a row, at one loss scale and beyond its "hysteresis", after which it is taken not to fall.
+# fp16: after this many skipped batches in a row at one loss scale, beyond its "hysteresis", assume the scale is stuck.
 SKIPS_AT_ONE_SCALE = 5
 
 
 class StepResult(NamedTuple):
     """One rank's part of an optimiser step."""
 
-    # float32 [accumulation steps, 1 + terms] on the device, its shares of the loss and the terms
+    # float32 [accumulation steps, 1 + terms] on the device: this rank's shares of the loss and of each term
     parts: torch.Tensor
-    gradients_are_finite: (
-        torch.Tensor
-    )  # bool [accumulation steps] on the device, on their way into the layers
+    # bool [accumulation steps] on the device: gradients that enter the encoder's layers
+    gradients_are_finite: torch.Tensor
     grad_norm: float | torch.Tensor | None  # of the global batch, before clipping
-    is_update: (
-        bool  # false where fp16 gradients overflowed, or DeepSpeed left the step out for another reason
-    )
+    is_update: bool  # false if fp16 gradients overflowed, or DeepSpeed skipped the step for another reason
 
 
 class TrainingStep:
-    """One rank's part of optimiser steps; made by every rank in ``joined_job``. The run's models become its own.
+    """Takes one rank's part of optimiser steps; created by every rank in ``joined_job``. Modifies the run's models.
 
     Attributes:
-        engine: DeepSpeed's, around student and losses.
+        engine: the DeepSpeed engine around student and losses.
     """
 
     def __init__(self, run: Run) -> None:
@@ -53,7 +50,7 @@ class TrainingStep:
             pad_vocabulary(model)
             if arguments.compile:
                 model.base_model.compile()
-        # The terms' own parameters start the same on every rank, and each time.
+        # The terms' own parameters must start the same on every rank and in every run.
         torch.manual_seed(arguments.seed)
         self.distillation = Distillation(
             run.student, self.objective, batch.world_size, batch.gradient_accumulation_steps
@@ -71,9 +68,9 @@ class TrainingStep:
             )
 
     def take(self, index: int, micro_batches: Iterator[MicroBatch]) -> StepResult:
-        """Take an optimiser step on global batch ``index``, the next micro-batches.
+        """Take an optimiser step on global batch ``index``, made of the next micro-batches.
 
-        Nothing here waits for the device but DeepSpeed's own look at the gradient's norm.
+        Only DeepSpeed's check of the gradient norm waits for the device.
 
         Raises:
             OverflowAtLowestScale: fp16 gradients overflow, and the loss scale does not fall.
@@ -103,7 +100,7 @@ class TrainingStep:
 
     def _count_skips(self, is_update: bool, scale: float) -> None:
         if not self.engine.fp16_enabled():
-            return  # what is not finite in other precisions is no overflow: the metrics report it
+            return  # in other precisions non-finite gradients are errors, and the metrics report them
         if is_update or scale != self.last_scale:
             self.skips_at_last_scale = 0
         self.last_scale = scale
@@ -115,6 +112,6 @@ class TrainingStep:
 def seed_dropout(seed: int, batch: int, micro_batch: int) -> None:
     """Seed dropout as a function of (seed, global batch, micro-batch in it).
 
-    A resumed run draws what an uninterrupted one draws, on another number of ranks, too.
+    A resumed run draws the same dropout as an uninterrupted one, also on another number of ranks.
     """
     torch.manual_seed(int(philox(seed, batch, stream=(DROPOUT_STREAM, micro_batch)).random_raw()))

@@ -1,7 +1,7 @@
-"""NVIDIA apex is used where it is installed, and the unrelated package of its name is refused.
+"""NVIDIA apex is used if it is installed, and the unrelated package of the same name is refused.
 
-A stand-in with NVIDIA's interface (apex 0.1, optimizers/fused_lamb.py and normalization/fused_layer_norm.py) takes
-its place: the real one needs a GPU to be built.
+The tests use a stub with NVIDIA's interface (apex 0.1, optimizers/fused_lamb.py and
+normalization/fused_layer_norm.py), because the real package needs a GPU to build.
 """
 
 import importlib
@@ -49,7 +49,7 @@ class FusedLayerNorm(torch.nn.Module):
     "amp_C.py": "",
     "fused_layer_norm_cuda.py": "",
 }
-# As apex 0.9.10dev of the package index begins: a toolkit for the Pyramid web framework.
+# Like apex 0.9.10dev on PyPI, a toolkit for the Pyramid web framework.
 UNRELATED = {
     "apex/__init__.py": "raise SystemExit('code of a package that nobody asked for')",
     "apex/views.py": "",
@@ -59,7 +59,7 @@ UNRELATED = {
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str, str]], None]]:
-    """Puts a package's files on the path, and takes what was imported of it away again."""
+    """Write a package's files to the path; remove its imported modules after the test."""
 
     def write(files: dict[str, str]) -> None:
         for name, text in files.items():
@@ -80,11 +80,11 @@ def without(*names: str) -> dict[str, str]:
     return {name: text for name, text in NVIDIA.items() if name not in names}
 
 
-def test_without_a_package_of_that_name_there_is_no_apex() -> None:
+def test_apex_is_none_if_no_such_package_is_installed() -> None:
     assert find_apex() is None
 
 
-def test_nvidias_is_found_with_the_parts_that_have_their_extension(
+def test_nvidia_apex_is_found_with_the_parts_whose_extension_is_installed(
     install: Callable[[dict[str, str]], None],
 ) -> None:
     install(without("amp_C.py"))
@@ -102,7 +102,7 @@ def test_the_unrelated_package_is_refused_and_none_of_its_code_runs(
         find_apex()
     with raises_user_error("wrong-package", "apex"):
         own_optimizer(DeepSpeedConfig({"optimizer": {"type": "Lamb"}}), "cuda")
-    own_optimizer(DeepSpeedConfig({"optimizer": {"type": "AdamW"}}), "cuda")  # which needs no apex
+    own_optimizer(DeepSpeedConfig({"optimizer": {"type": "AdamW"}}), "cuda")  # AdamW needs no apex
 
 
 def test_an_apex_that_cannot_be_imported_is_refused(install: Callable[[dict[str, str]], None]) -> None:
@@ -111,7 +111,7 @@ def test_an_apex_that_cannot_be_imported_is_refused(install: Callable[[dict[str,
         find_apex()
 
 
-def test_lamb_is_apexs_where_it_takes_the_same_step(install: Callable[[dict[str, str]], None]) -> None:
+def test_lamb_is_from_apex_where_it_takes_the_same_step(install: Callable[[dict[str, str]], None]) -> None:
     install(NVIDIA)
     config = DeepSpeedConfig({"optimizer": {"type": "Lamb", "params": {"lr": 0.1, "betas": [0.9, 0.98]}}})
     parameters = [torch.nn.Parameter(torch.ones(2))]
@@ -120,7 +120,7 @@ def test_lamb_is_apexs_where_it_takes_the_same_step(install: Callable[[dict[str,
     assert make is not None
     fused = make(parameters)
     assert type(fused).__name__ == "FusedLAMB"
-    # Else it would clip gradients to norm 1 and leave the trust ratio out.
+    # By default apex would clip gradients to norm 1 and skip the trust ratio.
     assert (fused.max_grad_norm, fused.use_nvlamb) == (math.inf, True)
 
     limited = DeepSpeedConfig({"optimizer": {"type": "Lamb", "params": {"max_coeff": 10.0}}})
@@ -146,7 +146,7 @@ def test_layer_norms_are_replaced_and_nothing_else_changes(
         assert after.keys() == names.keys()
         assert all(after[name] is names[name] for name in names)
         assert list(model.state_dict()) == state
-        assert torch.equal(model(tokens).logits, before)  # epsilon and weights are the old ones
+        assert torch.equal(model(tokens).logits, before)  # epsilon and weights are unchanged
     assert isinstance(teacher, BertForMaskedLM)
 
 

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, whatever has become of the others; DeepSpeed's files are stood in for."""
+"""Which checkpoint a run resumes from, and what happens to damaged ones; DeepSpeed's files are random bytes."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from distilspeed.trainer.files import FileRecord, write_text
 
 
 class Engine:
-    """Writes what ``save_checkpoint`` of DeepSpeed's engine does."""
+    """A stub whose ``save_checkpoint`` writes the same files as DeepSpeed's engine."""
 
     def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
         assert not save_latest
@@ -56,7 +56,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("step_*"))
 
 
-def test_the_newest_is_found_with_what_it_was_saved_with(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_is_found_with_its_progress(tmp_path: Path) -> None:
     newest = saved(tmp_path, 3, 6).newest_good()
     assert newest
     assert newest.path == tmp_path / "step_000000006"
@@ -69,16 +69,16 @@ def test_the_newest_is_found_with_what_it_was_saved_with(tmp_path: Path) -> None
     assert (tmp_path / "latest").read_text() == "step_000000006"
 
 
-def test_where_there_is_none_yet_there_is_nothing_to_go_on_from(tmp_path: Path) -> None:
+def test_a_run_without_checkpoints_has_no_newest_one(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path / "checkpoints", 2, None).newest_good() is None
 
 
-def test_the_last_ones_and_every_nth_are_kept(tmp_path: Path) -> None:
+def test_the_newest_and_every_nth_checkpoint_are_kept(tmp_path: Path) -> None:
     saved(tmp_path, *range(2, 22, 2), keep_last=2, keep_every=6)
     assert names(tmp_path) == [f"step_{step:09d}" for step in (6, 12, 18, 20)]
 
 
-def test_nothing_that_is_written_can_be_executed(tmp_path: Path) -> None:
+def test_no_saved_file_is_executable(tmp_path: Path) -> None:
     saved(tmp_path, 1)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_mode & 0o111]
 
@@ -110,13 +110,13 @@ def add_a_pickle(path: Path) -> None:
     (path / "zero_pp_rank_1_mp_rank_00_optim_states.pt").write_bytes(b"cos\nsystem\n")
 
 
-def link_to_another_folder(path: Path) -> None:
+def replace_a_file_with_a_link(path: Path) -> None:
     file = next(path.glob("mp_rank*"))
     moved = file.rename(path.parent / "elsewhere.pt")
     file.symlink_to(moved)
 
 
-def put_a_link_there(path: Path) -> None:
+def replace_the_folder_with_a_link(path: Path) -> None:
     path.symlink_to(path.rename(path.parent / f"elsewhere_{path.name}"))
 
 
@@ -127,28 +127,27 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (remove_the_manifest, "manifest.json"),
     (cut_the_manifest, "manifest.json"),
     (add_a_pickle, "zero_pp_rank_1_mp_rank_00_optim_states.pt"),
-    (link_to_another_folder, "mp_rank_00_model_states.pt"),
-    (put_a_link_there, "link"),
+    (replace_a_file_with_a_link, "mp_rank_00_model_states.pt"),
+    (replace_the_folder_with_a_link, "link"),
 ]
 
 
 @pytest.mark.parametrize(("spoil", "what"), DAMAGES)
-def test_a_damaged_one_is_said_and_set_aside_and_the_one_before_it_used(
+def test_a_damaged_checkpoint_is_reported_and_renamed_and_the_previous_one_is_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, spoil: Callable[[Path], None], what: str
 ) -> None:
     checkpoints = saved(tmp_path, 3, 6)
     spoil(tmp_path / "step_000000006")
     assert newest_step(checkpoints) == 3
-    said = caplog.text
-    assert "step_000000006 is damaged: " in said
-    assert what in said
+    assert "step_000000006 is damaged: " in caplog.text
+    assert what in caplog.text
     assert names(tmp_path) == ["step_000000003", "step_000000006.damaged"]
-    saved(tmp_path, 6)  # the run comes by there again
+    saved(tmp_path, 6)  # the run reaches this step again
     assert newest_step(checkpoints) == 6
 
 
 @pytest.mark.parametrize(("spoil", "what"), DAMAGES)
-def test_where_all_are_damaged_it_is_an_error_and_nothing_changes(
+def test_if_all_checkpoints_are_damaged_it_is_an_error_and_nothing_changes(
     tmp_path: Path, spoil: Callable[[Path], None], what: str
 ) -> None:
     checkpoints = saved(tmp_path, 3, 6)
@@ -160,7 +159,7 @@ def test_where_all_are_damaged_it_is_an_error_and_nothing_changes(
 
 
 @pytest.mark.parametrize("left", ["step_000000009.incomplete", "step_000000003.incomplete"])
-def test_what_a_killed_process_was_writing_or_removing_is_no_checkpoint(tmp_path: Path, left: str) -> None:
+def test_a_half_written_or_half_removed_folder_is_not_a_checkpoint(tmp_path: Path, left: str) -> None:
     checkpoints = saved(tmp_path, 3, 6)
     shutil.copytree(tmp_path / "step_000000006", tmp_path / left)
     assert newest_step(checkpoints) == 6
@@ -168,14 +167,14 @@ def test_what_a_killed_process_was_writing_or_removing_is_no_checkpoint(tmp_path
     assert names(tmp_path) == ["step_000000006", "step_000000009"]
 
 
-def test_a_kill_while_latest_was_written_hinders_nothing(tmp_path: Path) -> None:
+def test_a_half_written_latest_file_does_no_harm(tmp_path: Path) -> None:
     saved(tmp_path, 3, 6)
     (tmp_path / ".latest.incomplete").write_text("step_0")
     assert newest_step(saved(tmp_path, 9)) == 9
     assert not (tmp_path / ".latest.incomplete").exists()
 
 
-def test_one_of_another_format_is_refused_and_not_taken_for_damaged(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_format_is_refused_but_not_treated_as_damaged(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 3, 6)
     manifest = tmp_path / "step_000000006" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
@@ -184,7 +183,9 @@ def test_one_of_another_format_is_refused_and_not_taken_for_damaged(tmp_path: Pa
     assert names(tmp_path) == ["step_000000003", "step_000000006"]
 
 
-def test_one_that_lacks_a_ranks_part_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_without_the_states_of_every_rank_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoints = saved(tmp_path, 3)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with raises_user_error("unshared-output", "1 of 2 ranks", "--output_dir"):
@@ -192,9 +193,9 @@ def test_one_that_lacks_a_ranks_part_is_refused(tmp_path: Path, monkeypatch: pyt
     assert newest_step(checkpoints) == 3
 
 
-def test_one_that_latest_does_not_name_yet_is_whole_all_the_same(tmp_path: Path) -> None:
+def test_a_checkpoint_that_latest_does_not_name_yet_is_used(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 3, 6)
-    (tmp_path / "latest").write_text("step_000000003")  # killed between renaming and this
+    (tmp_path / "latest").write_text("step_000000003")  # killed after renaming, before updating latest
     assert newest_step(checkpoints) == 6
 
 
@@ -202,7 +203,9 @@ def test_one_that_latest_does_not_name_yet_is_whole_all_the_same(tmp_path: Path)
     "error",
     [OSError(28, "No space left on device"), RuntimeError("[enforce fail at inline_container.cc:659]")],
 )
-def test_an_error_of_writing_is_a_line_and_leaves_what_was_there(tmp_path: Path, error: Exception) -> None:
+def test_an_error_of_writing_is_a_user_error_and_leaves_earlier_checkpoints(
+    tmp_path: Path, error: Exception
+) -> None:
     class FullDisk(Engine):
         def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
             super().save_checkpoint(folder, tag, save_latest)
@@ -215,7 +218,7 @@ def test_an_error_of_writing_is_a_line_and_leaves_what_was_there(tmp_path: Path,
     assert (tmp_path / "latest").read_text() == "step_000000006"
 
 
-def test_an_error_that_is_not_of_writing_stays_what_it_is(tmp_path: Path) -> None:
+def test_an_error_that_is_not_of_writing_is_not_converted(tmp_path: Path) -> None:
     class Lost(Engine):
         def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
             raise RuntimeError("Connection closed by peer")
@@ -224,7 +227,7 @@ def test_an_error_that_is_not_of_writing_stays_what_it_is(tmp_path: Path) -> Non
         Checkpoints(tmp_path, 2, None).save(Lost(), Progress(9, 9, 900))  # type: ignore[arg-type]
 
 
-def test_a_manifest_says_what_it_is_given(tmp_path: Path) -> None:
+def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
     (tmp_path / "data.pt").write_bytes(b"some")
     checkpoint = Checkpoint(tmp_path, Progress(1, 2, 3), 4, (FileRecord.of(tmp_path, tmp_path / "data.pt"),))
     write_text(tmp_path / "manifest.json", checkpoint.to_json())
@@ -294,7 +297,7 @@ SCHEDULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.filterwarnings("ignore:Detected call of")
-def test_other_settings_go_on_as_if_the_schedule_had_always_been_theirs(kind: str) -> None:
+def test_changed_settings_resume_at_the_rate_they_would_have_reached_from_the_start(kind: str) -> None:
     params, changed = SCHEDULES[kind]
     first = Scheduled(kind, params, 1.0, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0, eps=1e-6)
     first.train(8)
@@ -304,15 +307,15 @@ def test_other_settings_go_on_as_if_the_schedule_had_always_been_theirs(kind: st
     for engine, steps in ((resumed, 6), (always, 14)):
         engine.train(steps)
     assert resumed.rates == always.rates[8:]
-    theirs = always.basic_optimizer.param_groups[0]
+    expected = always.basic_optimizer.param_groups[0]
     for name, value in resumed.basic_optimizer.param_groups[0].items():
-        assert name == "params" or value == theirs[name], name
+        assert name == "params" or value == expected[name], name
     assert resumed.optimizer.clip_grad == 5.0
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.filterwarnings("ignore:Detected call of")
-def test_the_same_settings_go_on_to_the_bit(kind: str) -> None:
+def test_the_same_settings_resume_bit_for_bit(kind: str) -> None:
     straight, first, resumed = (Scheduled(kind, SCHEDULES[kind][0], 1.0, lr=1e-3, eps=1e-6) for _ in range(3))
     straight.train(14)
     first.train(8)

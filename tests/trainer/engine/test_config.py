@@ -35,7 +35,7 @@ def test_a_file_comes_before_the_shipped_config_of_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "gpu_bf16").mkdir()  # is not a file
+    (tmp_path / "gpu_bf16").mkdir()  # a folder, not a file
     assert read_deepspeed_config(Path("gpu_bf16")).precision == "bf16"
     (tmp_path / "cpu").write_text('{"gradient_clipping": 1.0}')
     assert read_deepspeed_config(Path("cpu")).to_dict() == {"gradient_clipping": 1.0}
@@ -64,7 +64,7 @@ def test_the_batch_equation_is_solved_as_deepspeed_solves_it(
     assert resolve_batch_equation(DeepSpeedConfig(stated), world_size) == BatchEquation(*expected)
 
 
-def test_arguments_fill_the_batch_sizes_that_the_config_leaves_open() -> None:
+def test_arguments_fill_the_batch_sizes_that_the_config_does_not_state() -> None:
     assert resolve_batch_equation(DeepSpeedConfig({}), 2, 64, 8) == BatchEquation(64, 8, 4, 2)
     with raises_user_error("conflicting-config", "--train_batch_size 64", '"train_batch_size": 32', '"auto"'):
         resolve_batch_equation(DeepSpeedConfig({"train_batch_size": 32}), 2, 64, 8)
@@ -74,7 +74,7 @@ def batch(total: int, micro: int) -> DeepSpeedConfig:
     return DeepSpeedConfig({"train_batch_size": total, "train_micro_batch_size_per_gpu": micro})
 
 
-def test_an_indivisible_batch_is_refused_and_the_nearest_named() -> None:
+def test_an_indivisible_batch_is_refused_and_the_nearest_divisible_ones_are_named() -> None:
     with raises_user_error("indivisible-batch", "4096", "4080 and 4104"):
         resolve_batch_equation(batch(4096, 8), 3)
     with raises_user_error("indivisible-batch", "5", "24"):
@@ -84,7 +84,7 @@ def test_an_indivisible_batch_is_refused_and_the_nearest_named() -> None:
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "many", True])
-def test_a_batch_size_that_is_no_number_is_refused(value: object) -> None:
+def test_an_invalid_batch_size_is_refused(value: object) -> None:
     with raises_user_error("bad-config", '"train_batch_size"', repr(value)):
         DeepSpeedConfig({"train_batch_size": value})
 
@@ -101,7 +101,7 @@ def test_every_shipped_config_resolves_to_the_recipe_of_the_original(path: Path)
     parameters = resolved.optimizer.params
     assert (parameters["lr"], parameters["betas"], parameters["eps"]) == (5e-4, [0.9, 0.98], 1e-6)
     schedule = resolved.scheduler.params
-    # The rate would be 0 in the step after the last.
+    # The rate reaches 0 in the step after the last.
     assert (schedule["warmup_num_steps"], schedule["total_num_steps"]) == (50, 1001)
     assert schedule["warmup_max_lr"] == 5e-4
 
@@ -118,7 +118,7 @@ AUTO_SCHEDULES: dict[str, dict[str, Any]] = {
 
 
 def filled(name: str, steps: int, **stated: object) -> ResolvedConfig:
-    """A resolved config whose schedule is left to the trainer but for what is stated."""
+    """Return a resolved config whose schedule is "auto" except for the stated values."""
     config = DeepSpeedConfig(
         {
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
@@ -130,7 +130,7 @@ def filled(name: str, steps: int, **stated: object) -> ResolvedConfig:
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 39, 1000])
 @pytest.mark.parametrize("name", AUTO_SCHEDULES)
-def test_a_schedule_of_auto_values_rises_to_the_peak_and_is_0_in_no_step(name: str, steps: int) -> None:
+def test_an_auto_schedule_rises_to_the_peak_and_is_never_0(name: str, steps: int) -> None:
     config = filled(name, steps)
     rates = list(learning_rates(config, steps))
     assert min(rates) > 0
@@ -150,8 +150,8 @@ def test_a_schedule_of_auto_values_rises_to_the_peak_and_is_0_in_no_step(name: s
         assert all(rate > 0.99e-3 for rate in rates[warmup - 1 : warmup] if steps > 100)
 
 
-def test_deepspeed_itself_takes_two_steps_at_0() -> None:
-    """Why a schedule that is filled in begins at iteration 1; where this fails, FIRST_ITERATION can go."""
+def test_deepspeed_itself_takes_two_steps_at_a_rate_of_0() -> None:
+    """The reason for FIRST_ITERATION; if this test fails, remove that constant."""
     config = filled("WarmupDecayLR", 100)
     schedule = config.section("scheduler")
     del schedule["params"]["last_batch_iteration"]
@@ -162,12 +162,12 @@ def test_deepspeed_itself_takes_two_steps_at_0() -> None:
     ]
 
 
-def test_a_schedule_that_is_stated_whole_is_deepspeeds() -> None:
+def test_a_fully_stated_schedule_is_not_changed() -> None:
     params = {"warmup_min_lr": 1e-5, "warmup_max_lr": 1e-3, "warmup_num_steps": 10, "warmup_type": "linear"}
     assert filled("WarmupLR", 100, **params).section("scheduler")["params"] == params
 
 
-def test_a_resumed_run_fills_auto_with_what_it_was_started_with() -> None:
+def test_a_resumed_run_fills_auto_with_the_values_of_its_start() -> None:
     first = filled("WarmupLR", 100).with_sections(
         optimizer={"type": "AdamW", "params": {"lr": 2e-3, "eps": 1e-9}}
     )
@@ -204,7 +204,7 @@ def test_a_resumed_run_fills_auto_with_what_it_was_started_with() -> None:
         ("fp32", 1, "none", None),
     ],
 )
-def test_half_precision_sums_gradients_in_fp32_where_deepspeed_can(
+def test_half_precision_accumulates_gradients_in_fp32_where_deepspeed_can(
     precision: str, stage: int, offload: str, expected: str | None
 ) -> None:
     half = {} if precision == "fp32" else {precision: {"enabled": True}}
@@ -219,16 +219,16 @@ def test_half_precision_sums_gradients_in_fp32_where_deepspeed_can(
 
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem != "cpu"], ids=lambda path: path.stem)
-def test_the_shipped_configs_in_half_precision_sum_gradients_in_fp32(path: Path) -> None:
+def test_the_shipped_half_precision_configs_accumulate_gradients_in_fp32(path: Path) -> None:
     config = read_deepspeed_config(path)
     assert config.precision != "fp32"
     assert config.accumulation_dtype == "fp32"
     assert config.obstacle_to_fp32_accumulation() is None
 
 
-def test_the_offloading_config_fits_a_card_of_16_gib_and_moves_the_weights_64_times_a_step() -> None:
+def test_the_offloading_config_fits_16_gib_and_accumulates_64_micro_batches() -> None:
     config = read_deepspeed_config(next(path for path in CONFIGS if path.stem == "zero3_offload"))
-    # Left on, DeepSpeed replaces torch's linear layer for the whole process: the teacher's, too.
+    # If it were on, DeepSpeed would replace torch's linear layer in the whole process, including the teacher.
     assert config.section("zero_optimization")["memory_efficient_linear"] is False
     batch = resolve_batch_equation(config, 1)
     assert batch.gradient_accumulation_steps == 64
@@ -249,7 +249,7 @@ def test_the_8_v100_config_accumulates_to_4096_sequences_in_fp16() -> None:
     assert config.precision == "fp16"
 
 
-def test_a_stated_value_is_kept_and_a_meaningless_auto_refused() -> None:
+def test_a_stated_value_is_kept_and_an_unsupported_auto_is_refused() -> None:
     config = DeepSpeedConfig(
         {
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
@@ -312,7 +312,7 @@ def test_precision_is_one_of_three() -> None:
     ],
     ids=str,
 )
-def test_senseless_arguments_are_refused(wrong: dict[str, Any], code: UserErrorCode) -> None:
+def test_invalid_arguments_are_refused(wrong: dict[str, Any], code: UserErrorCode) -> None:
     given = {"deepspeed_config": Path("c"), "teacher": "t", "data_dir": Path("d"), "output_dir": Path("o")}
     with raises_user_error(code, f"--{[*wrong][-1]}"):
         TrainArguments(**(given | wrong))

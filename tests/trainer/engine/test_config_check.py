@@ -1,4 +1,4 @@
-"""Every key that DeepSpeed reads is accepted; what it does not read is named with what was probably meant."""
+"""Every key that DeepSpeed reads is accepted; any other key is refused with a suggestion."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ from distilspeed.trainer.engine.config_check import check_deepspeed_config
 GOOD: dict[str, Any] = json.loads(
     (Path(__file__).parents[3] / "ds_configs" / "cpu.json").read_text(encoding="utf-8")
 )
-# One of each section and kind of value that DeepSpeed's documentation shows for training.
+# Every section and kind of value that DeepSpeed's documentation shows for training.
 DOCUMENTED: dict[str, Any] = {
     "steps_per_print": 100,
     "wall_clock_breakdown": False,
@@ -80,7 +80,7 @@ def check(changes: dict[str, Any]) -> None:
     )
 
 
-def test_what_deepspeed_documents_is_accepted() -> None:
+def test_every_documented_key_is_accepted() -> None:
     check(DOCUMENTED)
     for name, value in DOCUMENTED.items():
         check({name: value})
@@ -89,7 +89,7 @@ def test_what_deepspeed_documents_is_accepted() -> None:
 @pytest.mark.parametrize(
     ("section", "model"), [("zero_optimization", DeepSpeedZeroConfig), ("fp16", DeepSpeedFP16Config)]
 )
-def test_every_key_of_a_model_is_accepted(section: str, model: type[DeepSpeedConfigModel]) -> None:
+def test_every_key_of_a_pydantic_model_is_accepted(section: str, model: type[DeepSpeedConfigModel]) -> None:
     deprecated = {
         name
         for name, field in model.model_fields.items()
@@ -135,7 +135,7 @@ def test_the_schedules_of_deepspeed_and_torch_are_accepted(scheduler: dict[str, 
     check({"scheduler": scheduler} | ({"zero_optimization": {"stage": 0}} if of_torch else {}))
 
 
-def test_the_check_changes_nothing() -> None:
+def test_the_check_does_not_change_the_config() -> None:
     config = DeepSpeedConfig({**GOOD, **DOCUMENTED})
     resolved = resolve_deepspeed_config(config, resolve_batch_equation(config, 4), 100, None)
     before = json.dumps(resolved.to_dict())
@@ -145,13 +145,13 @@ def test_the_check_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("section", [name for name, value in DOCUMENTED.items() if isinstance(value, dict)])
-def test_a_key_too_many_is_refused_in_every_section(section: str) -> None:
+def test_an_unknown_key_is_refused_in_every_section(section: str) -> None:
     with raises_user_error("unknown-config-key", f'"{section}.', 'nonsense"'):
         check({section: DOCUMENTED[section] | {"nonsense": 1}})
 
 
-def test_what_deepspeed_ignores_is_what_is_refused() -> None:
-    """DeepSpeed itself takes a misspelt key in silence: that is why the check is there."""
+def test_a_misspelt_key_that_deepspeed_ignores_is_refused() -> None:
+    """DeepSpeed silently ignores a misspelt key, which is the reason for the check."""
     misspelt = {"train_batch_size": 8, "gradient_cliping": 5.0}
     assert DeepSpeedsOwn(misspelt).gradient_clipping == 1.0
     with raises_user_error("unknown-config-key", '"gradient_cliping"', '"gradient_clipping"'):

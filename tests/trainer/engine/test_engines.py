@@ -1,4 +1,4 @@
-"""What the device or DeepSpeed cannot do is refused before anything starts."""
+"""A precision that the device or DeepSpeed does not support is refused before training starts."""
 
 import deepspeed
 import pytest
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
 
 
-def test_fp16_is_refused_where_the_device_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp16_is_refused_if_the_device_does_not_support_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
     with raises_user_error("unsupported-precision", "fp16", '"bf16"'):
         check_precision("fp16", CPU)

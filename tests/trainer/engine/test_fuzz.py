@@ -1,4 +1,4 @@
-"""Arbitrary bytes and values where files are read: the result is a corpus or a config, or a UserError."""
+"""Reading arbitrary bytes and values gives a valid corpus or config, or a UserError."""
 
 import contextlib
 import json
@@ -44,7 +44,7 @@ values = st.recursive(
 
 @st.composite
 def mutations(draw: st.DrawFn, good: dict[str, Any]) -> dict[str, Any]:
-    """A good object of JSON with a value replaced, removed or added somewhere inside, up to three times."""
+    """A valid JSON object with up to three values replaced, removed or added anywhere inside."""
     mutated = json.loads(json.dumps(good))
     for _ in range(draw(st.integers(1, 3))):
         place: Any = mutated
@@ -68,7 +68,7 @@ def mutations(draw: st.DrawFn, good: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_and_resolve(path: Path) -> None:
-    """What a run does with its config."""
+    """Read, resolve and check a config, as a run does."""
     config = read_deepspeed_config(path)
     batch = resolve_batch_equation(config, 2)
     check_deepspeed_config(resolve_deepspeed_config(config, batch, 100, None), 100)
@@ -112,9 +112,7 @@ def test_a_mutated_config_resolves_or_is_a_user_error(config: dict[str, Any], tm
 
 @BOUNDED
 @given(key=st.text(min_size=1), value=values, section=st.sampled_from(["", *FULL_CONFIG]))
-def test_a_key_that_nothing_reads_is_always_refused(
-    key: str, value: object, section: str, tmp_path: Path
-) -> None:
+def test_an_unknown_key_is_always_refused(key: str, value: object, section: str, tmp_path: Path) -> None:
     config = json.loads(json.dumps(FULL_CONFIG))
     place = config[section] if isinstance(config.get(section), dict) else config
     place[f"my {key}"] = value
@@ -134,7 +132,7 @@ def copied_corpus_dir(small_corpus_dir: Path, tmp_path_factory: pytest.TempPathF
 
 @contextlib.contextmanager
 def replaced(path: Path, content: bytes) -> Any:
-    """The file with other content, until the block ends."""
+    """Replace the file's content until the block ends."""
     before = path.read_bytes()
     path.write_bytes(content)
     try:
@@ -168,7 +166,7 @@ def test_a_mutated_manifest_is_a_corpus_or_a_user_error(data: st.DataObject, cop
 @BOUNDED
 @given(data=st.data())
 def test_other_content_is_a_corpus_or_a_user_error(data: st.DataObject, copied_corpus_dir: Path) -> None:
-    """Of the same size, so that only reading it tells; nothing is verified."""
+    """The content has the same size, and checksums are not verified, so only reading can find the damage."""
     path = data.draw(st.sampled_from(files_of(copied_corpus_dir)))
     content = path.read_bytes()
     start = data.draw(st.integers(0, len(content) - 1))
@@ -182,9 +180,7 @@ def test_other_content_is_a_corpus_or_a_user_error(data: st.DataObject, copied_c
 
 @BOUNDED
 @given(data=st.data())
-def test_any_flipped_byte_is_found_where_checksums_are_verified(
-    data: st.DataObject, copied_corpus_dir: Path
-) -> None:
+def test_verifying_checksums_finds_any_flipped_byte(data: st.DataObject, copied_corpus_dir: Path) -> None:
     path = data.draw(st.sampled_from(files_of(copied_corpus_dir)))
     content = bytearray(path.read_bytes())
     content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))

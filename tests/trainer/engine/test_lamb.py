@@ -1,4 +1,4 @@
-"""LAMB takes the step of the paper's Algorithm 2."""
+"""Lamb computes the step of the paper's Algorithm 2."""
 
 import math
 from typing import Any
@@ -23,7 +23,7 @@ def defined_steps(
     max_coeff: float = math.inf,
     min_coeff: float = 0.0,
 ) -> list[np.ndarray]:
-    """You et al. 2020, Algorithm 2, in float64, one tensor after the other."""
+    """Compute You et al. 2020, Algorithm 2, in float64, one tensor at a time."""
     ends = []
     for i, x in enumerate(start):
         m = v = np.zeros_like(x)
@@ -52,10 +52,10 @@ def defined_steps(
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_a_step_is_that_of_the_paper(options: dict[str, Any], dtype: torch.dtype) -> None:
+def test_a_step_equals_the_papers(options: dict[str, Any], dtype: torch.dtype) -> None:
     random = np.random.default_rng(0)
     start = [random.normal(size=shape) for shape in SHAPES]
-    start[2][:] = 0  # a norm of 0: biases start so
+    start[2][:] = 0  # a norm of 0, as of a new bias
     gradients = [[random.normal(size=shape) for shape in SHAPES] for _ in range(STEPS)]
     gradients[0][1][:] = 0  # an update of 0, unless there is weight decay
 
@@ -76,13 +76,13 @@ def test_every_group_has_its_own_learning_rate_and_count() -> None:
     optimizer = Lamb([{"params": [first]}, {"params": [second], "lr": 0.5}], lr=0.1)
     first.grad, second.grad = torch.ones(3), torch.ones(3)
     optimizer.step()
-    # Adam's first update is the sign of the gradient; its norm is here that of the parameter.
+    # Adam's first update is the sign of the gradient. Its norm equals the parameter's here.
     torch.testing.assert_close(first.detach(), torch.full((3,), 0.9))
     torch.testing.assert_close(second.detach(), torch.full((3,), 0.5))
     assert [group["step"] for group in optimizer.param_groups] == [1, 1]
 
 
-def test_parameters_without_a_gradient_stay() -> None:
+def test_parameters_without_a_gradient_do_not_change() -> None:
     moved, still = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
     optimizer = Lamb([moved, still], weight_decay=0.1)
     moved.grad = torch.ones(3)
@@ -91,7 +91,7 @@ def test_parameters_without_a_gradient_stay() -> None:
     assert still not in optimizer.state
 
 
-def test_a_restored_state_continues_to_the_bit() -> None:
+def test_a_restored_state_continues_bit_for_bit() -> None:
     def run(steps: range, parameter: torch.nn.Parameter, optimizer: Lamb) -> None:
         for step in steps:
             parameter.grad = torch.linspace(-1, 1, 5) * (step + 1)

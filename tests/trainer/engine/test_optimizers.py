@@ -1,4 +1,4 @@
-"""Which Adam runs where, and what a Lamb in the config must satisfy."""
+"""Which implementation of Adam runs on which machine, and what a config with Lamb must satisfy."""
 
 import logging
 import os
@@ -39,7 +39,7 @@ def params_of(config: ResolvedConfig) -> Mapping[str, Any]:
 
 @pytest.fixture
 def alone() -> Iterator[None]:
-    """A job of this process alone."""
+    """Join a job with this process as its only rank."""
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
@@ -48,7 +48,7 @@ def alone() -> Iterator[None]:
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch, alone: None) -> list[str]:
-    """DeepSpeed's operators that were loaded; all of them can be, on this pretended machine."""
+    """The names of DeepSpeed's operators that were loaded; on this simulated machine every one can be."""
     names: list[str] = []
     monkeypatch.setattr(optimizers, "_obstacle", lambda builder, compiler: names.append(builder.name) or "")
     return names
@@ -77,7 +77,7 @@ def test_auto_is_the_fastest_adam_of_the_machine(
 
 
 @pytest.mark.usefixtures("alone")
-def test_torchs_fused_adam_serves_where_deepspeeds_cannot_be_built(
+def test_torchs_fused_adam_is_used_if_deepspeeds_cannot_be_built(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="distilspeed")
@@ -100,7 +100,7 @@ def test_torchs_fused_adam_serves_where_deepspeeds_cannot_be_built(
 
 @pytest.fixture
 def lock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The lock of a build of fused_adam, which would be built here."""
+    """The lock of a build of fused_adam, on a machine that can build it."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(optimizers, "is_ninja_available", lambda: True)
     monkeypatch.setattr(optimizers, "SECONDS_BETWEEN_LOOKS", 0.01)
@@ -110,14 +110,14 @@ def lock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return lock
 
 
-def test_the_lock_of_a_build_that_was_killed_is_named(lock: Path) -> None:
+def test_the_lock_of_a_killed_build_is_named(lock: Path) -> None:
     an_hour_ago = time.time() - 3600
     os.utime(lock, (an_hour_ago, an_hour_ago))
     with raises_user_error("failed-build", str(lock), "60 minutes"):
         _obstacle(optimizers.FusedAdamBuilder(), "nvcc")
 
 
-def test_the_build_of_another_process_is_waited_for(
+def test_a_build_of_another_process_is_awaited(
     lock: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="distilspeed")
@@ -128,8 +128,8 @@ def test_the_build_of_another_process_is_waited_for(
     monkeypatch.setattr(optimizers.FusedAdamBuilder, "load", lambda builder: None)
     assert _obstacle(optimizers.FusedAdamBuilder(), "nvcc") == ""
     assert len(looks) == 3
-    (said,) = caplog.messages
-    assert f"if none runs, delete {lock}" in said
+    (message,) = caplog.messages
+    assert f"if none is running, delete {lock}" in message
 
 
 def test_a_stated_choice_is_kept(loaded: list[str]) -> None:
@@ -142,7 +142,7 @@ def test_a_stated_choice_is_kept(loaded: list[str]) -> None:
     assert settle_optimizer(resolved(), CPU, 0) == resolved()
 
 
-def test_what_the_machine_decides_stays_open_until_the_ranks_have_joined() -> None:
+def test_the_choice_of_adam_stays_auto_until_the_ranks_have_joined() -> None:
     config = adam(lr="auto", torch_adam="auto", fused="auto")
     filled = resolve_deepspeed_config(config, config.batch, 10, learning_rate=1.0)
     assert params_of(filled) == {"lr": 1.0, "torch_adam": "auto", "fused": "auto"}
@@ -159,6 +159,6 @@ def test_lamb_is_refused_with_zero(stage: int) -> None:
         check_optimizer(config)
 
 
-def test_deepspeed_makes_the_other_optimizers() -> None:
+def test_deepspeed_creates_the_other_optimizers() -> None:
     assert own_optimizer(adam(), "cpu") is None
     assert own_optimizer(resolved(), "cpu") is None

@@ -1,4 +1,4 @@
-"""Arguments: a dataclass is the command line, and refuses what its fields do not allow wherever it is made."""
+"""Arguments: a dataclass defines the command line, and enforces its limits in Python, too."""
 
 import subprocess
 import sys
@@ -42,11 +42,11 @@ def parser() -> CommandParser:
     return CommandParser(Example, Other, prog="example", description="An example.")
 
 
-def test_nothing_given_is_the_defaults() -> None:
+def test_an_empty_command_line_gives_the_defaults() -> None:
     assert parser().parse(["--name", "x"]) == (Example(name="x"), Other())
 
 
-def test_every_kind_of_field_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kind_of_field_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     line = "--name=~/x --output_dir=~/y --text a ~/b --text c --task d --task e --layers 0,2 --parts b "
     line += "--device cuda --max_steps 4 --share .25 --seed 1 --plan --workers 0 --weight 1 --debug"
@@ -66,11 +66,11 @@ def test_every_kind_of_field_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         workers=0,
     )
     assert other == Other(weight=1.0)
-    assert parser().parse(["--name", "x", "--text", "a"])[0].text == (Path("a"),), "a parser kept the other's"
+    assert parser().parse(["--name", "x", "--text", "a"])[0].text == (Path("a"),), "parsers share values"
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("", "the following arguments are required: --name;"),
         ("--name x --max_step 1", "unrecognized arguments: --max_step 1;"),
@@ -85,15 +85,15 @@ def test_every_kind_of_field_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--name x --device tpu", "argument --device: invalid choice: 'tpu'"),
     ],
 )
-def test_a_wrong_command_line_is_one_sentence(line: str, said: str) -> None:
+def test_an_invalid_command_line_is_reported_in_one_sentence(line: str, message: str) -> None:
     with pytest.raises(UserError) as raised:
         parser().parse(line.split())
-    assert str(raised.value).startswith(said)
+    assert str(raised.value).startswith(message)
     assert str(raised.value).endswith("; see example --help")
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ({"max_steps": 0}, "--max_steps must be above 0"),
         ({"share": 1.0}, "--share must be above 0 and below 1"),
@@ -104,28 +104,28 @@ def test_a_wrong_command_line_is_one_sentence(line: str, said: str) -> None:
     ],
     ids=str,
 )
-def test_limits_hold_in_python_and_on_the_command_line(wrong: dict[str, Any], said: str) -> None:
-    with raises_user_error("bad-argument", said):
+def test_limits_hold_in_python_and_on_the_command_line(wrong: dict[str, Any], message: str) -> None:
+    with raises_user_error("bad-argument", message):
         Example(name="x", **wrong)
     ((name, value),) = wrong.items()
     text = ",".join(map(str, value)) if isinstance(value, tuple) else value
-    with raises_user_error("bad-argument", said):
+    with raises_user_error("bad-argument", message):
         parser().parse(["--name", "x", f"--{name}={text}"])
 
 
 def test_the_help_names_each_flag_and_default_once() -> None:
     text = " ".join(parser().format_help().split("options:")[1].split())
-    for said in (
+    for part in (
         "--output_dir DIR made by this command --text FILE",
         "--max_steps MAX_STEPS to take --epochs EPOCHS to take (default 3) --share",
         "--parts {a,b} [{a,b} ...] of it (default a b)",
         "--seed SEED of chance (default 0) --plan do nothing --workers WORKERS default 2 on a GPU",
         "--weight WEIGHT of it (default 0.0005) --debug",
     ):
-        assert said in text
+        assert part in text
 
 
-# --- what it takes to import ---------------------------------------------------------------------------------
+# --- imports -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -137,13 +137,13 @@ def test_the_help_names_each_flag_and_default_once() -> None:
         ("distilspeed.kernels.profiling.settings import ProfileSettings", "torch"),
     ],
 )
-def test_a_parser_is_made_without_what_takes_seconds(program: str, absent: str) -> None:
+def test_slow_packages_are_not_imported_for_arguments(program: str, absent: str) -> None:
     code = f"import sys; from {program}; sys.exit({absent!r} in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_tokenising_process_imports_the_command_without_a_parser() -> None:
-    """A spawned process runs the file of the command under this name."""
+    """A spawned process runs the command's file under the name ``__mp_main__``."""
     script = str(ROOT / "launch" / "prepare_data.py")
     code = f"import runpy, sys; runpy.run_path({script!r}, run_name='__mp_main__'); "
     code += "sys.exit(bool({'transformers', 'torch'} & sys.modules.keys()))"

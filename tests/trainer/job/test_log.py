@@ -1,4 +1,4 @@
-"""Promises of the log: each message is a plain line, once, on the stream where a command's user looks for it."""
+"""Promises of the log: each message is one plain line, printed once, on the right stream."""
 
 import logging
 from collections.abc import Iterator
@@ -19,14 +19,14 @@ def as_before() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("facts_on_stderr", [False, True])
-def test_facts_go_where_the_command_says_and_warnings_to_standard_error(
+def test_facts_go_to_the_chosen_stream_and_warnings_to_standard_error(
     facts_on_stderr: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for _ in range(2):  # as a command does that starts another in its process
+    for _ in range(2):  # as when a command runs another command in its process
         show_log(facts_on_stderr)
     logging.getLogger("distilspeed.trainer.training.loop").info("student written to %s", "run/student")
     logging.getLogger("distilspeed.kernels").warning("%s", "100 % of it is damaged")
     logging.getLogger("distilspeed").debug("nothing")
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     fact, warning = "student written to run/student\n", "warning: 100 % of it is damaged\n"
-    assert (said.out, said.err) == (("", fact + warning) if facts_on_stderr else (fact, warning))
+    assert (printed.out, printed.err) == (("", fact + warning) if facts_on_stderr else (fact, warning))

@@ -1,4 +1,4 @@
-"""Ranks that srun or mpirun started know their place, and a person's shell in an allocation is none of them."""
+"""A rank that srun or mpirun started gets rank and world size; a shell in an allocation is not treated as a rank."""
 
 import os
 
@@ -33,7 +33,7 @@ PORT_OF_7 = str(15000 + 1790921346 % 15000)  # the CRC-32 of "7"
 
 
 def place(monkeypatch: pytest.MonkeyPatch, given: dict[str, str]) -> dict[str, str]:
-    """What is added to an environment."""
+    """Return the variables that are added to an environment."""
     environment = dict(given)
     monkeypatch.setattr(os, "environ", environment)
     take_place_from_scheduler()
@@ -68,7 +68,7 @@ def place(monkeypatch: pytest.MonkeyPatch, given: dict[str, str]) -> dict[str, s
         (HYDRA, {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}),
     ],
 )
-def test_a_rank_takes_its_place(
+def test_a_rank_takes_rank_and_world_size_from_the_scheduler(
     given: dict[str, str], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert place(monkeypatch, given) == expected
@@ -78,7 +78,7 @@ def test_a_rank_takes_its_place(
         assert place(monkeypatch, helper | given) == expected
 
 
-def test_the_ranks_of_a_host_meet_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_of_a_single_host_connect_over_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     found = place(monkeypatch, STEP | {"SLURM_STEP_NUM_NODES": "1", "SLURM_LOCALID": "3"})
     assert (found["MASTER_ADDR"], found["LOCAL_SIZE"]) == ("127.0.0.1", "4")
 
@@ -93,13 +93,13 @@ def test_the_ranks_of_a_host_meet_there(monkeypatch: pytest.MonkeyPatch) -> None
         OPEN_MPI | {"WORLD_SIZE": "8"},  # a plan for other machines
     ],
 )
-def test_what_is_no_task_of_theirs_is_left_alone(
+def test_a_process_that_is_not_a_rank_of_srun_or_mpirun_is_not_changed(
     given: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert place(monkeypatch, given) == {}
 
 
-def test_what_a_person_sets_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_set_by_the_user_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     found = place(
         monkeypatch, STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1"}
     )
@@ -120,7 +120,7 @@ def test_what_a_person_sets_stays(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"RANK": "one"}, ("RANK", "'one'")),
     ],
 )
-def test_what_makes_no_sense_is_refused(
+def test_inconsistent_variables_are_refused(
     given: dict[str, str], named: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "environ", dict(given))
@@ -129,9 +129,7 @@ def test_what_makes_no_sense_is_refused(
 
 
 @pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
-def test_ranks_that_could_not_find_each_other_do_not_wait(
-    missing: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_without_an_address_fail_at_once(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {
         "RANK": "0",
         "WORLD_SIZE": "2",
@@ -176,5 +174,5 @@ def test_ranks_of_a_host_share_its_cores(
         ("a-b.example[9]", "a-b.example9"),
     ],
 )
-def test_the_first_host_of_slurms_list(nodes: str, first: str) -> None:
+def test_the_first_host_of_slurms_list_is_found(nodes: str, first: str) -> None:
     assert first_host(nodes) == first

@@ -1,4 +1,4 @@
-"""The objective: documents of a packed row are apart, the losses are the definitions, means are global."""
+"""The objective: documents of a packed row are independent, losses match their definitions, means are global."""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def corpus(small_corpus_dir: Path) -> Corpus:
 
 
 def micro_batches(corpus: Corpus, micro: int, world: int) -> list[MicroBatch]:
-    """The micro-batches of global batch 0 of all ranks."""
+    """Return the micro-batches of global batch 0 of all ranks."""
     equation = BatchEquation(ROWS, micro, ROWS // (micro * world), world)
     return [
         batch
@@ -44,7 +44,7 @@ def micro_batches(corpus: Corpus, micro: int, world: int) -> list[MicroBatch]:
 
 
 def packed(corpus: Corpus, rows: list[int]) -> tuple[MicroBatch, list[np.ndarray]]:
-    """Rows as they are stored, unmasked, and the lengths of their documents."""
+    """Return rows as stored, unmasked, and the lengths of their documents."""
     stored = read_rows(corpus.train, rows)
     document_ids, position_ids = document_layout(stored.document_lengths, corpus.manifest.seq_length)
     ids = torch.from_numpy(stored.input_ids)
@@ -64,7 +64,7 @@ def packed(corpus: Corpus, rows: list[int]) -> tuple[MicroBatch, list[np.ndarray
 
 @torch.no_grad()
 @pytest.mark.parametrize("which", ["teacher", "student"])
-def test_a_packed_row_gives_the_hidden_states_of_its_documents_alone(
+def test_a_packed_row_gives_the_same_hidden_states_as_its_documents_alone(
     teacher: BertForMaskedLM, corpus: Corpus, which: str
 ) -> None:
     model = (teacher if which == "teacher" else make_student(teacher, (0, 2, 3)).eval()).double()
@@ -89,7 +89,7 @@ def objective_of(student: PreTrainedModel, teacher: BertForMaskedLM | None, **se
 def losses_by_definition(
     student: torch.nn.Module, teacher: BertForMaskedLM, batch: MicroBatch, restrict: bool
 ) -> torch.Tensor:
-    """Their sum and the losses of a whole global batch, on selected tokens, with torch's own functions."""
+    """Return the weighted sum and the losses of a global batch, computed on selected tokens with torch's functions."""
     ours, theirs = forward_packed(student, batch), forward_packed(teacher, batch)
     real, masked = batch.document_ids >= 0, batch.labels >= 0
     where = masked if restrict else real
@@ -106,7 +106,7 @@ def losses_by_definition(
 
 @pytest.mark.parametrize("restrict", [False, True])
 @pytest.mark.parametrize(("micro", "world"), [(12, 1), (3, 1), (2, 3)])
-def test_loss_and_gradient_are_the_definitions_over_the_global_batch(
+def test_loss_and_gradient_match_the_definitions_over_the_global_batch(
     teacher: BertForMaskedLM, corpus: Corpus, micro: int, world: int, restrict: bool
 ) -> None:
     (whole,) = micro_batches(corpus, ROWS, 1)
@@ -135,7 +135,7 @@ def flat_gradient(model: torch.nn.Module) -> torch.Tensor:
 
 
 def test_the_module_returns_one_scalar(teacher: BertForMaskedLM, corpus: Corpus) -> None:
-    # More than one output tensor is what DeepSpeed 0.18.3 to 0.18.9 scales wrongly.
+    # DeepSpeed 0.18.3 to 0.18.9 scales gradients wrongly if there is more than one output tensor.
     (batch,) = micro_batches(corpus, ROWS, 1)
     student = make_student(teacher, LAYERS)
     module = Distillation(student, objective_of(student, teacher), world_size=1, accumulation_steps=1)

@@ -1,4 +1,4 @@
-"""Where Triton cannot compile, a run ends at its start, and its line says what to install."""
+"""If Triton cannot compile, a run fails at its start with a message that names what to install."""
 
 import sysconfig
 from pathlib import Path
@@ -14,14 +14,14 @@ from distilspeed.trainer.objective.kernel_check import check_kernels, run_losses
 CUDA = torch.device("cuda", 0)
 
 
-def test_the_losses_run_in_small(device: str) -> None:
+def test_the_losses_run_on_tiny_inputs(device: str) -> None:
     run_losses(torch.device(device))
     check_kernels(torch.device(device))
 
 
 @pytest.fixture
 def compiles_in_c(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Launching a kernel compiles a C file that uses Python, as Triton 3.6 does."""
+    """Make launching a kernel compile a C file that uses Python's headers, as Triton 3.6 does."""
     source = tmp_path / "launcher.c"
     source.write_text("#include <Python.h>\n")
     getattr(build._find_compiler, "cache_clear", lambda: None)()
@@ -41,7 +41,7 @@ def compiles_in_c(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ({"CC": "false"}, ("false",)),
     ],
 )
-def test_without_a_compiler_the_line_says_what_to_install(
+def test_a_missing_compiler_is_reported(
     environment: dict[str, str], named: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("CC", raising=False)
@@ -54,7 +54,7 @@ def test_without_a_compiler_the_line_says_what_to_install(
 
 
 @pytest.mark.usefixtures("compiles_in_c")
-def test_without_pythons_headers_the_line_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_python_headers_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     nowhere = str(tmp_path / "include")
     monkeypatch.setattr(sysconfig, "get_paths", lambda **scheme: {"include": nowhere})
     monkeypatch.setattr(sysconfig, "get_path", lambda name: nowhere)
@@ -62,7 +62,7 @@ def test_without_pythons_headers_the_line_says_so(monkeypatch: pytest.MonkeyPatc
         check_kernels(CUDA)
 
 
-def test_what_else_goes_wrong_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_other_failure_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(device: torch.device) -> None:
         raise RuntimeError("no kernel image is available\nfor this device")
 

@@ -1,4 +1,4 @@
-"""The terms: settings are checked, the fused ones give what each gives alone, and an optional one costs nothing."""
+"""The terms: settings are checked, fused terms equal the separate ones, and an unused optional term costs nothing."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ LAYERS = (0, 3)
 
 @dataclass(frozen=True)
 class SquaredLogits(Term):
-    """An optional term that reads logits: the mean of their squares over real tokens."""
+    """An optional term that reads logits: their mean square over real tokens."""
 
     name = "square"
     shown = Shown("square", "Squared logits", "squared logits", "#CC79A7")
@@ -68,12 +68,12 @@ def models_of(teacher: BertForMaskedLM) -> Models:
     [{"temperature": 0.0}, {"temperature": float("nan")}, {"alpha_ce": -1.0}, {"alpha_cos": float("inf")}],
     ids=str,
 )
-def test_senseless_settings_are_refused(wrong: dict[str, Any]) -> None:
+def test_invalid_settings_are_refused(wrong: dict[str, Any]) -> None:
     with raises_user_error("bad-argument", f"--{next(iter(wrong))}"):
         take_terms(wrong)
 
 
-def test_a_loss_must_be_left_to_train_on() -> None:
+def test_at_least_one_loss_must_have_a_weight() -> None:
     check_terms(take_terms({"alpha_ce": 0.0, "alpha_cos": 0.0}), has_teacher=False)
     check_terms(take_terms({"alpha_mlm": 0.0, "alpha_cos": 0.0}), has_teacher=True)
     for settings, has_teacher in (
@@ -84,7 +84,7 @@ def test_a_loss_must_be_left_to_train_on() -> None:
             check_terms(take_terms(settings), has_teacher)
 
 
-def test_terms_take_their_settings_and_leave_the_rest() -> None:
+def test_terms_take_their_settings_and_leave_other_options() -> None:
     options = {"alpha_ce": 3.0, "seed": 1, "restrict_ce_to_mask": True}
     soft, *others = take_terms(options)
     assert soft == SoftTargets(alpha_ce=3.0, restrict_ce_to_mask=True)
@@ -97,7 +97,7 @@ def test_a_parser_is_made_from_the_terms_without_importing_torch() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_the_identity_is_that_of_runs_from_before_there_were_other_terms(teacher: BertForMaskedLM) -> None:
+def test_an_unused_optional_term_does_not_change_the_identity(teacher: BertForMaskedLM) -> None:
     for terms in (take_terms({}), (*take_terms({}), SquaredLogits())):
         objective = Objective(terms, models_of(teacher))
         assert objective.identity() == {
@@ -108,7 +108,7 @@ def test_the_identity_is_that_of_runs_from_before_there_were_other_terms(teacher
 
 
 @pytest.mark.parametrize("restrict", [False, True])
-def test_the_fused_terms_are_the_two_alone(
+def test_the_fused_terms_equal_the_separate_ones(
     teacher: BertForMaskedLM, batch: MicroBatch, restrict: bool
 ) -> None:
     soft, hard = SoftTargets(alpha_ce=3.0, temperature=3.0, restrict_ce_to_mask=restrict), MaskedLM()
@@ -129,7 +129,7 @@ def test_the_fused_terms_are_the_two_alone(
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
 
 
-def test_a_term_that_reads_logits_finds_them_though_the_fused_gradient_is_written_in_place(
+def test_a_term_that_reads_logits_works_beside_the_fused_terms(
     teacher: BertForMaskedLM, batch: MicroBatch
 ) -> None:
     found, gradients, weight = [], [], 0.5
@@ -150,7 +150,7 @@ def test_a_term_that_reads_logits_finds_them_though_the_fused_gradient_is_writte
     torch.testing.assert_close(gradients[1], gradients[0] + weight * student.vocab_transform.weight.grad)
 
 
-def test_an_optional_term_without_a_weight_asks_for_nothing(teacher: BertForMaskedLM) -> None:
+def test_an_optional_term_without_a_weight_needs_nothing(teacher: BertForMaskedLM) -> None:
     terms = take_terms({"restrict_ce_to_mask": True})
     without, with_it = (
         Objective((*terms, SquaredLogits(weight)), models_of(teacher)) for weight in (0.0, 1.0)
@@ -160,9 +160,7 @@ def test_an_optional_term_without_a_weight_asks_for_nothing(teacher: BertForMask
     assert with_it.needs == Needs(Logits.EVERYWHERE, student_layers=(1,), teacher_layers=(1, 2))
 
 
-def test_a_term_of_weight_0_is_measured_and_not_trained_on(
-    teacher: BertForMaskedLM, batch: MicroBatch
-) -> None:
+def test_a_term_of_weight_0_is_logged_but_not_trained(teacher: BertForMaskedLM, batch: MicroBatch) -> None:
     objective = Objective(take_terms({"alpha_cos": 0.0}), models_of(teacher))
     module = Distillation(make_student(teacher, LAYERS), objective, 1, 1)
     module(batch, forward_packed(teacher, batch))
@@ -171,7 +169,7 @@ def test_a_term_of_weight_0_is_measured_and_not_trained_on(
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])
-def test_layers_that_are_asked_for_are_those_of_transformers(
+def test_requested_layers_have_the_numbers_of_transformers(
     teacher: BertForMaskedLM, batch: MicroBatch, which: str
 ) -> None:
     model = (teacher if which == "teacher" else make_student(teacher, LAYERS)).eval()

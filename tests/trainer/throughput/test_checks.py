@@ -1,4 +1,4 @@
-"""Parts of a check: whatever becomes of one, the others run, the report is whole, and nothing is left running."""
+"""Parts of a check: if one fails, the others still run, the report is complete, and no process is left running."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from distilspeed.trainer.throughput.check_runner import (
     Runner,
 )
 
-# Ends at no signal but SIGKILL, and so does what it starts, in a session of its own.
+# Ignores SIGINT and starts a child in its own session, so that both end only by SIGKILL.
 STUBBORN = """
 import signal, subprocess, sys, time
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -61,7 +61,7 @@ def reports(folder: Path) -> tuple[list[dict[str, object]], str]:
     return json.loads((folder / "report.json").read_text())["parts"], (folder / "report.md").read_text()
 
 
-def test_what_a_part_writes_and_prints_is_in_the_report(runner: Runner, tmp_path: Path) -> None:
+def test_the_result_and_output_of_a_part_are_in_the_report(runner: Runner, tmp_path: Path) -> None:
     result = tmp_path / "result.json"
     code = f"print('a table'); open({str(result)!r}, 'w').write('{{\"speed\": 2}}')"
     assert outcome_of(runner, python(code, result=result)).status == PASSED
@@ -73,7 +73,7 @@ def test_what_a_part_writes_and_prints_is_in_the_report(runner: Runner, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("code", "said"),
+    ("code", "message"),
     [
         (
             "import sys; print('error: no such card; buy one', file=sys.stderr); print('more'); sys.exit(2)",
@@ -85,33 +85,33 @@ def test_what_a_part_writes_and_prints_is_in_the_report(runner: Runner, tmp_path
         ("import sys; sys.stdout.buffer.write(b'caf\\xe9'); sys.exit(1)", "caf"),
     ],
 )
-def test_what_a_failing_part_said_is_in_the_report(
-    runner: Runner, tmp_path: Path, code: str, said: str
+def test_the_message_of_a_failing_part_is_in_the_report(
+    runner: Runner, tmp_path: Path, code: str, message: str
 ) -> None:
     runner.run(python(code, "one"), python("", "other"))
     assert [each.status for each in runner.outcomes] == [FAILED, PASSED]
-    assert said in runner.outcomes[0].said
-    assert said in reports(tmp_path)[1]
+    assert message in runner.outcomes[0].said
+    assert message in reports(tmp_path)[1]
     assert not runner.all_passed
 
 
 @pytest.mark.parametrize("result", ["missing.json", "broken.json"])
-def test_a_part_without_its_result_has_failed(runner: Runner, tmp_path: Path, result: str) -> None:
+def test_a_part_without_a_valid_result_fails(runner: Runner, tmp_path: Path, result: str) -> None:
     (tmp_path / "broken.json").write_text("{")
     assert outcome_of(runner, python("", result=tmp_path / result)).status == FAILED
     assert len(reports(tmp_path)[0]) == 1
 
 
-def test_a_program_that_is_missing_or_cannot_run_stops_nothing(runner: Runner, tmp_path: Path) -> None:
+def test_a_missing_or_broken_program_does_not_stop_the_other_parts(runner: Runner, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
-    broken.write_text("no program")
+    broken.write_text("not a program")
     broken.chmod(0o755)
     runner.run(Part("none", 9, [["no-such-program"]]), Part("broken", 9, [[broken]]), python(""))
     assert [each.status for each in runner.outcomes] == [NOT_INSTALLED, FAILED, PASSED]
     assert "no-such-program" in runner.outcomes[0].said
 
 
-def test_the_first_command_that_fails_is_the_last(runner: Runner, tmp_path: Path) -> None:
+def test_no_command_runs_after_one_that_fails(runner: Runner, tmp_path: Path) -> None:
     commands = [
         [sys.executable, "-c", code]
         for code in ("print('a')", "1 / 0", f"open({str(tmp_path / 'c')!r}, 'w')")
@@ -120,21 +120,21 @@ def test_the_first_command_that_fails_is_the_last(runner: Runner, tmp_path: Path
     assert not (tmp_path / "c").exists()
 
 
-def test_over_its_time_a_part_is_ended_with_all_that_it_started(runner: Runner, tmp_path: Path) -> None:
+def test_a_part_that_times_out_is_ended_with_its_children(runner: Runner, tmp_path: Path) -> None:
     assert outcome_of(runner, python(STUBBORN, seconds=2)).status == TIMED_OUT
     child = int((tmp_path / "logs" / "part.out").read_text())
     assert not is_running(child)
     assert outcome_of(runner, python("")).status == PASSED
 
 
-def test_what_a_part_leaves_behind_is_ended(runner: Runner, tmp_path: Path) -> None:
+def test_a_child_that_a_part_leaves_running_is_ended(runner: Runner, tmp_path: Path) -> None:
     assert outcome_of(runner, python(LEAVES_A_CHILD)).status == PASSED
     child = int((tmp_path / "logs" / "part.out").read_text())
     time.sleep(0.1)
     assert not is_running(child)
 
 
-def test_when_the_time_is_over_nothing_is_started(tmp_path: Path) -> None:
+def test_no_part_starts_after_the_time_limit(tmp_path: Path) -> None:
     runner = Runner(tmp_path, Machine.here(torch.device("cpu")), seconds=0)
     runner.run(python("print('started')"))
     assert runner.outcomes[0].status == TIMED_OUT
@@ -159,17 +159,17 @@ while not other.exists():
     assert statuses == {"a": PASSED, "b": FAILED, "c": PASSED, "d": PASSED}
 
 
-def test_a_report_that_cannot_be_written_ends_everything(runner: Runner, tmp_path: Path) -> None:
+def test_an_unwritable_report_ends_all_parts(runner: Runner, tmp_path: Path) -> None:
     (tmp_path / "report.json").mkdir()
     with pytest.raises(OSError, match="report"):
         runner.run_together(
             [python("", "quick")], [python("import time; time.sleep(50); print('slept')", "slow")]
         )
-    # It may not even have begun.
+    # The slow part may not even have started.
     assert not any("slept" in log.read_text() for log in (tmp_path / "logs").glob("slow.out"))
 
 
-def test_interrupted_among_several_it_ends_them(tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_running_parts(tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path

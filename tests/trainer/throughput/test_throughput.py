@@ -1,4 +1,4 @@
-"""The benchmark's baseline is the original recipe, and its check finds a slower trainer."""
+"""The benchmark's baseline is the original recipe, and its check detects a slower trainer."""
 
 import itertools
 import json
@@ -36,7 +36,7 @@ def teacher(tiny_teacher_dir: Path) -> BertForMaskedLM:
     return load_teacher(str(tiny_teacher_dir))
 
 
-def test_an_epoch_holds_every_piece_once_in_batches_of_about_one_length(corpus: Corpus) -> None:
+def test_an_epoch_has_every_piece_once_in_batches_of_similar_length(corpus: Corpus) -> None:
     stored = read_rows(corpus.train, range(ROWS))
     pieces = [
         tuple(piece.tolist())
@@ -75,8 +75,8 @@ def test_masks_are_fifteen_percent_and_mostly_the_mask_token(corpus: Corpus) -> 
     assert as_mask / masked == pytest.approx(0.8, abs=0.05)
 
 
-def test_its_loss_is_the_one_that_the_trainer_minimises(corpus: Corpus, teacher: BertForMaskedLM) -> None:
-    """On rows of one document each, without padding to speak of, both ways define the same loss."""
+def test_the_eager_loss_equals_the_trainers_loss(corpus: Corpus, teacher: BertForMaskedLM) -> None:
+    """On rows with one document each and almost no padding, both define the same loss."""
     student = make_student(teacher, (0, 3)).eval()
     pieces = BucketedPieces(corpus, ROWS, tokens_per_batch=256, seed=0)
     recipe = EagerRecipe(student, teacher, pieces, accumulation_steps=1, device=torch.device("cpu"))
@@ -105,7 +105,9 @@ def test_its_loss_is_the_one_that_the_trainer_minimises(corpus: Corpus, teacher:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_in_half_precision_it_learns(corpus: Corpus, teacher: BertForMaskedLM, dtype: torch.dtype) -> None:
+def test_the_eager_recipe_learns_in_half_precision(
+    corpus: Corpus, teacher: BertForMaskedLM, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     student = make_student(teacher, (0, 3)).train()
     pieces = BucketedPieces(corpus, ROWS, tokens_per_batch=512, seed=0)
@@ -133,5 +135,5 @@ def test_the_check_fails_when_the_ratio_drops_by_more_than_a_tenth(tmp_path: Pat
 
 
 @pytest.mark.parametrize("path", sorted(STORED.glob("*_training_*.json")), ids=lambda path: path.name)
-def test_the_stored_benchmarks_can_be_checked_against(path: Path) -> None:
+def test_stored_benchmarks_can_be_read_for_the_check(path: Path) -> None:
     check_against(path, BenchmarkReport(**json.loads(path.read_text())))

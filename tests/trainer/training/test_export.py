@@ -1,4 +1,4 @@
-"""Promises of the exported folder that need no training; those of a whole run are in tests/launch/test_train.py."""
+"""Promises of the exported folder that need no training; tests/launch/test_train.py tests those of a full run."""
 
 import json
 from pathlib import Path
@@ -18,10 +18,10 @@ from distilspeed.trainer.training.export import tokenizer_for
         ("distilbert", ["input_ids", "attention_mask"]),
     ],
 )
-def test_the_tokenizer_is_the_corpus_tokenizer_and_gives_the_inputs_that_the_model_takes(
+def test_the_exported_tokenizer_is_the_corpus_tokenizer_and_returns_only_the_models_inputs(
     architecture: str, inputs: list[str], corpus: Corpus, tiny_teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """transformers before 5 passes all that a tokenizer gives to the model, and DistilBERT takes no token types."""
+    """DistilBERT takes no token types, but transformers before 5 passes everything that the tokenizer returns."""
     model: PreTrainedModel = load_teacher(str(tiny_teacher_dir))
     if architecture == "distilbert":
         model = make_student(load_teacher(str(tiny_teacher_dir)), (0, 3))

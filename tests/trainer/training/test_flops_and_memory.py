@@ -1,4 +1,4 @@
-"""FLOPs and memory of a run, against PyTorch's own count and the published sizes (measured peaks: tests/launch)."""
+"""FLOPs and memory of a run, against PyTorch's count and published sizes (tests/launch compares measured peaks)."""
 
 from typing import Any
 
@@ -17,13 +17,13 @@ BERT_BASE = BertConfig()
 DISTILBERT = BertFamily().student_config(BERT_BASE, range(6))
 
 
-def test_parameters_are_those_of_bert_base_and_distilbert() -> None:
+def test_parameter_counts_match_bert_base_and_distilbert() -> None:
     # 109.5 M and 67.0 M with the MLM head (Sanh et al. 2019 give 110 M and 66 M).
     assert model_shape(BERT_BASE).parameters == pytest.approx(109.5e6, rel=0.01)
     assert model_shape(DISTILBERT).parameters == pytest.approx(67.0e6, rel=0.01)
 
 
-def test_forward_flops_are_those_pytorch_counts() -> None:
+def test_forward_flops_equal_pytorchs_count() -> None:
     config = BertConfig(
         vocab_size=500, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
     )
@@ -35,7 +35,7 @@ def test_forward_flops_are_those_pytorch_counts() -> None:
     assert model_shape(config).forward_flops_per_token(length) * length == counter.get_total_flops()
 
 
-def test_a_step_is_the_students_training_and_the_teachers_forward() -> None:
+def test_a_step_costs_the_students_training_and_the_teachers_forward_pass() -> None:
     student, teacher = model_shape(DISTILBERT), model_shape(BERT_BASE)
     expected = 3 * student.forward_flops_per_token(512) + teacher.forward_flops_per_token(512)
     assert flops_per_token(student, teacher, 512) == expected
@@ -48,7 +48,7 @@ def fp16(zero: dict[str, Any]) -> DeepSpeedConfig:
     return DeepSpeedConfig({"fp16": {"enabled": True}, "zero_optimization": zero})
 
 
-def test_zero_divides_what_its_stage_says() -> None:
+def test_each_zero_stage_shards_its_part_of_the_memory() -> None:
     student, teacher = model_shape(DISTILBERT), model_shape(BERT_BASE)
     batch = BatchEquation(4096, 8, 64, 8)
     plans = [estimate_memory(student, teacher, batch, 512, fp16({"stage": stage})) for stage in range(4)]
@@ -62,7 +62,7 @@ def test_zero_divides_what_its_stage_says() -> None:
     assert estimate_memory(student, teacher, batch, 512, offload).optimizer_states == 0
 
 
-def test_a_reduction_bucket_counts_whole_and_its_default_is_deepspeeds() -> None:
+def test_a_reduction_bucket_counts_in_full_and_has_deepspeeds_default_size() -> None:
     student = model_shape(DISTILBERT)
     batch = BatchEquation(64, 8, 1, 8)
 

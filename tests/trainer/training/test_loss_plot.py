@@ -1,4 +1,4 @@
-"""Promises of loss.png: a panel for each loss that counts, in which its fall can be seen."""
+"""Promises of loss.png: a panel for each trained loss that shows its fall."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ TITLES = [
 
 
 def a_run(steps: int, noise: float = 0.0, skipped: int = 0) -> list[StepMetrics]:
-    """Losses that fall from about 10 to 1, most of it in the first twentieth."""
+    """Return metrics whose losses fall from about 10 to 1, mostly in the first twentieth of the steps."""
     random = np.random.default_rng(0)
     lines = []
     for step in range(1, steps + 1):
@@ -68,13 +68,13 @@ def test_each_loss_has_a_panel_with_its_unit_and_linear_axes() -> None:
 
 
 def test_a_loss_that_was_not_trained_has_no_panel() -> None:
-    """Its values are measured all the same."""
+    """The metrics have its values, but the plot does not show them."""
     found = panels(a_run(20), [MaskedLM()])
     assert [title.split(",")[0] for title in found] == [TITLES[0], "MLM", TITLES[4], "real tokens per second"]
 
 
 @pytest.mark.parametrize("steps", [20, 2000])
-def test_the_fall_fills_the_panel(steps: int) -> None:
+def test_the_curve_fills_the_panel(steps: int) -> None:
     metrics = a_run(steps)
     axes = panels(metrics, ALL)["MLM, cross-entropy in nats"]
     low, high = axes.get_ylim()
@@ -91,7 +91,7 @@ def test_a_spike_at_the_start_does_not_flatten_the_rest() -> None:
     assert panels(metrics, ALL)["MLM, cross-entropy in nats"].get_ylim()[1] < 20
 
 
-def test_many_steps_have_a_light_line_of_all_values_and_a_smoothed_one() -> None:
+def test_many_steps_are_drawn_as_a_light_raw_line_and_a_smoothed_one() -> None:
     metrics = a_run(2000, noise=0.5)
     raw, curve = panels(metrics, ALL)["MLM, cross-entropy in nats"].lines
     assert raw.get_alpha() < 0.5
@@ -118,7 +118,7 @@ def test_skipped_batches_are_counted_in_the_headline() -> None:
     "terms", [[], ALL[1:2], ALL, [*ALL, ALL[0]]], ids=lambda terms: f"{len(terms)} losses"
 )
 def test_no_text_overlaps_another_or_is_cut_off(terms: list[Term], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a long headline, wide tick labels (1,250,000; 0.00025), and wide numbers beside the titles."""
+    """The figure has a long headline, wide tick labels (1,250,000; 0.00025), and wide numbers beside the titles."""
     metrics = [
         replace(
             line,
@@ -144,7 +144,7 @@ def test_no_text_overlaps_another_or_is_cut_off(terms: list[Term], monkeypatch: 
 
 
 @pytest.mark.parametrize("steps", [1, 300])
-def test_the_file_is_the_same_each_time_and_alone(tmp_path: Path, steps: int) -> None:
+def test_the_file_is_reproducible_and_no_other_file_is_left(tmp_path: Path, steps: int) -> None:
     for name in ("one.png", "other.png"):
         plot_losses(a_run(steps, noise=0.1), tmp_path / name, ALL)
     one, other = ((tmp_path / name).read_bytes() for name in ("one.png", "other.png"))

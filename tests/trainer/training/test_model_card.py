@@ -1,4 +1,4 @@
-"""Promises of the model card: the hub finds results, data and teacher in its metadata, and only what is known."""
+"""Promises of the model card: its metadata gives results, data and teacher to the hub, and states only known facts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -72,19 +72,19 @@ def test_the_results_on_held_out_rows_are_read_back(saved: ModelCard) -> None:
             assert source.name in result.dataset_name
 
 
-def test_teacher_and_data_sets_of_the_hub_are_named_by_their_ids(saved: ModelCard) -> None:
+def test_hub_teachers_and_data_sets_are_named_by_their_ids(saved: ModelCard) -> None:
     assert saved.data.base_model == "google-bert/bert-base-uncased"
     assert saved.data.datasets == ["wikimedia/wikipedia", "bookcorpus/bookcorpus"]
     assert saved.data.tags == ["distilspeed", "distillation"]
     assert saved.data.library_name == "transformers"
 
 
-def test_one_data_set_of_the_hub_is_the_results_data_set(corpus: Corpus) -> None:
+def test_a_single_hub_data_set_is_the_data_set_of_the_results(corpus: Corpus) -> None:
     for result in card_of(corpus, "google-bert/bert-base-uncased", WIKIPEDIA).data.eval_results:
         assert result.dataset_type == "wikimedia/wikipedia"
 
 
-def test_what_is_not_known_or_not_on_the_hub_is_left_out(corpus: Corpus, tiny_teacher_dir: Path) -> None:
+def test_unknown_facts_and_local_models_and_data_are_omitted(corpus: Corpus, tiny_teacher_dir: Path) -> None:
     known = card_of(corpus, str(tiny_teacher_dir), OWN_TEXT).data.to_dict()
     assert set(known) == {"library_name", "model-index", "pipeline_tag", "tags"}
 
@@ -96,12 +96,12 @@ def test_a_model_without_a_teacher_has_no_base_model(corpus: Corpus) -> None:
     assert "# Masked language model\n" in card.text
 
 
-def test_the_text_says_what_the_student_was_made_of(saved: ModelCard) -> None:
-    for said in (
+def test_the_text_states_teacher_data_and_results(saved: ModelCard) -> None:
+    for line in (
         "# Distilled student\n",
         "| Teacher | google-bert/bert-base-uncased |",
         "| Data | wikimedia/wikipedia:20231101.en, bookcorpus/bookcorpus, own.txt |",
         "| Final training loss | 8.0000 (soft 1.0000, MLM 2.0000, cosine 0.5000) |",
         "| Held-out rows | MLM loss 2.1235, accuracy 61.2% of 1,234 masked tokens |",
     ):
-        assert said in saved.text
+        assert line in saved.text

@@ -1,4 +1,4 @@
-"""``train_config.json``, read again when a run is resumed."""
+"""Reading ``train_config.json`` when a run is resumed."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ def write(folder: Path, config: object) -> Path:
     return folder
 
 
-def test_the_config_that_a_run_was_started_with_is_read_with_its_changes(tmp_path: Path) -> None:
+def test_the_config_is_read_with_its_later_changes_applied(tmp_path: Path) -> None:
     folder = write(tmp_path, {"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}})
     content = json.loads((folder / NAME).read_text())
     changed = {"optimizer.params.lr": [1e-3, 1e-4], "total_steps": [10, 20]}
@@ -28,6 +28,6 @@ def test_the_config_that_a_run_was_started_with_is_read_with_its_changes(tmp_pat
 
 
 @pytest.mark.parametrize("config", [None, "auto", {"optimizer": []}, {"zero_optimization": {"stage": 7}}])
-def test_a_record_with_a_config_that_is_none_is_refused_and_named(tmp_path: Path, config: object) -> None:
+def test_a_record_with_an_invalid_config_is_refused_and_named(tmp_path: Path, config: object) -> None:
     with raises_user_error("damaged-record", NAME):
         read_record(write(tmp_path, config))
