@@ -114,7 +114,7 @@ class CosineLossFunction(torch.autograd.Function):
 
 @torch.library.custom_op("distilspeed::cosine_loss_forward", mutates_args=())
 def forward_operator(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return implementation_for(student).forward(student, teacher, mask, EPS)
+    return cosine_implementation(student).forward(student, teacher, mask, EPS)
 
 
 @torch.library.custom_op("distilspeed::cosine_loss_backward", mutates_args=())
@@ -126,7 +126,9 @@ def backward_operator(
     teacher_factor: Tensor,
     scale: Tensor,
 ) -> Tensor:
-    return implementation_for(student).backward(student, teacher, mask, student_factor, teacher_factor, scale)
+    return cosine_implementation(student).backward(
+        student, teacher, mask, student_factor, teacher_factor, scale
+    )
 
 
 @forward_operator.register_fake
@@ -143,5 +145,5 @@ def _(student: Tensor, *_: object) -> Tensor:
     return torch.empty_like(student, memory_format=torch.contiguous_format)
 
 
-def implementation_for(hidden_states: Tensor) -> ModuleType:
+def cosine_implementation(hidden_states: Tensor) -> ModuleType:
     return cosine_loss_triton if use_triton(hidden_states) else cosine_loss_chunked

@@ -56,7 +56,7 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Rounds:
     """Rounds of both on the same text, in turns."""
 
     text_bytes: int
@@ -185,7 +185,7 @@ def check_input(arguments: BenchmarkPreparationArguments) -> None:
         )
 
 
-def compare(arguments: BenchmarkPreparationArguments) -> list[Comparison]:
+def measure_in_turns(arguments: BenchmarkPreparationArguments) -> list[Rounds]:
     with tempfile.TemporaryDirectory() as work:
         small = Path(work) / "small.txt"
         with arguments.text.open("rb") as file:
@@ -193,7 +193,7 @@ def compare(arguments: BenchmarkPreparationArguments) -> list[Comparison]:
         texts = (
             [small, arguments.text] if arguments.text.stat().st_size > SMALL_TEXT_BYTES else [arguments.text]
         )
-        comparisons = [Comparison(text.stat().st_size, [], []) for text in texts]
+        comparisons = [Rounds(text.stat().st_size, [], []) for text in texts]
         for _ in range(arguments.rounds):
             for text, comparison in zip(texts, comparisons, strict=True):
                 folder = Path(work) / "run"
@@ -206,7 +206,7 @@ def compare(arguments: BenchmarkPreparationArguments) -> list[Comparison]:
     return comparisons
 
 
-def table(comparisons: list[Comparison]) -> str:
+def table(comparisons: list[Rounds]) -> str:
     lines = [f"{'text':>8} {'':9} {'seconds':>8} {'tokens':>12} {'tokens/s':>10} {'peak memory':>12}"]
     for comparison in comparisons:
         for name, rounds in (("original", comparison.original), ("ours", comparison.ours)):
@@ -240,7 +240,7 @@ def main() -> None:
 
     check_input(arguments)
     machine = Machine.here(torch.device("cpu"))
-    comparisons = compare(arguments)
+    comparisons = measure_in_turns(arguments)
     print(f"{table(comparisons)}\n{machine.cpu}, {machine.cores} cores; {machine.date}")
     if arguments.output:
         record = {

@@ -21,7 +21,7 @@ BLOCK_BYTES = 2 * 2**20
 BITS_OF = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-class Block(NamedTuple):
+class HiddenBlock(NamedTuple):
     """Some rows, and two buffers [rows, hidden] in the accumulation dtype."""
 
     rows: slice
@@ -78,11 +78,11 @@ def backward(
     return gradient
 
 
-def row_blocks(hidden_states: Tensor) -> Iterator[Block]:
+def row_blocks(hidden_states: Tensor) -> Iterator[HiddenBlock]:
     num_rows, hidden = hidden_states.shape
     dtype = accumulation_dtype(hidden_states)
     block_rows = max(1, BLOCK_BYTES // max(1, hidden * dtype.itemsize))
     buffers = hidden_states.new_empty(2, min(num_rows, block_rows), hidden, dtype=dtype)
     for start in range(0, num_rows, block_rows):
         length = min(block_rows, num_rows - start)
-        yield Block(slice(start, start + length), buffers[0, :length], buffers[1, :length])
+        yield HiddenBlock(slice(start, start + length), buffers[0, :length], buffers[1, :length])

@@ -21,7 +21,7 @@ from distilspeed.kernels.implementation.backend import launch_device
 from distilspeed.kernels.implementation.launch_configs import LaunchConfig
 
 
-def launch_config(hidden: int) -> LaunchConfig:
+def cosine_launch_config(hidden: int) -> LaunchConfig:
     """Tile width and warps for a hidden size: a row in one tile up to 4096, 8 numbers to a thread.
 
     8 half-precision numbers are the 16 bytes that a thread loads at once. A row per program keeps enough of
@@ -128,7 +128,7 @@ def forward(
     row_losses, student_factor, teacher_factor = (
         student.new_empty(num_rows, dtype=torch.float32) for _ in range(3)
     )
-    tile, num_warps = launch_config(hidden)
+    tile, num_warps = cosine_launch_config(hidden)
     if num_rows > 0:
         with launch_device(student):
             forward_kernel[(num_rows,)](
@@ -161,7 +161,7 @@ def backward(
     """The gradient with respect to the student's hidden states, [rows, hidden] in their dtype."""
     num_rows, hidden = student.shape
     gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
-    tile, num_warps = launch_config(hidden)
+    tile, num_warps = cosine_launch_config(hidden)
     if num_rows > 0:
         with launch_device(student):
             backward_kernel[(num_rows,)](

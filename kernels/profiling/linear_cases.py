@@ -18,8 +18,8 @@ from distilspeed.kernels.profiling.peers import (
     SOFT_WEIGHT,
     distilbert_losses,
     liger_linear,
-    project,
     project_back,
+    project_both,
 )
 from distilspeed.kernels.profiling.problem import (
     GFLOP_PER_S,
@@ -80,12 +80,12 @@ class LinearInputs:
         return (losses.loss,)
 
     def own_on_logits(self, hidden: Tensor, weight: Tensor) -> Tensors:
-        logits = project(hidden, weight, *self.teacher)
+        logits = project_both(hidden, weight, *self.teacher)
         losses = distillation_loss(*logits, self.labels, temperature=self.temperature)
         return (SOFT_WEIGHT * losses.kl + HARD_WEIGHT * losses.hard_ce,)
 
     def eager_on_logits(self, hidden: Tensor, weight: Tensor) -> Tensors:
-        logits = project(hidden, weight, *self.teacher)
+        logits = project_both(hidden, weight, *self.teacher)
         return (distilbert_losses(*logits, self.labels, self.every_row, self.temperature),)
 
     def liger(self, hidden: Tensor, weight: Tensor, compiled: bool) -> Tensors:
@@ -135,7 +135,7 @@ def linear_group(problem: Problem, generator: torch.Generator) -> Group:
             "both projections and, from the student's logits as their gradient, the two products of backward",
             floor,
             lambda: inputs.student,
-            lambda hidden, weight: project(hidden, weight, *inputs.teacher),
+            lambda hidden, weight: project_both(hidden, weight, *inputs.teacher),
             lambda given, outputs: project_back(given[0], given[1], outputs[0]),
         ),
     )

@@ -37,7 +37,7 @@ class Machine:
 
     @classmethod
     def here(cls, device: torch.device) -> "Machine":
-        cpu = _cpu_name()
+        cpu = cpu_name()
         return cls(
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
             cpu=cpu,
@@ -61,7 +61,7 @@ class Machine:
         )
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     information = Path("/proc/cpuinfo")
     lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -122,7 +122,7 @@ def liger_linear(
     return value
 
 
-def project(
+def project_both(
     student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Logits of student and teacher, whole: [rows, hidden] x [vocabulary, hidden] -> [rows, vocabulary] each."""

@@ -28,9 +28,9 @@ from distilspeed.kernels.profiling.measurement import (
 from distilspeed.kernels.profiling.problem import Group
 from distilspeed.kernels.profiling.report import (
     CaseReport,
-    Conditions,
     GroupReport,
     Profile,
+    ProfileConditions,
     Skipped,
 )
 from distilspeed.kernels.profiling.settings import ProfileError, ProfileSettings
@@ -64,7 +64,7 @@ def profile_kernels(settings: ProfileSettings, trace_file: Path | None = None) -
         trace_round(cases, stopwatch, trace_file)
     return Profile(
         groups=tuple(report_group(group, laps_of, copy_bandwidth) for group in groups),
-        conditions=Conditions(
+        conditions=ProfileConditions(
             tokens=settings.tokens,
             vocab_size=settings.vocab_size,
             hidden_size=settings.hidden_size,
@@ -98,14 +98,14 @@ def warm_up(group: Group, device: torch.device, stopwatch: Stopwatch) -> WarmGro
         except Exception as error:  # a peer's code: it may be missing, not compile, or run out of memory
             if not case.peers:
                 raise
-            skipped.append(Skipped(case.name, case.computes, reason=first_line(error)))
+            skipped.append(Skipped(case.name, case.computes, reason=skip_reason(error)))
         else:
             cases.append(case)
             peak_memory.append(peak)
     return WarmGroup(group, tuple(cases), tuple(peak_memory), tuple(skipped))
 
 
-def first_line(error: Exception) -> str:
+def skip_reason(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 

@@ -145,7 +145,7 @@ def _times(phase: PhaseReport) -> str:
 
 
 @dataclass(frozen=True)
-class Conditions:
+class ProfileConditions:
     """What was measured, and how."""
 
     tokens: int
@@ -160,7 +160,7 @@ class Conditions:
 @dataclass(frozen=True)
 class Profile:
     groups: tuple[GroupReport, ...]
-    conditions: Conditions
+    conditions: ProfileConditions
     machine: Machine
 
     def to_json(self) -> str:

@@ -32,7 +32,7 @@ def small_tiles_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         from distilspeed.kernels.implementation import cosine_loss_triton
 
         small = cosine_loss_triton.LaunchConfig(tile=16, num_warps=1)
-        monkeypatch.setattr(cosine_loss_triton, "launch_config", lambda hidden: small)
+        monkeypatch.setattr(cosine_loss_triton, "cosine_launch_config", lambda hidden: small)
 
 
 def hidden_states(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -302,4 +302,4 @@ def test_wrong_arguments_are_refused(teacher: Tensor, options: dict[str, object]
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not 1")
 def test_triton_is_what_runs_under_the_interpreter() -> None:
-    assert public.implementation_for(torch.zeros(1)) is public.cosine_loss_triton
+    assert public.cosine_implementation(torch.zeros(1)) is public.cosine_loss_triton

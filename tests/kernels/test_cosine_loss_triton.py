@@ -42,7 +42,7 @@ def test_kernels_keep_every_promise_of_the_loss_under_the_interpreter() -> None:
 
 def compile_kernel(kernel: Any, capability: int, dtype: str, hidden: int) -> str:
     """The PTX of a launch on contiguous rows that start at a multiple of 16 bytes."""
-    tile, num_warps = kernels.launch_config(hidden)
+    tile, num_warps = kernels.cosine_launch_config(hidden)
     constants = {**CONSTANTS, "HIDDEN": hidden, "TILE": tile}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     hidden_states = ("student_ptr", "teacher_ptr", "gradient_ptr")
@@ -99,7 +99,7 @@ def test_kernels_compile_for_rows_narrower_and_wider_than_a_tile(hidden: int, tm
 
 @pytest.mark.parametrize("hidden", [0, 1, 5, 768, 1024, 4096, 12288])
 def test_launch_configuration_is_one_triton_accepts(hidden: int) -> None:
-    tile, num_warps = kernels.launch_config(hidden)
+    tile, num_warps = kernels.cosine_launch_config(hidden)
     assert tile & (tile - 1) == 0
     assert num_warps & (num_warps - 1) == 0
     assert num_warps * 32 <= min(tile, 1024)

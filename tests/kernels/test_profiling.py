@@ -23,7 +23,14 @@ from distilspeed.kernels.profiling.measurement import (
     measure_rounds,
     peak_cpu_bytes,
 )
-from distilspeed.kernels.profiling.peers import COMPILE, EAGER, LIGER, liger_linear, project, project_back
+from distilspeed.kernels.profiling.peers import (
+    COMPILE,
+    EAGER,
+    LIGER,
+    liger_linear,
+    project_back,
+    project_both,
+)
 from distilspeed.kernels.profiling.problem import (
     GB_PER_S,
     Group,
@@ -266,14 +273,14 @@ def test_ligers_fused_linear_loss_is_the_same_with_soft_targets_in_labelled_rows
     loss = liger_linear(
         student_hidden, student_weight, teacher_hidden, teacher_weight, labels, 2.0, compiled=False
     )
-    logits = project(student_hidden, student_weight, teacher_hidden, teacher_weight)
+    logits = project_both(student_hidden, student_weight, teacher_hidden, teacher_weight)
     expected = reference.distillation_loss(*logits, labels, soft_mask=labels != -100)
     torch.testing.assert_close(loss, 5 * expected.kl + 2 * expected.hard_ce)
 
 
 def test_the_bare_matrix_products_are_those_of_training() -> None:
     hidden, weight = torch.randn(5, 3, requires_grad=True), torch.randn(7, 3, requires_grad=True)
-    logits, teacher_logits = project(hidden, weight, hidden.detach() + 1, weight.detach())
+    logits, teacher_logits = project_both(hidden, weight, hidden.detach() + 1, weight.detach())
     assert not teacher_logits.requires_grad
     gradient = torch.randn(5, 7)
     expected = torch.autograd.grad(logits, (hidden, weight), gradient)

@@ -78,7 +78,7 @@ def test_ratios_are_of_rounds_side_by_side(benchmark: ModuleType) -> None:
         return [benchmark.Round(one, of_counting, 1, 1, "") for one in seconds]
 
     # The second round was disturbed, for both alike.
-    compared = benchmark.Comparison(1, rounds(12, 60, 12, of_counting=2), rounds(2, 10, 4, of_counting=0))
+    compared = benchmark.Rounds(1, rounds(12, 60, 12, of_counting=2), rounds(2, 10, 4, of_counting=0))
     assert compared.ratio() == 6
     assert compared.ratio_without_counting() == 5
 

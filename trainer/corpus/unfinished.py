@@ -1,7 +1,8 @@
 """An unfinished corpus: the folder that a build writes to, and a record of its progress.
 
 ``NAME.incomplete``, beside ``NAME``, has the corpus files written so far (format.py) and ``progress.json``, a
-:class:`Progress`. A resumed build truncates the files to the sizes in that record, so a build may be killed any time.
+:class:`BuildProgress`. A resumed build truncates the files to the sizes in that record, so a build may be killed
+at any time.
 """
 
 import json
@@ -38,7 +39,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Progress:
+class BuildProgress:
     """What was written, and from which recipe; the next document is number ``written.counts.documents_read``."""
 
     recipe: Recipe
@@ -67,7 +68,7 @@ class UnfinishedCorpus:
 
     def record(self, writer: RowWriter) -> None:
         """Save the progress; the rows are synced to disk before the record that counts them."""
-        progress = Progress(self._recipe, writer.state())
+        progress = BuildProgress(self._recipe, writer.state())
         for split in ("train", "held_out"):
             sync(self.folder / split / "data.arrow")
         write_text(self.folder / PROGRESS_FILE, progress.to_json())
@@ -113,7 +114,7 @@ def _written_before(folder: Path, recipe: Recipe, resume: bool) -> WriterState |
             f"{folder} has an unfinished build; continue with --resume, or remove it to start over",
         )
     try:
-        progress = from_json(Progress, path.read_text(encoding="utf-8"))
+        progress = from_json(BuildProgress, path.read_text(encoding="utf-8"))
         sizes = [(folder / split / "data.arrow").stat().st_size for split in ("train", "held_out")]
     except (OSError, ValueError) as error:
         raise UserError(

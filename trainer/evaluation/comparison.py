@@ -18,9 +18,9 @@ from distilspeed.trainer.evaluation.fine_tuning import fine_tune
 from distilspeed.trainer.evaluation.latency import count_parameters, measure_latency, weights_bytes
 from distilspeed.trainer.evaluation.quality import ROWS_PER_BATCH, predict_masked_tokens
 from distilspeed.trainer.evaluation.report import (
-    Conditions,
+    Environment,
+    EvaluationConditions,
     Latency,
-    Machine,
     ModelReport,
     Report,
     TaskScore,
@@ -92,7 +92,7 @@ def evaluate(arguments: EvaluateArguments) -> Report:
     settings = [_fine_tuning(arguments, task, positions) for task in tasks]
     report = Report(
         models=tuple(_measure(arguments, corpus, models, tasks, settings, device)),
-        conditions=Conditions(
+        conditions=EvaluationConditions(
             corpus=arguments.data_dir.resolve().name,
             held_out_rows=min(arguments.max_rows, len(corpus.held_out)),
             seq_length=corpus.manifest.seq_length,
@@ -100,7 +100,7 @@ def evaluate(arguments: EvaluateArguments) -> Report:
             tasks=tuple(task.conditions(how) for task, how in zip(tasks, settings, strict=True)),
             task_seeds=arguments.task_seeds,
         ),
-        machine=Machine.here(device),
+        machine=Environment.here(device),
     )
     with parents_made(arguments.output_dir), folder_written_whole(arguments.output_dir) as folder:
         write_report(report, folder)

@@ -3,7 +3,6 @@
 import datetime
 import json
 import os
-import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
+from distilspeed.kernels.profiling.machine import cpu_name
 from distilspeed.trainer.evaluation.tasks.task import Scores, TaskConditions
 
 # Okabe & Ito 2008: distinct with every common colour blindness, and in grey.
@@ -103,7 +103,7 @@ class ModelReport:
 
 
 @dataclass(frozen=True)
-class Conditions:
+class EvaluationConditions:
     """The data and settings of the measurements."""
 
     corpus: str
@@ -115,8 +115,8 @@ class Conditions:
 
 
 @dataclass(frozen=True)
-class Machine:
-    """The machine of the measurements; ``threads``: PyTorch's threads on the CPU."""
+class Environment:
+    """The machine and the versions of the measurements; ``threads``: PyTorch's threads on the CPU."""
 
     cpu: str
     cores: int
@@ -127,9 +127,9 @@ class Machine:
     date: str
 
     @classmethod
-    def here(cls, device: torch.device) -> "Machine":
+    def here(cls, device: torch.device) -> "Environment":
         return cls(
-            cpu=_cpu_name(),
+            cpu=cpu_name(),
             cores=os.cpu_count() or 1,
             threads=torch.get_num_threads(),
             gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
@@ -139,20 +139,13 @@ class Machine:
         )
 
 
-def _cpu_name() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 @dataclass(frozen=True)
 class Report:
     """The report: teacher first, then student, then the baseline if there is one."""
 
     models: tuple[ModelReport, ...]
-    conditions: Conditions
-    machine: Machine
+    conditions: EvaluationConditions
+    machine: Environment
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"

@@ -29,7 +29,7 @@ class Comparison:
     footprints: dict[str, Footprint]
 
 
-class Process:
+class ContestantProcess:
     """A contestant in its own process; it works only between a request and its answer."""
 
     def __init__(self, name: str, command: Sequence[str]) -> None:
@@ -94,10 +94,10 @@ def compare(
         command: the command that starts a contestant, without ``--contestant NAME``.
     """
     with ExitStack() as stack:
-        processes: list[Process] = []
+        processes: list[ContestantProcess] = []
         steps: dict[str, int] = {}
         for name in names:  # one at a time, because one's warm-up would disturb the other's first lap
-            processes.append(stack.enter_context(Process(name, command)))
+            processes.append(stack.enter_context(ContestantProcess(name, command)))
             steps[name] = max(1, round(seconds_per_turn / processes[-1].first_lap().seconds))
         laps: dict[str, list[Lap]] = {name: [] for name in names}
         for number in range(rounds):

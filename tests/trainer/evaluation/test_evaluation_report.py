@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from distilspeed.trainer.evaluation.report import (
-    Conditions,
+    Environment,
+    EvaluationConditions,
     Latency,
-    Machine,
     MaskedTokenQuality,
     ModelReport,
     Report,
@@ -52,7 +52,7 @@ def report() -> Report:
             model_report("student", 0.45, 8.0, [0.7, 0.9]),
             model_report("baseline", 0.25, 8.0, [0.4, 0.4]),
         ),
-        conditions=Conditions(
+        conditions=EvaluationConditions(
             corpus="mine",
             held_out_rows=10,
             seq_length=64,
@@ -60,7 +60,7 @@ def report() -> Report:
             tasks=(ClassificationConditions("rte", ("accuracy",), 100, 20, FINE_TUNING, 2, 0.55),),
             task_seeds=2,
         ),
-        machine=Machine.here(torch.device("cpu")),
+        machine=Environment.here(torch.device("cpu")),
     )
 
 
