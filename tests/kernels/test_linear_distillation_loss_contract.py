@@ -110,7 +110,7 @@ def test_module_is_the_loss(device: str) -> None:
 def test_second_backward_is_refused(device: str) -> None:
     loss = linear_loss(random_case(6, width=37, device=device).in_dtype(torch.float32)).loss
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="given away in the first backward"):
+    with pytest.raises(RuntimeError, match="the first backward has used its gradients"):
         loss.backward()
 
 
