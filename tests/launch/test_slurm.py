@@ -124,7 +124,7 @@ def test_tasks_are_the_ranks_of_one_job(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "said"), [(["--help"], 0, "sbatch"), (["--plan"], 2, "no Slurm job")]
+    ("arguments", "status", "said"), [(["--help"], 0, "sbatch"), (["--plan"], 2, "not a Slurm job")]
 )
 def test_outside_slurm_it_explains_itself(
     arguments: list[str], status: int, said: str, tmp_path: Path

@@ -90,7 +90,7 @@ def test_a_number_of_gpus_that_does_not_divide_4096_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ("gpus", "capability", "architectures", "said"),
     [
-        (4, (7, 0), ["sm_70"], "8 GPUs are needed and torch sees 4"),
+        (4, (7, 0), ["sm_70"], "8 GPUs are needed and torch finds 4"),
         (8, (7, 0), ["sm_75", "sm_80", "sm_90", "compute_90"], "no code for Tesla V100-SXM2-32GB (sm_70)"),
         (8, (12, 1), ["sm_90", "sm_100"], "(sm_121)"),
     ],
