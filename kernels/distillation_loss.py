@@ -164,7 +164,7 @@ class DistillationLossFunction(torch.autograd.Function):
         if ctx.logits_overwritten:
             raise RuntimeError(
                 "distillation_loss: inplace_backward has overwritten the student's logits with their gradient; "
-                "to call backward twice, set inplace_backward=False"
+                "for a second backward set inplace_backward=False"
             )
         *tensors, soft_normalizer, hard_normalizer, table = ctx.saved_tensors
         rows = LossRows(*tensors, *ctx.settings)
