@@ -361,7 +361,7 @@ CONFIG_VALUES: dict[str, tuple[dict[str, Any], str, *tuple[str, ...]]] = {
         '"WarmupDecayLR"',
     ),
     "a schedule without a type": ({"scheduler": {"params": {}}}, "bad-config", '"type"'),
-    "a schedule that lacks a parameter": (
+    "a schedule without a parameter": (
         {"scheduler": {"type": "WarmupDecayLR"}},
         "bad-config",
         '"scheduler.params"',
