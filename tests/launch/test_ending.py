@@ -33,8 +33,8 @@ def test_ranks_agree_on_the_optimizer_that_all_can_build_and_end_cleanly(
     assert [(status, errors) for status, _, errors in (first, second)] == [
         (0, f"{INTERPRETERS_END}, in a job: False\n")
     ] * 2
-    reason, chosen = first[1].splitlines()
-    assert all(part in reason for part in ("fused_adam", "rank 1", "torch's AdamW", "no such compiler"))
+    said, chosen = first[1].splitlines()
+    assert said == "DeepSpeed's fused_adam cannot be built on rank 1, torch's AdamW is used: no such compiler"
     assert json.loads(chosen) == json.loads(second[1]) == {"torch_adam": True, "fused": True}
 
 
