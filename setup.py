@@ -1,7 +1,7 @@
-"""Packaging: the top-level folders become one package, ``distilspeed``, which holds a link to each of them.
+"""Packaging: ``distilspeed/`` holds a link to each top-level folder, which makes them one package.
 
-A top-level module called ``kernels`` would shadow the PyPI package of that name, which transformers
-imports when it is installed; so nothing here is importable under its folder's bare name.
+No folder is importable under its bare name: a top-level module ``kernels`` would shadow the PyPI package of that name,
+which transformers imports if it is installed.
 """
 
 import re
@@ -25,12 +25,12 @@ setup(
         "Operating System :: POSIX :: Linux",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    # Links to the folders of the same names; launch/ and ds_configs/ are found beside the code that needs them.
+    # Follows the links, so that launch/ and ds_configs/ are part of the package.
     packages=find_namespace_packages(include=["distilspeed", "distilspeed.*"]),
     package_data={"": ["*.json", "*.sh", "*.sbatch", "py.typed"]},
     entry_points={"console_scripts": ["distilspeed=distilspeed.launch.command:main"]},
     python_requires=">=3.11",
-    # The losses need no more; the extra "train" is the rest.
+    # For the losses; the extra "train" adds the trainer's dependencies.
     install_requires=["torch>=2.10", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={
         "train": [

@@ -1,6 +1,6 @@
-"""Knowledge distillation of Transformer encoders on DeepSpeed, with fused losses that any trainer can use.
+"""Knowledge distillation of Transformer encoders on DeepSpeed, with fused losses for any trainer.
 
-The losses can be imported from here; importing this package alone imports neither PyTorch nor Triton.
+Exports the losses. Importing the package alone imports neither PyTorch nor Triton.
 """
 
 from importlib import import_module
@@ -24,7 +24,7 @@ __all__ = [
     "weighted_distillation_loss",
 ]
 
-# A function is in the module of its own name.
+# The modules of the classes; a function is in the module of its name.
 _MODULES = {
     "CosineLoss": "cosine_loss",
     "DistillationLoss": "distillation_loss",

@@ -5,13 +5,13 @@ b_i = max(|t_i|, eps) and dot_i = h_i . t_i,
 
     cos_i = dot_i / (a_i b_i)        loss = 1 / normalizer * sum over masked rows of 1 - cos_i
 
-and for g the gradient that arrives at the loss (loss scale and loss weight included)
+and with g the gradient of the final loss with respect to this loss (loss scale and loss weight included)
 
     d/dh_i = g / normalizer * ( student_factor_i h_i  -  teacher_factor_i t_i )
 
     student_factor_i = cos_i / a_i^2  [|h_i| > eps]        teacher_factor_i = 1 / (a_i b_i)
 
-in float32, rounded to the hidden states' dtype once, at the end.
+computed in float32 and rounded to the hidden states' dtype once, at the end.
 
 Source: Sanh et al. 2019, arXiv 1910.01108, section 3 (L_cos). eps as in
 torch.nn.functional.cosine_similarity: a zero vector has cosine 0.
@@ -46,25 +46,25 @@ def cosine_loss(
     mask: Tensor | None = None,
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """Mean of 1 - cos(student, teacher) over the rows of a mask; formulas at the top of this file.
+    """Return the mean of 1 - cos(student, teacher) over the rows of a mask; formulas at the top of this file.
 
     Args:
-        student_hidden: [..., hidden], float16, bfloat16, float32 or float64, any strides; where they cannot
-            be seen as rows without a copy, one is made.
+        student_hidden: [..., hidden], float16, bfloat16, float32 or float64, any strides. Copied if the
+            strides do not allow a view as rows.
         teacher_hidden: the same shape, dtype and device; must not require grad.
-        mask: [...] bool, the rows that count. None: all.
-        normalizer: what the sum is divided by: a number, or a 0-dim tensor on the same device. None: the
-            number of rows that count, at least 1.
+        mask: [...] bool, True for the rows to include. None: all rows.
+        normalizer: divisor of the sum: a number, or a 0-dim tensor on the same device. None: the number of
+            included rows, at least 1.
 
     Returns:
-        A float32 scalar (float64 for float64 input). Rows that do not count contribute exactly 0, whatever
-        they hold, and get a gradient of exactly 0. Nothing synchronises host and GPU, and torch.compile
-        finds no graph to break. The result is the same bit for bit from run to run. A student's zero
-        vector has loss 1 and, as in PyTorch, the gradient -t / (|t| eps), which float16 cannot hold.
-        Norms must be below 1e19: the squares of greater ones pass float32's range, and the cosine is 0 or NaN.
+        A float32 scalar (float64 for float64 input). Masked-out rows contribute exactly 0 and get a gradient
+        of exactly 0, even if they hold NaN. The call does not synchronise host and GPU, causes no graph break
+        under torch.compile, and is bitwise reproducible. A zero student vector has loss 1 and, as in
+        PyTorch, the gradient -t / (|t| eps), which overflows float16. Norms must be below 1e19: squares of
+        larger norms overflow float32, and the cosine becomes 0 or NaN.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or the teacher requires grad.
+        ValueError: shapes, dtypes or devices do not match, or the teacher requires grad.
     """
     check_pair("hidden", student_hidden, teacher_hidden)
     check_row_tensor("mask", mask, torch.bool, student_hidden)
@@ -74,7 +74,7 @@ def cosine_loss(
 
 
 class CosineLoss(nn.Module):
-    """:func:`cosine_loss` as a module, for those who keep their losses in modules."""
+    """:func:`cosine_loss` as a module."""
 
     def forward(
         self,
@@ -88,13 +88,13 @@ class CosineLoss(nn.Module):
 
 
 class CosineLossFunction(torch.autograd.Function):
-    """Saves two numbers per row beside the hidden states, and no normalised copy of either."""
+    """Saves the hidden states and two numbers per row; no normalised copies."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        student: Tensor,  # [rows, hidden], like the teacher's with the last dimension contiguous
-        teacher: Tensor,  # [rows, hidden]
+        student: Tensor,  # [rows, hidden], last dimension contiguous
+        teacher: Tensor,  # [rows, hidden], last dimension contiguous
         mask: Tensor | None,  # [rows]
         normalizer: Tensor,  # 0-dim
     ) -> Tensor:
@@ -109,7 +109,7 @@ class CosineLossFunction(torch.autograd.Function):
         return backward_operator(*rows_and_factors, grad_loss / normalizer), None, None, None
 
 
-# Operators are opaque to torch.compile, which needs no more than the fakes below to compile around them.
+# Custom operators are opaque to torch.compile: with the fakes below it compiles around them without a graph break.
 
 
 @torch.library.custom_op("distilspeed::cosine_loss_forward", mutates_args=())

@@ -8,16 +8,16 @@ For row i with student logits z_i, teacher logits u_i, label y_i and temperature
     soft_ce = T^2 / soft_normalizer * sum over soft rows      of  sum_v -p_iv log q_iv
     hard_ce =   1 / hard_normalizer * sum over labelled rows  of  -log softmax(z_i)[y_i]
 
-and for g_x the gradient that arrives at loss x (loss scale and loss weight included)
+and with g_x the gradient of the final loss with respect to loss x (loss scale and loss weight included)
 
     d/dz_iv = (g_kl + g_soft_ce) T / soft_normalizer (q_iv - p_iv)                [i is a soft row]
             + g_hard_ce / hard_normalizer (softmax(z_i)_v - [v = y_i])            [i is labelled]
 
-computed in float32 and rounded to the logits' dtype once, at the end: a gradient row of 30522 entries
-averaged over a batch lies below the smallest float16, and only the loss scale lifts it above.
+computed in float32 and rounded to the logits' dtype once, at the end: the gradient entries of a row of 30522
+logits, averaged over a batch, underflow float16 unless the loss scale is applied before rounding.
 
 Source: Hinton, Vinyals and Dean 2015, arXiv 1503.02531, section 2 (and the factor T^2); as used in
-Sanh et al. 2019, arXiv 1910.01108, section 3. T^2 * KL is the reported L_ce; its gradient is soft_ce's.
+Sanh et al. 2019, arXiv 1910.01108, section 3. T^2 * KL is the reported L_ce; kl and soft_ce have the same gradient.
 """
 
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ from distilspeed.kernels.implementation.weighted_module import WeightedLossModul
 
 
 class DistillationLosses(NamedTuple):
-    """Three scalars, float32 (float64 for float64 logits), each usable in a weighted sum."""
+    """Three differentiable scalars, float32 (float64 for float64 logits)."""
 
     kl: Tensor
     soft_ce: Tensor
@@ -53,42 +53,40 @@ def distillation_loss(
     vocab_size: int | None = None,
     inplace_backward: bool = False,
 ) -> DistillationLosses:
-    """Distillation losses of a student against a frozen teacher; formulas at the top of this file.
+    """Return the distillation losses of a student against a frozen teacher; formulas at the top of this file.
 
     Args:
         student_logits: [..., width], float16, bfloat16, float32 or float64, before any softmax or
-            temperature. Any strides; where they cannot be seen as rows without a copy, one is made.
+            temperature. Any strides. Copied if the strides do not allow a view as rows.
         teacher_logits: the same shape, dtype and device; must not require grad.
-        labels: [...] int64, ``ignore_index`` in rows without one. None: hard_ce is 0.
+        labels: [...] int64, ``ignore_index`` in unlabelled rows. None: hard_ce is 0.
         temperature: T > 0. It applies to the soft terms only.
-        soft_mask: [...] bool, the rows that count in the soft terms. None: all.
-        soft_normalizer: what the soft sum is divided by: a number, or a 0-dim tensor on the same device
-            (so that the mean over a global batch needs no synchronisation). None: the number of soft
-            rows of this call, at least 1. A tensor is not checked: 0 gives inf or NaN.
-        hard_normalizer: likewise for labelled rows.
-        ignore_index: the label that marks a row without one.
-        vocab_size: the number of real columns where the logits are padded to a greater width. Padding
-            is never in a softmax and gets a gradient of exactly 0. None: the whole width.
+        soft_mask: [...] bool, True for the rows of the soft terms. None: all rows.
+        soft_normalizer: divisor of the soft sums: a number, or a 0-dim tensor on the same device (a mean
+            over a global batch then needs no synchronisation). None: the number of soft rows of this call,
+            at least 1. The value of a tensor is not checked: 0 gives inf or NaN.
+        hard_normalizer: the same for the labelled rows.
+        ignore_index: the label of unlabelled rows.
+        vocab_size: the number of real columns if the logits are padded to a larger width. Padding columns
+            are excluded from every softmax and get a gradient of exactly 0. None: the whole width.
         inplace_backward: write the gradient over the storage of ``student_logits`` instead of allocating
-            it. Safe when ``student_logits`` is the output of an operation that did not save it for its
-            own backward (a linear layer does not) and nobody reads it after ``backward``; an operation
-            that did save it raises autograd's version error. Without effect under torch.compile, which
-            plans memory itself.
+            it. Safe if the operation that produced ``student_logits`` did not save it for its own backward
+            (a linear layer does not) and nothing reads it after ``backward``. If the operation did save it,
+            autograd raises its version error. No effect under torch.compile, which plans memory itself.
 
-    Rows that are neither soft nor labelled are not read, and get a gradient of exactly 0. A logit of -inf is
-    a class of probability 0: it adds nothing where the teacher's is 0, and makes the loss +inf where the
-    teacher's is not. A row without a logit above -1e30 is undefined.
+    Rows that are neither soft nor labelled are not read, and get a gradient of exactly 0. A student logit of
+    -inf means probability 0: it contributes 0 if the teacher's probability is 0, too, and otherwise makes the
+    loss +inf. The result is undefined for a row whose logits are all below -1e30.
 
-    A label outside [0, vocab_size) other than ``ignore_index`` raises on the CPU. On a GPU nothing
-    waits for the labels to be checked: hard_ce becomes NaN, and no memory is read out of bounds.
+    A label outside [0, vocab_size) other than ``ignore_index`` raises on the CPU. On a GPU, where a check
+    would synchronise, hard_ce becomes NaN instead; no memory is read out of bounds.
 
-    Where Triton runs, nothing here synchronises host and GPU. The result is the same bit for bit from run
-    to run.
+    The Triton implementation does not synchronise host and GPU. Results are bitwise reproducible.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, the teacher requires grad, the temperature is not
-            a positive number, labels (on the CPU) are out of range, or the logits cannot be written over.
-        RuntimeError: in a second backward through the same graph after ``inplace_backward``.
+        ValueError: shapes, dtypes or devices do not match, the teacher requires grad, the temperature is not
+            a positive number, labels (on the CPU) are out of range, or the logits cannot be overwritten.
+        RuntimeError: on a second backward through the same graph after ``inplace_backward``.
     """
     rows = loss_rows(student_logits, teacher_logits, labels, soft_mask, temperature, ignore_index, vocab_size)
     if inplace_backward:
@@ -97,7 +95,7 @@ def distillation_loss(
         *rows,
         resolve_normalizer("soft_normalizer", soft_normalizer, rows.student_logits, rows.soft_mask),
         resolve_normalizer("hard_normalizer", hard_normalizer, rows.student_logits, rows.labelled),
-        # What was compiled plans its own memory; there the flag is a hint that is not needed.
+        # torch.compile plans memory itself.
         inplace_backward and not torch.compiler.is_compiling(),
     )
     return DistillationLosses(*losses)
@@ -134,7 +132,7 @@ class DistillationLoss(WeightedLossModule):
 
 
 class DistillationLossFunction(torch.autograd.Function):
-    """Normalizers, T^2 and autograd's bookkeeping around the implementation that fits the device."""
+    """Normalizers, T^2 and autograd around the implementation for the device."""
 
     @staticmethod
     def forward(
@@ -165,8 +163,8 @@ class DistillationLossFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_kl: Tensor, grad_soft_ce: Tensor, grad_hard_ce: Tensor) -> tuple[Any, ...]:
         if ctx.logits_overwritten:
             raise RuntimeError(
-                "distillation_loss: inplace_backward has written the gradient over the student's logits; "
-                "a second backward through them needs inplace_backward=False"
+                "distillation_loss: inplace_backward has overwritten the student's logits with their gradient; "
+                "for a second backward set inplace_backward=False"
             )
         *tensors, soft_normalizer, hard_normalizer, table = ctx.saved_tensors
         rows = LossRows(*tensors, *ctx.settings)
@@ -178,7 +176,7 @@ class DistillationLossFunction(torch.autograd.Function):
         gradient = rows.student_logits.detach()
         ops.implementation_for(gradient).backward(rows, table, coefficients, gradient)
         ctx.logits_overwritten = True
-        # A kernel's writes are invisible to autograd; without this, an operation that saved the
-        # logits would go on with gradients in their place.
+        # Autograd does not see a kernel's writes; without this, an operation that saved the logits
+        # would silently use the gradient in their place.
         torch.autograd.graph.increment_version(rows.student_logits)
         return gradient, *(None,) * 9

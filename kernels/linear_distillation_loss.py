@@ -1,4 +1,4 @@
-"""Distillation loss from hidden states: vocabulary projections and loss together, a chunk of rows at a time (public).
+"""Distillation loss from hidden states: vocabulary projections and loss, one chunk of rows at a time (public).
 
 With student hidden states h [rows, H_s], projection W [V, H_s] and bias b [V], and the teacher's k, U, d, the
 logits of a chunk of rows are z = h W^T + b and u = k U^T + d, the loss is that of
@@ -6,12 +6,12 @@ logits of a chunk of rows are z = h W^T + b and u = k U^T + d, the loss is that 
 
     dL/dh = g W        dL/dW = sum over chunks of g^T h        dL/db = sum over rows of g
 
-g takes the place of z; of both models' logits only one chunk exists at a time. The four products are the
-library's (cuBLAS, oneDNN), the rest is the kernels' of ``distillation_loss``. All gradients are made in the
-forward pass: made in the backward pass they would need the two products with W and U a second time.
+g overwrites z, so only one chunk of both models' logits exists at a time. cuBLAS or oneDNN computes the four
+products, the kernels of ``distillation_loss`` the rest. All gradients are computed in the forward pass:
+computing them in the backward pass would repeat the two products with W and U.
 
-In float16 g is kept at a size that it holds well, whatever loss scale and normalizers are: it is computed for
-coefficients that add up to GRADIENT_SIZE, and what the caller's differ by is multiplied in float32 at the end.
+In float16, g is computed with coefficients that add up to GRADIENT_SIZE, which keeps it within float16's range
+for any loss scale and normalizers. The ratio to the actual coefficients is multiplied in float32 at the end.
 """
 
 from typing import Any
@@ -32,8 +32,8 @@ from distilspeed.kernels.implementation.linear_distillation_loss_ops import Proj
 from distilspeed.kernels.implementation.weighted_module import WeightedLossModule
 from distilspeed.kernels.weighted_distillation_loss import WeightedLosses
 
-# No entry of g is greater, and a row's entries add up to no more than twice this in size: its product with weights
-# below 60 stays in float16's range. The average of 30522 entries is still a normal number.
+# Bounds every entry of g, and half the sum of a row's absolute entries: a product with weights below 60 stays in
+# float16's range. The average of 30522 entries is still a normal float16 number.
 GRADIENT_SIZE = 512.0
 
 CPU_CHUNK_BYTES = 48 * 2**20
@@ -59,29 +59,29 @@ def linear_distillation_loss(
     vocab_size: int | None = None,
     chunk_bytes: int | None = None,
 ) -> WeightedLosses:
-    """``weighted_distillation_loss`` of two vocabulary projections whose logits are never held whole.
+    """Return ``weighted_distillation_loss`` of two vocabulary projections, without storing all logits at once.
 
     Args:
-        student_hidden: [..., student hidden size], float16, bfloat16, float32 or float64: what the
-            vocabulary projection is applied to (in BERT's MLM head: after its transform).
-        student_weight: [width, student hidden size], the same dtype, such as the (tied) input embeddings.
+        student_hidden: [..., student hidden size], float16, bfloat16, float32 or float64: the input of the
+            vocabulary projection (in BERT's MLM head: the output of its transform).
+        student_weight: [width, student hidden size], the same dtype, for example the tied input embeddings.
         teacher_hidden: [..., teacher hidden size], the same leading dimensions and dtype; frozen.
-        teacher_weight: [width, teacher hidden size]; frozen, like all of the teacher.
-        labels: [...] int64, ``ignore_index`` in rows without one.
+        teacher_weight: [width, teacher hidden size]; frozen.
+        labels: [...] int64, ``ignore_index`` in unlabelled rows.
         student_bias: [width], the student weight's dtype; None: no bias.
         teacher_bias: [width], frozen.
-        chunk_bytes: memory for the logits of one chunk, both models together. None: 48 MiB on a CPU,
+        chunk_bytes: memory for one chunk of logits, both models together. None: 48 MiB on a CPU,
             512 MiB on a GPU. Smaller chunks make the products slower.
 
     The other arguments are those of ``weighted_distillation_loss``; a loss scale is not needed here. Under
-    autocast the projections run in the autocast dtype, as ``torch.nn.functional.linear`` would.
+    autocast the projections run in the autocast dtype, like ``torch.nn.functional.linear``.
 
-    Besides one chunk this holds the gradients: [..., student hidden size], and the weight's in float32.
+    Memory: one chunk of logits and the gradients: [..., student hidden size], and the weight's in float32.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, the teacher requires grad, a setting is out of
-            range, or (on the CPU) a label is.
-        RuntimeError: in a second backward through the same graph.
+        ValueError: shapes, dtypes or devices do not match, the teacher requires grad, or a setting or (on the
+            CPU) a label is out of range.
+        RuntimeError: on a second backward through the same graph.
     """
     projections = Projections(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias
@@ -91,7 +91,7 @@ def linear_distillation_loss(
     device = student_hidden.device.type
     if (
         torch.is_autocast_enabled(device) and student_hidden.dtype != torch.float64
-    ):  # which autocast leaves alone
+    ):  # autocast leaves float64 alone
         dtype = torch.get_autocast_dtype(device)
         projections = Projections._make(None if part is None else part.to(dtype) for part in projections)
     if not torch.is_grad_enabled():
@@ -155,7 +155,7 @@ def check_fit(projections: Projections) -> None:
 
 
 class LinearDistillationLoss(WeightedLossModule):
-    """The sum of :func:`linear_distillation_loss` as one scalar; the projections' weights are arguments of each call.
+    """``loss`` of :func:`linear_distillation_loss` as a module; each call takes the projections' weights.
 
     The defaults are those of Sanh et al. 2019 without the cosine term, which acts on hidden states.
     """
@@ -194,7 +194,7 @@ class LinearDistillationLoss(WeightedLossModule):
 
 
 class LinearDistillationLossFunction(torch.autograd.Function):
-    """Forward leaves the gradients behind; backward multiplies them by what arrives."""
+    """Forward computes and saves the gradients; backward multiplies them by the incoming gradient."""
 
     @staticmethod
     def forward(
@@ -221,7 +221,7 @@ class LinearDistillationLossFunction(torch.autograd.Function):
         )
         unscaled = torch.ones_like(soft_normalizer)
         if student_hidden.dtype == torch.float16:
-            smallest = torch.finfo(coefficients.dtype).tiny  # where both weights are 0
+            smallest = torch.finfo(coefficients.dtype).tiny  # both weights may be 0
             unscaled = (coefficients.abs().sum() / GRADIENT_SIZE).clamp(min=smallest)
         losses, *gradients = forward_backward(
             student_hidden,
@@ -251,7 +251,7 @@ class LinearDistillationLossFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
         if ctx.gradients_given:
             raise RuntimeError(
-                "linear_distillation_loss: its gradients were given away in the first backward"
+                "linear_distillation_loss: the first backward has used its gradients; call it again for a second one"
             )
         ctx.gradients_given = True
         unscaled, *gradients = ctx.saved_tensors

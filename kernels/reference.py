@@ -1,8 +1,8 @@
-"""The losses as DESIGN.md defines them, in plain PyTorch: the oracle the kernels are tested against.
+"""The definitions of the losses in plain PyTorch: the oracle of the kernels' tests.
 
-Any floating dtype; in float64 it is the truth. Written to be read next to the formulas, not to be fast:
-whole probability tables are materialised and autograd makes the gradients. Arguments, defaults and results
-are those of the functions of the same name in ``distillation_loss`` and ``cosine_loss``.
+Any floating dtype; the tests use float64. Written to be read next to the formulas, not to be fast: probabilities
+are materialised whole, and autograd computes the gradients. Arguments, defaults and results are those of the
+functions of the same name in ``distillation_loss`` and ``cosine_loss``.
 """
 
 import torch
@@ -24,7 +24,7 @@ def distillation_loss(
     ignore_index: int = -100,
     vocab_size: int | None = None,
 ) -> DistillationLosses:
-    """Soft-target KL and cross-entropy times T^2, and hard-label cross-entropy, from [..., V] logits."""
+    """Return soft-target KL and cross-entropy times T^2, and hard-label cross-entropy, from [..., V] logits."""
     student_logits = student_logits[..., :vocab_size]
     teacher_logits = teacher_logits[..., :vocab_size].detach()
     soft_rows = torch.ones_like(student_logits[..., 0], dtype=torch.bool) if soft_mask is None else soft_mask
@@ -54,7 +54,7 @@ def cosine_loss(
     normalizer: float | Tensor | None = None,
     eps: float = 1e-8,
 ) -> Tensor:
-    """Mean over masked rows of 1 - cos(student, teacher), from [..., H] hidden states."""
+    """Return the mean over the rows of ``mask`` of 1 - cos(student, teacher), from [..., H] hidden states."""
     rows = torch.ones_like(student_hidden[..., 0], dtype=torch.bool) if mask is None else mask
     student, teacher = student_hidden[rows], teacher_hidden[rows].detach()
     student_norm = torch.linalg.vector_norm(student, dim=-1).clamp(min=eps)
@@ -66,5 +66,5 @@ def cosine_loss(
 
 
 def expectation(p: Tensor, values: Tensor) -> Tensor:
-    """sum_v p_v values_v, where a class of probability 0 contributes 0 whatever its value."""
+    """Return sum_v p_v values_v; a class of probability 0 contributes 0 even if its value is infinite or NaN."""
     return torch.where(p > 0, p * values, 0).sum(-1)

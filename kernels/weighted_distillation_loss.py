@@ -1,11 +1,11 @@
-"""Distillation loss as one weighted sum, its gradient computed together with it (public).
+"""Distillation loss as one weighted sum; its gradient is computed in the forward pass (public).
 
     loss = soft_weight * kl + hard_weight * hard_ce
 
-with kl and hard_ce of ``distillation_loss``. Because the weights are known when the loss is computed, so is the
-gradient up to the factor that ``backward`` brings, and one launch gives both: logits are read once from
-memory and every exponential of the CPU path is taken once. 3 passes over memory of the size of the logits,
-where ``distillation_loss`` needs 5.
+with kl and hard_ce of ``distillation_loss``. Because the weights are known in the forward pass, the gradient is
+known there, too, up to the gradient that arrives at ``loss``. One launch computes both: it reads the logits once
+from memory, and the CPU path computes every exponential once. It moves 3 times the size of the logits through
+memory; ``distillation_loss`` moves 5 times their size.
 """
 
 from typing import Any, NamedTuple
@@ -44,27 +44,25 @@ def weighted_distillation_loss(
     vocab_size: int | None = None,
     inplace: bool = False,
 ) -> WeightedLosses:
-    """soft_weight * kl + hard_weight * hard_ce of :func:`distillation_loss.distillation_loss`, and its parts.
+    """Return soft_weight * kl + hard_weight * hard_ce of :func:`distillation_loss.distillation_loss`, and its parts.
 
     Args:
         soft_weight: weight of the soft targets.
         hard_weight: weight of the hard labels.
-        loss_scale: the gradient that will arrive at ``loss``: the loss scale of fp16 training, with everything
-            else the loss is multiplied by before ``backward``; a number, or a 0-dim tensor on the same
-            device. With another gradient the result is still right, for one more pass over it; but in
-            float16 what the expected scale did not lift above the smallest number stays lost. None: 1, and
-            not allowed for float16.
-        inplace: write the gradient over the storage of ``student_logits`` at once: they are gone when this
-            returns. Safe where ``inplace_backward`` of ``distillation_loss`` is, and like it without effect
-            under torch.compile.
+        loss_scale: the expected gradient at ``loss``: the loss scale of fp16 training times every other factor
+            that multiplies the loss before ``backward``; a number, or a 0-dim tensor on the same device. If
+            another gradient arrives, the result is corrected by one more pass over it; in float16, entries
+            that underflowed under the expected scale stay 0. None: 1; not allowed for float16.
+        inplace: write the gradient over the storage of ``student_logits`` in this call. The logits are gone
+            when it returns. Safe under the conditions of ``inplace_backward`` of ``distillation_loss``; no
+            effect under torch.compile.
 
-    The other arguments, rows that do not count, -inf logits, labels outside the vocabulary, repeatability and
-    errors are those of :func:`distillation_loss.distillation_loss`. Where the student needs no gradient none
-    is computed.
+    The other arguments, masked-out rows, -inf logits, labels outside the vocabulary, reproducibility and errors
+    are those of :func:`distillation_loss.distillation_loss`. No gradient is computed if the student needs none.
 
     Raises:
-        ValueError: as there.
-        RuntimeError: in a second backward through the same graph (not under torch.compile).
+        ValueError: as in ``distillation_loss``, or loss_scale is missing for float16.
+        RuntimeError: on a second backward through the same graph (not under torch.compile).
     """
     if not torch.is_grad_enabled():
         student_logits = student_logits.detach()
@@ -72,7 +70,7 @@ def weighted_distillation_loss(
     if loss_scale is None:
         if student_logits.dtype == torch.float16:
             raise ValueError(
-                "loss_scale must be given for float16 logits; most of the gradient may lie below 6e-8"
+                "loss_scale must be given for float16 logits; without it gradient entries below 6e-8 become 0"
             )
         loss_scale = 1.0
     if inplace:
@@ -91,7 +89,7 @@ def weighted_distillation_loss(
 
 
 class WeightedDistillationLossFunction(torch.autograd.Function):
-    """Forward leaves the gradient behind; backward multiplies it by what the loss scale did not foresee."""
+    """Forward computes and saves the gradient; backward corrects it if another gradient than loss_scale arrives."""
 
     @staticmethod
     def forward(
@@ -124,7 +122,7 @@ class WeightedDistillationLossFunction(torch.autograd.Function):
         elif inplace:
             gradient = student_logits.detach()
             losses = ops.implementation_for(gradient).forward_backward(rows, coefficients, gradient)
-            # A kernel's writes are invisible to autograd; see DistillationLossFunction.
+            # Autograd does not see a kernel's writes; see DistillationLossFunction.
             torch.autograd.graph.increment_version(student_logits)
         else:
             losses, gradient = ops.forward_backward(*rows, coefficients)
@@ -140,8 +138,8 @@ class WeightedDistillationLossFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
         if ctx.gradient_given:
             raise RuntimeError(
-                "weighted_distillation_loss: its gradient was given away in the first backward; "
-                "a second one through the same graph needs distillation_loss"
+                "weighted_distillation_loss: the first backward has used its gradient; "
+                "use distillation_loss to call backward twice"
             )
         gradient, loss_scale = ctx.saved_tensors
         ctx.gradient_given = True

@@ -1,11 +1,10 @@
-"""Measure the training step against the original recipe done eagerly, in turns on the same machine.
+"""Measure the training step against the original recipe in eager PyTorch, taking turns on the same machine.
 
     python launch/benchmark.py --deepspeed_config ds_configs/cpu.json --teacher DIR --data_dir DIR
 
-The baseline is DistilBERT's original recipe in eager PyTorch: pieces of text in padded batches of about one length,
-masked_select losses, .item() at every micro-batch; in half precision with torch.autocast. Prints real tokens per second
-of both, MFU against a matrix product measured in the same process, peak memory of tensors, and where the step's time
-goes.
+The baseline is DistilBERT's original recipe: pieces of text in padded batches of similar length, masked_select
+losses, .item() at every micro-batch, torch.autocast in half precision. Prints the real tokens per second of both, MFU
+against a matrix product measured in the same process, the tensors' peak memory, and the parts of the step's time.
 """
 
 import sys
@@ -28,29 +27,29 @@ if TYPE_CHECKING:
     from distilspeed.trainer.throughput.report import BenchmarkReport
     from distilspeed.trainer.training.run import Run
 
-# A schedule that no benchmark comes to the end of.
+# Steps of the schedule; no benchmark reaches its end.
 STEPS_OF_SCHEDULE = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkArguments(StepArguments):
-    """The command line of ``launch/benchmark.py``; ``contestant`` and ``laps`` are for the processes it starts."""
+    """The command line of ``launch/benchmark.py``; ``contestant`` and ``laps`` are for its child processes."""
 
     restrict_ce_to_mask: bool = setting(False, help="soft targets on masked tokens only, in our step")
-    as_v100: bool = setting(False, help="under the limits of a V100 of 16 GiB, on a newer GPU")
-    rounds: int = setting(5, at_least=1, help="turns of each")
+    as_v100: bool = setting(False, help="apply the limits of a V100 with 16 GiB to a newer GPU")
+    rounds: int = setting(5, at_least=1, help="rounds to measure")
     ranks: tuple[int, ...] = setting(
         (),
         at_least=1,
         parse=whole_numbers,
         metavar="N,N",
-        help="also run on so many ranks of this machine",
+        help="also measure with these numbers of ranks on this machine",
     )
     output: Path | None = setting(None, metavar="FILE", help="write the results as JSON")
     check: Path | None = setting(
         None,
         metavar="FILE",
-        help="fail if the ratio is more than 10 %% below that of this earlier --output",
+        help="fail if the ratio is more than 10 %% below the one in FILE, an earlier --output",
     )
     contestant: Literal["ours", "eager"] | None = setting(None, help=SUPPRESS)
     laps: str | None = setting(None, help=SUPPRESS)
@@ -58,7 +57,7 @@ class BenchmarkArguments(StepArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.teacher == "none":
-            raise UserError("missing-argument", "a benchmark compares distillations; give a --teacher")
+            raise UserError("missing-argument", "the benchmark measures distillation; give a --teacher")
 
     def training(self, output_dir: Path) -> TrainArguments:
         of_step = {each.name: getattr(self, each.name) for each in fields(StepArguments)}

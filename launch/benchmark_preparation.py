@@ -1,12 +1,12 @@
-"""Measure launch/prepare_data.py against DistilBERT's own preparation: time, tokens/s and memory of the same text.
+"""Measure launch/prepare_data.py against DistilBERT's own preparation on the same text: time, tokens/s and memory.
 
     python launch/benchmark_preparation.py --text gutenberg.txt --tokenizer google-bert/bert-base-uncased \\
         --output launch/benchmarks/preparation.json
 
-The original recipe encodes a line at a time, keeps all of them, shuffles, pickles, and counts the tokens from the
-pickle. Both run as a command of their own, in turns: seconds are those of the whole command, imports included, and
-memory is the highest sum of its processes' resident sets, looked at ten times a second; a page that several of them
-share counts in each.
+The original recipe encodes one line at a time, keeps all lines in memory, shuffles and pickles them, and counts the
+tokens of the pickle. Both run as separate commands, taking turns. Seconds are for the whole command, imports included.
+Memory is the highest sum of the resident sets of a command's processes, sampled ten times a second; a page that
+several processes share counts in each.
 """
 
 import json
@@ -28,25 +28,28 @@ from distilspeed.trainer.files import check_new_file, write_text
 from distilspeed.trainer.job.arguments import Settings, setting
 from distilspeed.trainer.job.command import run_command
 
-SECONDS_BETWEEN_LOOKS = 0.1
-SMALL_TEXT_BYTES = 10_000_000  # the text whose memory is compared with that of all the text
+SECONDS_BETWEEN_SAMPLES = 0.1
+SMALL_TEXT_BYTES = 10_000_000  # a prefix of the text, whose memory is compared with that of the whole text
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkPreparationArguments(Settings):
     """The command line of ``launch/benchmark_preparation.py``."""
 
-    text: Path = setting(metavar="FILE", help="text, a document a line")
-    tokenizer: str = setting(metavar="ID_OR_DIR", help="BERT's: a hub name or a folder")
-    seq_length: int = setting(128, help="of our rows")
-    num_proc: int = setting(2, at_least=1, metavar="N", help="our processes")
-    rounds: int = setting(3, at_least=1, metavar="N", help="of both, in turns")
-    output: Path | None = setting(None, metavar="FILE", help="also write it as JSON")
+    text: Path = setting(metavar="FILE", help="text, one document per line")
+    tokenizer: str = setting(metavar="ID_OR_DIR", help="a BERT tokenizer: a hub name or a folder")
+    seq_length: int = setting(128, help="tokens per row, in our preparation")
+    num_proc: int = setting(2, at_least=1, metavar="N", help="processes of our preparation")
+    rounds: int = setting(3, at_least=1, metavar="N", help="rounds to measure")
+    output: Path | None = setting(None, metavar="FILE", help="also write the results as JSON")
 
 
 @dataclass(frozen=True)
 class Round:
-    """One run of one command; ``of_counting``: seconds of the original's second script, token_counts.py."""
+    """One run of one command.
+
+    of_counting  seconds of the original's second script, token_counts.py
+    """
 
     seconds: float
     of_counting: float
@@ -57,18 +60,18 @@ class Round:
 
 @dataclass(frozen=True)
 class Rounds:
-    """Rounds of both on the same text, in turns."""
+    """Rounds of both preparations on the same text, taking turns."""
 
     text_bytes: int
     original: list[Round]
     ours: list[Round]
 
     def ratio(self) -> float:
-        """How many times faster ours is: the median of the rounds."""
+        """Return how many times faster ours is: the median of the rounds."""
         return statistics.median(before.seconds / now.seconds for before, now in self._pairs())
 
     def ratio_without_counting(self) -> float:
-        """The same, the original's counting left out of its seconds."""
+        """Return the ratio without the seconds of the original's counting."""
         return statistics.median(
             (before.seconds - before.of_counting) / now.seconds for before, now in self._pairs()
         )
@@ -78,12 +81,12 @@ class Rounds:
 
 
 def original_recipe(text: Path, tokenizer_name: str, output_dir: Path) -> None:
-    """Lines to a pickle of token ids and one of counts; prints what :class:`Round` needs of it."""
+    """Write a pickle of the lines' token ids and one of token counts; print the values for :class:`Round`."""
     import numpy as np
     from transformers import BertTokenizer
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # a warning that a line is longer than the model's rows
+    logging.set_verbosity_error()  # no warnings about lines longer than the model's maximum
     tokenizer = BertTokenizer.from_pretrained(tokenizer_name)
     cls, sep = tokenizer.cls_token, tokenizer.sep_token
     with text.open(encoding="utf-8") as file:
@@ -138,16 +141,16 @@ def run_ours(text: Path, tokenizer: str, folder: Path, seq_length: int, num_proc
 
 
 def _run(command: list[str]) -> tuple[float, int, str]:
-    """Run a Python command; its seconds, the peak memory of its processes in bytes, what it printed."""
+    """Run a Python command; return its seconds, the peak memory of its processes in bytes, and its output."""
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
     peak = 0
     while process.poll() is None:
         peak = max(peak, _memory_of_tree(process.pid))
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        time.sleep(SECONDS_BETWEEN_SAMPLES)
     seconds = time.perf_counter() - start
     output = process.stdout.read() if process.stdout else ""
-    if process.returncode == UserError.status:  # it has said why
+    if process.returncode == UserError.status:  # the command has printed its error
         sys.exit(process.returncode)
     if process.returncode:
         raise UserError(
@@ -158,18 +161,18 @@ def _run(command: list[str]) -> tuple[float, int, str]:
 
 
 def _memory_of_tree(pid: int) -> int:
-    """Resident bytes of a process and all below it."""
+    """Return the resident bytes of a process and its descendants."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         threads = list(Path(f"/proc/{pid}/task").iterdir())
         children = [int(child) for thread in threads for child in (thread / "children").read_text().split()]
-    except OSError:  # it ended while it was looked at
+    except OSError:  # the process ended meanwhile
         return 0
     return pages * resource.getpagesize() + sum(map(_memory_of_tree, children))
 
 
 def check_input(arguments: BenchmarkPreparationArguments) -> None:
-    """Raise UserError for what ours would refuse: the original does not check it."""
+    """Raise UserError for input that our preparation refuses; the original does not check its input."""
     from distilspeed.trainer.corpus.arguments import CorpusArguments
     from distilspeed.trainer.corpus.build import open_input
 
@@ -253,7 +256,7 @@ def main() -> None:
                 for comparison in comparisons
             ],
             "seconds_are": "of the whole command, imports included",
-            "memory_is": f"highest sum of the processes' resident sets, every {SECONDS_BETWEEN_LOOKS} s",
+            "memory_is": f"highest sum of the processes' resident sets, every {SECONDS_BETWEEN_SAMPLES} s",
             "versions": installed_versions(),
             "machine": asdict(machine) | {"command": _without_folders(machine.command)},
         }

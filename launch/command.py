@@ -1,4 +1,4 @@
-"""The command ``distilspeed``: the scripts beside this file by shorter names, training under DeepSpeed's launcher."""
+"""The command ``distilspeed``: short names for the scripts of this folder; ``train`` starts DeepSpeed's launcher."""
 
 import argparse
 import os
@@ -15,10 +15,10 @@ from distilspeed.trainer.job.command import PlainParser, run_command
 
 
 class Command(NamedTuple):
-    """One of the commands.
+    """A subcommand.
 
     Attributes:
-        script: the module of ``distilspeed.launch`` that does it.
+        script: the module of ``distilspeed.launch`` that runs it.
         does: one line of help.
     """
 
@@ -27,16 +27,16 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "prepare": Command("prepare_data", "prepare a corpus: text or data sets to packed rows of tokens"),
+    "prepare": Command("prepare_data", "prepare a corpus: pack text or data sets into rows of tokens"),
     "train": Command("train", "distil a teacher on the GPUs of this host (DeepSpeed's launcher)"),
     "evaluate": Command("evaluate", "compare a student with its teacher: quality, size, latency"),
-    "plan": Command("train", "print batch equation, memory and FLOPs of a training, and train nothing"),
-    "profile": Command("profile_kernels", "measure the fused losses; needs torch and triton alone"),
+    "plan": Command("train", "print batch equation, memory and FLOPs of a run without training"),
+    "profile": Command("profile_kernels", "measure the fused losses; needs only torch and triton"),
     "benchmark": Command("benchmark", "measure the training step against the original recipe"),
 }
 
-# The launcher's options, which train takes anywhere among its own. No option of train has one of these names. Not here:
-# those that say what is started (--module, --no_python, --no_local_rank, --autotuning).
+# DeepSpeed's launcher options, accepted anywhere among train's own, which have other names. Left out are the options
+# that change what is started (--module, --no_python, --no_local_rank, --autotuning).
 LAUNCHER_OPTIONS = frozenset(
     {
         *("-H", "--hostfile", "-i", "--include", "-e", "--exclude", "--num_nodes"),
@@ -83,13 +83,13 @@ def _run() -> None:
 
 def _run_script(command: str, options: Sequence[str]) -> None:
     script = import_module(f"distilspeed.launch.{COMMANDS[command].script}")
-    # The script's path, as under `python -m`: some start themselves again.
+    # The script's path, as under `python -m`: some scripts start themselves again.
     sys.argv = [str(script.__file__), *options, *(["--plan"] if command == "plan" else [])]
     script.main()
 
 
 def _launch_training(given: Sequence[str]) -> NoReturn:
-    """Become ``deepspeed --module distilspeed.launch.train``: so signals and statuses are those of ``deepspeed``."""
+    """Replace this process by ``deepspeed --module distilspeed.launch.train``, with its signals and exit statuses."""
     if find_spec("deepspeed") is None:
         raise ModuleNotFoundError(name="deepspeed")
     from distilspeed.launch.train import build_parser
@@ -99,17 +99,17 @@ def _launch_training(given: Sequence[str]) -> NoReturn:
     parser.epilog = (
         f"options of DeepSpeed's launcher: {' '.join(sorted(LAUNCHER_OPTIONS | LAUNCHER_SWITCHES))}"
     )
-    parser.parse_args(options)  # a wrong one is reported here, not by every rank
+    parser.parse_args(options)  # report a wrong option here, before any rank starts
     import torch
 
     if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else every process warns that it sees no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else every process warns about the missing GPU
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *for_launcher]
     os.execv(sys.executable, [*launcher, "--module", "distilspeed.launch.train", *options])
 
 
 def split_options(given: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The options of DeepSpeed's launcher with their values, and all others."""
+    """Split the arguments into the options of DeepSpeed's launcher with their values, and all others."""
     for_launcher: list[str] = []
     others: list[str] = []
     arguments = iter(given)

@@ -1,4 +1,4 @@
-"""Compare a student with its teacher, and with a baseline: quality, size, latency, tasks.
+"""Compare a student with its teacher and with a baseline: quality, size, latency, tasks.
 
     python launch/evaluate.py --teacher google-bert/bert-base-uncased --student runs/mine/student \\
         --data_dir corpora/mine --task tasks/rte --output_dir runs/mine/evaluation

@@ -1,11 +1,11 @@
-"""Prove kernels and trainer on this machine's GPU, unattended, in ten minutes.
+"""Check kernels and trainer on this machine's GPU, unattended, in ten minutes.
 
     bash launch/gpu_check.sh --output_dir DIR [--teacher DIR --text FILE... [--task DIR]]
 
-Runs the tests that need a GPU, some of them under compute-sanitizer, too; profiles the kernels; measures the training
-of a model of BERT-base's shape against the eager recipe, also under a V100's limits; and distils for real, a teacher
-of yours or a small one that is trained first. A part that fails stops no other. Prints report.md, and writes it with
-report.json and the parts' own files. Status 1 if a part failed.
+Runs the tests that need a GPU, some of them also under compute-sanitizer. Profiles the kernels. Measures training of a
+model of BERT-base's shape against the eager recipe, also under a V100's limits. Distils your own teacher, or a small
+one that is trained first. A failed part does not stop the others. Prints report.md, and writes it with report.json and
+the parts' files to the output folder. The status is 1 if a part failed.
 """
 
 import json
@@ -28,9 +28,9 @@ from distilspeed.trainer.throughput.check_runner import Part, Runner, file_name
 ROOT = Path(__file__).resolve().parents[1]
 TESTS, KERNELS, TRAINING, DISTILLATION = GROUPS = ("tests", "kernels", "training", "distillation")
 MINUTES = 10.0
-# That a part may take; with other --minutes in proportion.
+# Time limits of a part; they scale with --minutes.
 SECONDS_OF_TESTS, SECONDS_OF_MEASUREMENT = 300.0, 120.0
-# So many test processes share the GPU: most of their time is compiling.
+# Test processes that share the GPU; they spend most of their time compiling.
 TEST_PROCESSES = 4
 
 
@@ -38,34 +38,40 @@ TEST_PROCESSES = 4
 class GpuCheckArguments(Settings):
     """The command line of ``launch/gpu_check.sh``."""
 
-    output_dir: Path = setting(metavar="DIR", help="made by this command")
+    output_dir: Path = setting(metavar="DIR", help="a new folder")
     teacher: Path | None = setting(
-        None, metavar="DIR", help="to distil: a BERT masked language model with its tokenizer"
+        None, metavar="DIR", help="teacher to distil: a BERT masked language model with its tokenizer"
     )
-    text: tuple[Path, ...] = setting((), metavar="FILE", help="to distil it on")
-    task: Path | None = setting(None, metavar="DIR", help="to fine-tune on, as for launch/evaluate.py")
-    parts: tuple[str, ...] = setting(GROUPS, action="store", choices=GROUPS, help="what to run; default all")
-    minutes: float = setting(MINUTES, above=0, at_most=24 * 60, help="after which what runs is ended")
-    smoke: bool = setting(False, help="everything in small, on a CPU, too: no measurements")
+    text: tuple[Path, ...] = setting((), metavar="FILE", help="text to distil the teacher on")
+    task: Path | None = setting(None, metavar="DIR", help="task to fine-tune on, as for launch/evaluate.py")
+    parts: tuple[str, ...] = setting(
+        GROUPS, action="store", choices=GROUPS, help="parts to run; default: all"
+    )
+    minutes: float = setting(MINUTES, above=0, at_most=24 * 60, help="time limit of the whole check")
+    smoke: bool = setting(
+        False, help="run everything at small sizes, also on a CPU; the measurements mean nothing"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.teacher is None) != (not self.text):
-            raise UserError("missing-argument", "--teacher and --text go together; give both, or neither")
+            raise UserError("missing-argument", "--teacher and --text need each other; give both or neither")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is done; the defaults are for a modern GPU.
+    """The sizes of the check; the defaults are for a modern GPU.
 
-    rows, dtypes, vocab_size, hidden_size, peers, repeats    of the kernels' profiles
-    precision        of all training
-    zero_stages, micro_batches, accumulation, rounds    of the measured training: for each length of rows, how many
-                     are in a micro-batch
-    measured         config of its teacher, where it is not BERT-base's
-    v100_batch       rows of a step of the V100 recipe
-    teacher_steps, steps, batch    of the teacher that is trained, of student and baseline, and the rows of their steps
-    task_epochs      of fine-tuning
+    rows, dtypes, vocab_size, hidden_size, peers, repeats    the kernels' profiles
+    precision        precision of all training
+    zero_stages, accumulation, rounds    the measured training
+    micro_batches    the measured training: rows per micro-batch, by row length
+    measured         the measured teacher's config values that differ from BERT-base's
+    v100_batch       rows per step of the V100 recipe
+    teacher_steps    training steps of the small teacher
+    steps            training steps of student and baseline
+    batch            rows per step of teacher, student and baseline
+    task_epochs      epochs of fine-tuning
     """
 
     rows: tuple[int, ...] = (4096, 16384)
@@ -87,7 +93,7 @@ class Sizes:
     task_epochs: int = 2
 
 
-# Everything in small, on any machine.
+# Small sizes, for any machine.
 SMOKE = Sizes(
     rows=(64,),
     dtypes=("fp32",),
@@ -116,7 +122,7 @@ SMOKE = Sizes(
 
 
 class Plan:
-    """The parts of the check; all their files are in the output folder."""
+    """The parts of the check; they write all their files to the output folder."""
 
     def __init__(self, arguments: GpuCheckArguments, sizes: Sizes) -> None:
         self.out = arguments.output_dir
@@ -129,7 +135,7 @@ class Plan:
         self.measured_teacher = self.out / "measured_teacher"
 
     def write_inputs(self) -> None:
-        """The DeepSpeed configs, and the teacher of the measured training, with random weights."""
+        """Write the DeepSpeed configs and the measured training's teacher, which has random weights."""
         from transformers import BertConfig, BertForMaskedLM
 
         for stage in {1, *self.sizes.zero_stages}:
@@ -157,10 +163,10 @@ class Plan:
         kernels, *trainer = folders
         pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         in_parallel = ["-n", TEST_PROCESSES] if find_spec("xdist") else []
-        # Calls that fail and are dealt with, as PyTorch's and Triton's do, are no error of memory.
+        # PyTorch and Triton handle some CUDA calls that fail; those are not memory errors.
         memcheck: list[object] = ["compute-sanitizer", "--tool", "memcheck", "--report-api-errors", "no"]
         memcheck += ["--error-exitcode", 1, *pytest, "-m", "gpu and memcheck", kernels]
-        # An allocation of its own for every tensor, so that reading beyond one is found.
+        # One allocation per tensor, so that memcheck finds reads beyond a tensor's end.
         no_pool = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         return [
             Part("tests of the kernels", SECONDS_OF_TESTS, [[*pytest, "-m", "gpu", *in_parallel, kernels]]),
@@ -190,7 +196,7 @@ class Plan:
         return Part("evaluation", SECONDS_OF_MEASUREMENT, [evaluate], folder / "report.json")
 
     def training(self) -> list[Part]:
-        """One of each length and the V100 recipe, then those at other ZeRO stages."""
+        """Return the first ZeRO stage at every row length, the V100 recipe, then the other ZeRO stages."""
         sizes, longest = self.sizes, max(self.sizes.micro_batches)
         parts = []
         for stage in sizes.zero_stages:
@@ -216,7 +222,7 @@ class Plan:
         return script("prepare_data.py", *what)
 
     def _train(self, name: str, steps: int, *teacher: object) -> list[object]:
-        """As a job of one process, which needs no launcher."""
+        """Return the command of a training with one process, which needs no launcher."""
         batch, corpus = self.sizes.batch, self.corpus(min(self.sizes.micro_batches))
         what = ["--deepspeed_config", self.config(1), "--data_dir", corpus, *teacher, "--max_steps", steps]
         what += ["--train_batch_size", batch, "--per_device_train_batch_size", batch // 2, *workers()]
@@ -250,7 +256,7 @@ def script(name: str, *arguments: object) -> list[object]:
 
 
 def stop(number: int, _frame: object) -> NoReturn:
-    """Leave once, and take along what runs: a second signal must not interrupt that."""
+    """Exit, which ends the running parts; ignore further signals, so that they do not interrupt it."""
     for each in STOP_SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     sys.exit(128 + number)
@@ -268,7 +274,7 @@ def main() -> None:
 
     has_gpu = torch.cuda.is_available()
     if not (arguments.smoke or has_gpu):
-        raise UserError("no-gpu", "PyTorch sees no GPU here; run it where there is one, or with --smoke")
+        raise UserError("no-gpu", "PyTorch finds no GPU; run this on a machine with a GPU, or with --smoke")
     sizes = SMOKE if arguments.smoke else Sizes()
     if has_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         sizes = replace(sizes, dtypes=("fp16",))
@@ -285,13 +291,13 @@ def main() -> None:
 
 
 def run_all(plan: Plan, runner: Runner, groups: Sequence[str]) -> None:
-    """First what is not timed, at the same time; then the measurements, with nothing beside them."""
+    """Run the parts that are not timed in parallel, then the measurements one by one."""
     together: list[Sequence[Part]] = [[part] for part in plan.tests()] if TESTS in groups else []
     if TRAINING in groups or DISTILLATION in groups:
         plan.write_inputs()
         together.append([plan.preparation(), *([plan.distillation()] if DISTILLATION in groups else [])])
     runner.run_together(*together)
-    # What tells most comes first: time may run out.
+    # The most important measurements come first, because time may run out.
     training = plan.training() if TRAINING in groups else []
     first = len(plan.sizes.micro_batches) + 1
     runner.run(*([plan.evaluation()] if DISTILLATION in groups else []), *training[:first])

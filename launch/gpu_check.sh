@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prove kernels and trainer on this machine's GPU; see --help.
+# Check kernels and trainer on this machine's GPU; see --help.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/launch/job.sh"

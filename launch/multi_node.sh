@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Distil on many hosts, started over ssh from one of them; see --help.
 #
-# This does what `deepspeed --hostfile` does with pdsh, but for four things of the latter: at Ctrl-C it ends every
-# DeepSpeed job on the hosts whose command line looks alike (pkill -f), it breaks arguments with quotes or spaces in
-# folders' names, it carries the environment only through a file, and a host that fails leaves the others waiting.
+# This replaces `deepspeed --hostfile` with pdsh, which has four faults: Ctrl-C ends every DeepSpeed job on the hosts
+# with a similar command line (pkill -f); arguments with quotes or spaces break; the environment is passed only through
+# a file; and a host that fails leaves the others waiting.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/launch/job.sh"
@@ -11,12 +11,12 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 usage="bash launch/multi_node.sh --hostfile FILE [--master_addr ADDRESS] [--master_port 29500]
        --teacher ID_OR_DIR --data_dir DIR --output_dir DIR [further arguments of launch/train.py]
     distils on all GPUs of the hosts in FILE (lines 'NAME slots=GPUS', as DeepSpeed reads them) with
-    ds_configs/v100x8_fp16.json: 4096 rows a step, fp16
-    Project, Python, data and output are at the same place on every host; ssh asks for no password.
-    A run that was stopped goes on where it was when started again.
-    --master_addr   of the first host, as the others reach it; default: the first that its hostname -I names
-    Environment: SSH_COMMAND (default ssh), PYTHON; to the hosts go variables of CUDA, DeepSpeed, Hugging Face, gloo,
-    NCCL, OpenMP, Python, torch, Triton and W&B, and the lines of .deepspeed_env here and in the home folder"
+    ds_configs/v100x8_fp16.json: 4096 rows per step, fp16
+    Project, Python, data and output have the same paths on every host; ssh needs no password.
+    Run the same command again to resume a stopped run.
+    --master_addr   the first host's address for the others; default: the first that its hostname -I prints
+    Environment: SSH_COMMAND (default ssh), PYTHON. Variables of CUDA, DeepSpeed, Hugging Face, gloo, NCCL, OpenMP,
+    Python, torch, Triton and W&B are passed to the hosts, and the lines of .deepspeed_env here and in the home folder"
 
 hostfile='' address='' port=29500 arguments=()
 [ $# -gt 0 ] || { echo "$usage" >&2 && exit 2; }
@@ -51,16 +51,16 @@ done <"$hostfile"
 [ ${#hosts[@]} -gt 0 ] || fail "the hostfile $hostfile names no host; it has a line 'NAME slots=GPUS' for each"
 find_python
 
-# A host that is gone is noticed after two minutes, not never.
+# ssh notices an unreachable host after two minutes; by default it never does.
 read -ra ssh <<<"${SSH_COMMAND:-ssh}"
 ssh+=(-T -o BatchMode=yes -o ServerAliveInterval=30 -o ServerAliveCountMax=4)
 if [ -z "$address" ]; then
   read -r address _ < <("${ssh[@]}" "${hosts[0]}" hostname -I </dev/null) ||
-    fail "${hosts[0]} does not tell its address over ssh; see above, or give --master_addr"
+    fail "cannot get the address of ${hosts[0]} over ssh; see above, or give --master_addr"
 fi
 
-# The environment as a program of exports. It goes to the hosts on ssh's standard input: in a command line
-# everybody there could read the tokens in it.
+# Prints the environment as export commands. They go to the hosts on ssh's standard input, because other users of a
+# host could read tokens in a command line.
 carried_environment() {
   local name line file
   for name in $(compgen -e); do
@@ -78,17 +78,17 @@ carried_environment() {
   done
 }
 
-# What a host runs. Its standard input is the line to this script: at its end, however that came about, the launcher
-# gets SIGTERM and ends its ranks. So nothing is left on a host, and nothing has to be found there by its name.
+# Prints the program of a host. Its standard input comes from this script. When that ends, for whatever reason, the
+# launcher gets SIGTERM and ends its ranks. So no process is left on a host, and none has to be found by name.
 host_program() {
   local launcher=("$python" -u -m deepspeed.launcher.launch --log_level=error
     --world_info="$(encode_world_info "{$world}")" --node_rank="$1" --master_addr="$address" --master_port="$port"
     "${recipe[@]}" "${arguments[@]}")
-  echo '{ set -m' # so that the launcher leads a process group, of which nothing is left when it has ended
+  echo '{ set -m' # the launcher leads a process group, whose remaining processes are killed when it has ended
   printf 'cd %q || exit 127\n' "$PWD"
   carried_environment
   printf '%q ' "${launcher[@]}"
-  # In braces, so that bash has read all of it before the launcher starts and `read` waits for the rest of the input.
+  # In braces, so that bash reads the whole program before the launcher starts and `read` waits for the end of input.
   cat <<'PROGRAM'
 </dev/null &
 launcher=$!
@@ -119,22 +119,22 @@ end_job() {
   SECONDS=0
   for rank in "${!pids[@]}"; do
     while kill -0 "${pids[rank]}" 2>/dev/null && [ $SECONDS -lt $SECONDS_TO_END ]; do sleep 0.2; done
-    ! kill -0 "${pids[rank]}" 2>/dev/null || echo "error: ${hosts[rank]} has not ended its ranks; look there" >&2
+    ! kill -0 "${pids[rank]}" 2>/dev/null || echo "error: ${hosts[rank]} has not ended its ranks; end them there" >&2
   done
   rm -rf "$folder"
 }
 trap end_job EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
-trap : PIPE # a host that cannot be reached closes its line before it is written to
+trap : PIPE # ssh to an unreachable host closes its pipe before this script writes to it
 
 mkfifo "$folder/ended"
 exec {ended}<>"$folder/ended"
 for rank in "${!hosts[@]}"; do
   mkfifo "$folder/$rank"
   {
-    trap '' INT TERM HUP # a Ctrl-C at the terminal is this script's to handle: ssh has to bring the hosts' end back
-    hang_up # this host's process must not hold the others' lines open
+    trap '' INT TERM HUP # this script alone handles Ctrl-C; ssh must live until the hosts have ended
+    hang_up # this host's process must not hold the others' pipes open
     status=0
     "${ssh[@]}" "${hosts[rank]}" bash -s <"$folder/$rank" || status=$?
     echo "$status ${hosts[rank]}" >&"$ended"
@@ -149,10 +149,10 @@ for _ in "${hosts[@]}"; do
   read -r status host <&"$ended"
   case $status in
     0) continue ;;
-    2 | 3) ;; # train.py has said why
-    255) echo "error: the connection to $host failed or was lost; run this again to go on" >&2 ;;
-    127) echo "error: $host lacks a folder of this one (see above); project, Python and $PWD must be there" >&2 ;;
-    *) echo "error: $host ended with status $status (see above); run this again to go on" >&2 ;;
+    2 | 3) ;; # train.py has printed its error
+    255) echo "error: the connection to $host failed or was lost; run this again to resume" >&2 ;;
+    127) echo "error: $host misses a path of this host (see above); project, Python and $PWD must exist there" >&2 ;;
+    *) echo "error: $host ended with status $status (see above); run this again to resume" >&2 ;;
   esac
   exit "$status"
 done

@@ -1,12 +1,12 @@
-"""Prepare a corpus: text files or datasets, tokenised and packed into rows for launch/train.py.
+"""Prepare a corpus: tokenise text files or datasets and pack them into rows for launch/train.py.
 
     python launch/prepare_data.py --text book.txt news.jsonl --tokenizer google-bert/bert-base-uncased \\
         --seq_length 512 --output_dir corpora/mine
     python launch/prepare_data.py --dataset wikimedia/wikipedia:20231101.en --dataset bookcorpus/bookcorpus \\
         --tokenizer google-bert/bert-base-uncased --output_dir corpora/wikipedia_bookcorpus
 
-A build that is stopped or killed goes on with the same command and --resume. On a cluster, each task of a Slurm
-array (sbatch --array=0-15) prepares a shard, and a job after it merges them:
+To continue a build that was stopped or killed, run the same command with --resume. On a cluster, each task of a Slurm
+array (sbatch --array=0-15) prepares a shard, and a job after it merges the shards:
 
     python launch/prepare_data.py --dataset wikimedia/wikipedia:20231101.en --resume \\
         --tokenizer google-bert/bert-base-uncased --shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT \\
@@ -23,7 +23,7 @@ from distilspeed.trainer.job.processes import stop_signals
 
 
 def main() -> None:
-    # Imported here because every tokenising process imports this file again, and has no use for transformers and torch.
+    # Imported here because every tokenising process imports this file again and needs neither transformers nor torch.
     from distilspeed.trainer.corpus.arguments import CorpusArguments
     from distilspeed.trainer.job.parser import CommandParser
 
@@ -43,7 +43,7 @@ def main() -> None:
         f"{counts.dropped_short:,} short and {counts.dropped_unknown:,} mostly unknown pieces\n"
         f"train     {counts.train_rows:>12,} rows {counts.train_tokens:>16,} tokens\n"
         f"held out  {counts.held_out_rows:>12,} rows {counts.held_out_tokens:>16,} tokens\n"
-        f"padding   {padding:>12.2%} of {corpus.manifest.seq_length} tokens a row"
+        f"padding   {padding:>12.2%} of {corpus.manifest.seq_length} tokens per row"
     )
 
 

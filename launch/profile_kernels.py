@@ -1,4 +1,4 @@
-"""Profile the fused losses: time, GB/s, share of the machine's copy bandwidth and peak memory, against their peers.
+"""Profile the fused losses against their peers: time, GB/s, share of the machine's copy bandwidth, peak memory.
 
     python launch/profile_kernels.py --tokens 4096 --dtype fp16 --output_dir runs/profile
 
@@ -6,8 +6,8 @@ Prints a table; with --output_dir also writes profile.json and roofline.png.
 
     python launch/profile_kernels.py --tune [--vocab_size 30522]
 
-chooses tile and warps of the loss kernel anew and writes them into kernels/implementation/launch_configs.json: by
-timing for the GPU of this machine, by the compiler's figures for all others; entries that were timed elsewhere stay.
+chooses tile and warps of the loss kernel and writes them into kernels/implementation/launch_configs.json: by timing for
+the GPU of this machine, by the compiler's figures for all others. Entries that were timed elsewhere are kept.
 """
 
 import argparse
@@ -30,8 +30,8 @@ def main() -> None:
         return
     output_dir, trace = options.pop("output_dir", None), options.pop("trace", False)
     if trace and output_dir is None:
-        raise UserError("missing-argument", "--trace writes to a folder; give --output_dir")
-    # PyTorch's profiler, which meters the memory, would write lines of its own to stderr.
+        raise UserError("missing-argument", "--trace needs a folder for trace.json; give --output_dir")
+    # PyTorch's profiler, which measures the memory, would print log lines to stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     # After the parsing, because importing torch takes seconds.
     from distilspeed.kernels.profiling.profile import profile_kernels
@@ -50,7 +50,8 @@ def main() -> None:
 def _tune(vocab_size: int = ProfileSettings.vocab_size, **others: Any) -> None:
     if others:
         raise UserError(
-            "conflicting-arguments", f"--tune goes with --vocab_size only; leave out --{next(iter(others))}"
+            "conflicting-arguments",
+            f"--tune takes no other flag than --vocab_size; leave out --{next(iter(others))}",
         )
     if vocab_size < 1:
         raise UserError("bad-argument", "--vocab_size must be at least 1")
@@ -72,13 +73,13 @@ def _tune(vocab_size: int = ProfileSettings.vocab_size, **others: Any) -> None:
 
 
 def _profile_to_folder(settings: ProfileSettings, output_dir: Path, trace: bool) -> None:
-    """Profile, print the table, and write the files: what keeps them from being written is known before measuring."""
+    """Profile, print the table and write the files; check before measuring that they can be written."""
     from distilspeed.kernels.profiling.profile import profile_kernels
     from distilspeed.kernels.profiling.report import write_profile
 
     if find_spec("matplotlib") is None:
         raise UserError(
-            "missing-package", "roofline.png is drawn by matplotlib; install it, or leave out --output_dir"
+            "missing-package", "roofline.png needs matplotlib; install it, or leave out --output_dir"
         )
     check_unoccupied(output_dir)
     with parents_made(output_dir), folder_written_whole(output_dir) as folder:
@@ -88,8 +89,8 @@ def _profile_to_folder(settings: ProfileSettings, output_dir: Path, trace: bool)
 
 
 def _parse_arguments() -> dict[str, Any]:
-    """The options given, by their names in ``ProfileSettings``; those left out keep its defaults."""
-    # Not by HfArgumentParser: this command needs torch and triton alone.
+    """Return the given options by their names in ``ProfileSettings``; options left out keep its defaults."""
+    # Without HfArgumentParser: this command needs only torch and triton.
     parser = PlainParser(
         prog="launch/profile_kernels.py",
         description=__doc__,
@@ -101,8 +102,8 @@ def _parse_arguments() -> dict[str, Any]:
         options: dict[str, Any] = dict(each.metadata)
         options["help"] = with_default(options["help"], None if each.default is MISSING else each.default)
         add(f"--{each.name}", **options)
-    add("--output_dir", type=Path, metavar="DIR", help="made by this command")
-    add("--tune", action="store_true", help="write the table of launches instead of profiling")
+    add("--output_dir", type=Path, metavar="DIR", help="a new folder for profile.json and roofline.png")
+    add("--tune", action="store_true", help="write the table of kernel launches instead of profiling")
     add("--trace", action="store_true", help="also write trace.json, a Chrome trace of one round")
     add("--debug", action="store_true", help="show the traceback of an error")
     options = vars(parser.parse_args())

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a distilled student and a table that compares it; see --help.
+# Make a teacher, distil it, train a baseline and print a table that compares them; see --help.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/setup_venv.sh
@@ -10,9 +10,9 @@ usage="bash launch/quickstart.sh [--output_dir runs/quickstart]
 
 bash launch/quickstart.sh --teacher ID_OR_DIR (--dataset NAME[:CONFIG[:SPLIT]] | --text FILE)...
                           [--deepspeed_config ds_configs/gpu_bf16.json] [--num_train_epochs 3] [--output_dir DIR]
-    does the same with a teacher of yours, for example google-bert/bert-base-uncased
+    does the same with your own teacher, for example google-bert/bert-base-uncased
 
-A run that was stopped goes on where it was when started again."
+Run the same command again to resume a stopped run."
 
 fail() {
   echo "error: ${1//[[:cntrl:]]/ }" >&2
@@ -37,7 +37,7 @@ while [ $# -gt 0 ]; do
     *) fail "unknown argument $1; see bash launch/quickstart.sh --help" ;;
   esac
 done
-[ -z "$teacher" ] && [ ${#text[@]} -gt 0 ] && fail "--dataset and --text go with --teacher; give one, or leave them out"
+[ -z "$teacher" ] && [ ${#text[@]} -gt 0 ] && fail "--dataset and --text need a --teacher; give one, or leave them out"
 [ -n "$teacher" ] && [ ${#text[@]} -eq 0 ] && fail "--teacher needs text; give --dataset or --text"
 [ -z "$config" ] || [ -f "$config" ] || [ -f "ds_configs/$config.json" ] || fail "there is no DeepSpeed config $config; see ds_configs/"
 [[ $epochs =~ ^[0-9]*\.?[0-9]*$ && $epochs =~ [1-9] ]] || fail "--num_train_epochs is '$epochs'; it must be a number above 0"

@@ -1,7 +1,7 @@
-"""Text, tokenizer and teacher config for launch/quickstart.sh, from what every installation of the project has.
+"""Make text, tokenizer and teacher config for launch/quickstart.sh, without a download.
 
 The text is English prose from the Python language reference (``pydoc_data``) and from the docstrings of the
-installed packages: one paragraph a line, each once. The tokenizer is a WordPiece trained on it.
+installed packages: one paragraph per line, without duplicates. The tokenizer is a WordPiece trained on this text.
 """
 
 import inspect
@@ -19,11 +19,11 @@ from distilspeed.trainer.job.command import run_command
 
 VOCABULARY = 2048
 SHORTEST_PARAGRAPH = 60  # characters
-CODE_SHARE = 0.05  # of a paragraph's characters, at most, that sentences do not have
+CODE_SHARE = 0.05  # highest share of a paragraph's characters that match CODE_CHARACTER
 DOCSTRING = re.compile(r'"""(.*?)"""', re.DOTALL)
 CODE_CHARACTER = re.compile(r"[^A-Za-z ,.;:'\"()\-]")
 MARKUP = re.compile(r"[`*]+|:[a-z:]+:(?=`)")
-# A tiny BERT, of which a CPU trains a few million tokens in minutes.
+# A tiny BERT that a CPU trains on a few million tokens in minutes.
 TEACHER = {
     "model_type": "bert",
     "hidden_size": 128,
@@ -36,14 +36,14 @@ TEACHER = {
 
 
 def docstrings(folder: Path) -> Iterator[str]:
-    """The triple-quoted strings of all Python files below a folder."""
+    """Yield the triple-quoted strings of all Python files below a folder."""
     for path in sorted(folder.rglob("*.py")):
         for match in DOCSTRING.finditer(path.read_text(encoding="utf-8", errors="ignore")):
             yield inspect.cleandoc(match[1])
 
 
 def prose_paragraphs(text: str) -> Iterator[str]:
-    """The paragraphs that are English prose, a line each: no code, tables or argument lists."""
+    """Yield the paragraphs of English prose, each as one line; code, tables and argument lists are dropped."""
     for paragraph in re.split(r"\n\s*\n", text):
         if "    " in paragraph.strip() or ">>>" in paragraph:
             continue
@@ -57,8 +57,8 @@ def prose_paragraphs(text: str) -> Iterator[str]:
 class QuickstartDataArguments(Settings):
     """The command line of ``launch/quickstart_data.py``."""
 
-    output_dir: Path = setting(help="made by this command")
-    seq_length: int = setting(128, at_least=16, help="tokens a row, at most")
+    output_dir: Path = setting(help="a new folder")
+    seq_length: int = setting(128, at_least=16, help="maximum tokens per row")
 
 
 def main() -> None:
@@ -75,13 +75,13 @@ def main() -> None:
 
 
 def write_data(folder: Path, seq_length: int) -> str:
-    """Write text.txt, tokenizer/ and teacher_config.json to a folder; says how much text there is."""
+    """Write text.txt, tokenizer/ and teacher_config.json to a folder; return a summary of the text's size."""
     # After the parsing, because these take seconds.
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertTokenizer
 
     texts = [*topics.values(), *docstrings(Path(sysconfig.get_path("purelib")))]
-    # Each paragraph once: a paragraph in both training and held-out rows would be no test.
+    # Without duplicates: a paragraph must not be in both training and held-out rows.
     paragraphs = list(dict.fromkeys(line for text in texts for line in prose_paragraphs(text)))
     (folder / "text.txt").write_text("\n".join(paragraphs) + "\n", encoding="utf-8")
 

@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# Sourced by quickstart.sh and test.sh: makes .venv, installs torch first, then the project; does nothing twice.
+# Sourced by quickstart.sh, test.sh and .ci/run: makes .venv and installs torch, then the project, unless that is done.
 #
 #   setup_venv EXTRAS     for example [train]
 #
-# Torch comes first and pinned, because any other package would pull its newest build and the CUDA packages with it.
+# Torch is installed first and pinned: otherwise another package would pull its newest build with the CUDA packages.
 
 TORCH=torch==2.13.0
 
@@ -28,7 +28,7 @@ setup_venv() {
   echo "$wanted" >"$stamp"
 }
 
-# DeepSpeed warns at each start that it sees no GPU, unless it is told.
+# Without DS_ACCELERATOR, DeepSpeed warns about a missing GPU at each start.
 choose_accelerator() {
   export DS_ACCELERATOR=${DS_ACCELERATOR:-$(.venv/bin/python -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')}
 }

@@ -26,7 +26,7 @@ def build_parser() -> "CommandParser":
 
 
 def main() -> None:
-    take_place_from_scheduler()  # before anything is said, which rank 0 alone says
+    take_place_from_scheduler()  # before any output, because only rank 0 prints
     arguments, launcher, *terms = build_parser().parse()
     end_with_launcher(launcher.was_launched)
 

@@ -1,11 +1,14 @@
-"""README and docs: their links lead somewhere, and their flags exist."""
+"""README and docs: links lead somewhere, flags exist, and the codes of errors are complete."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from distilspeed.trainer.errors import UserErrorCode
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -13,12 +16,12 @@ COMMANDS = sorted(path for path in (ROOT / "launch").glob("*.py") if path.stem !
 # Flags of launchers, sbatch, srun (--kill-on-bad-exit, up to its first hyphen) and launch/test.sh.
 OF_OTHERS = {"--num_gpus", "--array", "--nodes", "--hostfile", "--kill", "--module", "--nproc_per_node"}
 OF_OTHERS |= {"--max_restarts", "--multi_gpu", "--num_processes", "--full"}
-# Left of the bar: flags of the project that the reader comes from.
+# The left column has the other project's flags.
 MIGRATION_ROW = re.compile(r"^\|.*?\|")
 
 
 def anchors(page: Path) -> set[str]:
-    """The headings of a page, as they are linked to."""
+    """Return the anchors of a page's headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
@@ -50,3 +53,10 @@ def test_every_flag_exists(page: Path, known_flags: set[str]) -> None:
         lines = [MIGRATION_ROW.sub("", line) for line in lines]
     named = set(re.findall(r"(?<![\w-])--[a-z]\w+", "\n".join(lines)))
     assert named <= known_flags
+
+
+def test_the_table_of_errors_has_every_code() -> None:
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    first_cells = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
+    codes = re.findall(r"`(.*?)`", " ".join(first_cells))
+    assert sorted(codes) == sorted(get_args(UserErrorCode))

@@ -1,4 +1,4 @@
-"""What every loss does to its arguments first: checks, and one form for shapes and normalizers."""
+"""Checks of the losses' arguments, and their shapes and normalizers in one form."""
 
 import math
 
@@ -11,7 +11,7 @@ INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_pair(kind: str, student: Tensor, teacher: Tensor) -> None:
-    """``kind`` is "logits" or "hidden"; the teacher's must match the student's and be frozen."""
+    """Check that the teacher's tensor matches the student's and is frozen; ``kind`` is "logits" or "hidden"."""
     check_floating_point(f"student_{kind}", student)
     if teacher.shape != student.shape:
         raise ValueError(
@@ -38,7 +38,7 @@ def check_floating_point(name: str, tensor: Tensor) -> None:
 
 
 def check_row_tensor(name: str, tensor: Tensor | None, dtype: torch.dtype, student: Tensor) -> None:
-    """One value per row of ``student`` [..., features], on its device; None is fine."""
+    """Check that ``tensor`` is None or has one value per row of ``student`` [..., features], on its device."""
     if tensor is None:
         return
     if tensor.dtype != dtype:
@@ -52,9 +52,9 @@ def check_row_tensor(name: str, tensor: Tensor | None, dtype: torch.dtype, stude
 def resolve_normalizer(
     name: str, normalizer: float | Tensor | None, student: Tensor, selected: Tensor | None
 ) -> Tensor:
-    """What a sum over rows is divided by, as a 0-dim tensor on the device of ``student`` [..., features].
+    """Return the divisor of a sum over rows, as a 0-dim tensor on the device of ``student`` [..., features].
 
-    Without a normalizer the number of selected rows, at least 1; with nothing selected explicitly, of all.
+    ``normalizer`` None: the number of selected rows, at least 1. ``selected`` None: all rows are selected.
     """
     dtype = accumulation_dtype(student)
     if normalizer is None:
@@ -72,7 +72,7 @@ def resolve_normalizer(
 
 
 def check_settings(temperature: float, vocab_size: int | None, width: int) -> int:
-    """The number of real columns among ``width``: all, where ``vocab_size`` is None."""
+    """Check the settings; return the number of real columns: ``vocab_size``, or ``width`` if it is None."""
     if width < 1:
         raise ValueError("logits must have at least one column")
     if not 0 < temperature < math.inf:
@@ -83,7 +83,7 @@ def check_settings(temperature: float, vocab_size: int | None, width: int) -> in
 
 
 def check_writable(student_logits: Tensor, rows: Tensor) -> None:
-    """Refuse to write a gradient over what a graph still needs; ``rows`` is the view of ``student_logits`` as rows."""
+    """Raise if a gradient must not overwrite the logits; ``rows`` is the view of ``student_logits`` as rows."""
     if rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]:
         raise ValueError("the gradient cannot be written over student_logits: their rows share memory")
     for tensor in (student_logits, student_logits._base):
@@ -94,6 +94,6 @@ def check_writable(student_logits: Tensor, rows: Tensor) -> None:
 
 
 def as_rows(tensor: Tensor) -> Tensor:
-    """[..., features] -> [rows, features], the last dimension contiguous; a copy only where there is no view."""
+    """Return [..., features] as [rows, features], the last dimension contiguous; copies only if there is no view."""
     rows = tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()

@@ -1,8 +1,8 @@
 """The cosine loss in PyTorch, a few rows at a time; formulas and factors are in ``cosine_loss``.
 
-Made for CPUs: a block of rows stays in cache while the passes over it run, and nothing as large as the
-hidden states is ever allocated except the gradient, which is written once. Half-precision rows become
-float32 in two buffers that all blocks share. Other devices get correct results too.
+Made for CPUs: a block of rows stays in cache during the passes over it. The gradient is the only allocation as
+large as the hidden states, and it is written once. Half-precision rows are converted to float32 in two buffers
+that all blocks share. Results are correct on other devices, too.
 """
 
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from distilspeed.kernels.implementation.backend import accumulation_dtype, in_accumulation_dtype
 
-# Of one buffer. Forward and backward of 4096 x 768 in bf16 took 7.6 ms with 2 MiB, 9.4 with 4 and 14 with 8; in
-# fp32, which needs one buffer, 6.9 to 8.4 ms (2 cores of 2 MiB L2, November 2026). Not less: on a busy machine
-# every pass over a block waits for the slower thread, so fewer are better.
+# Size of one buffer. Forward and backward of 4096 x 768 in bf16 took 7.6 ms with 2 MiB, 9.4 with 4 and 14 with 8; in
+# fp32, which needs one buffer, 6.9 to 8.4 ms (2 cores of 2 MiB L2, November 2026). Not smaller: on a busy machine
+# every pass over a block waits for the slower thread, so fewer blocks are better.
 BLOCK_BYTES = 2 * 2**20
 
 BITS_OF = {torch.float32: torch.int32, torch.float64: torch.int64}
@@ -32,7 +32,7 @@ class HiddenBlock(NamedTuple):
 def forward(
     student: Tensor, teacher: Tensor, mask: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row losses, student factors and teacher factors, each [rows] in the accumulation dtype."""
+    """Return row losses, student factors and teacher factors, each [rows] in the accumulation dtype."""
     dot, student_norm, teacher_norm = student.new_empty(
         3, student.shape[0], dtype=accumulation_dtype(student)
     )
@@ -45,7 +45,7 @@ def forward(
 
     teacher_factor = 1 / (student_norm.clamp(min=eps) * teacher_norm.clamp(min=eps))
     cosine = dot * teacher_factor
-    # Below eps the norm is held constant, and so has no derivative.
+    # A norm below eps is clamped to a constant, so its derivative is 0.
     student_factor = torch.where(student_norm <= eps, 0, cosine / student_norm.square())
     row_losses = 1 - cosine
     if mask is not None:
@@ -61,7 +61,7 @@ def backward(
     teacher_factor: Tensor,
     scale: Tensor,
 ) -> Tensor:
-    """The gradient with respect to the student's hidden states, [rows, hidden] in their dtype."""
+    """Return the gradient with respect to the student's hidden states, [rows, hidden] in their dtype."""
     gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
     student_factor = (scale * student_factor).unsqueeze(1)
     teacher_factor = (-scale * teacher_factor).unsqueeze(1)
@@ -72,7 +72,7 @@ def backward(
         block_gradient = torch.mul(teacher_rows, teacher_factor[rows], out=teacher_buffer)
         block_gradient.addcmul_(student_rows, student_factor[rows])
         if bits_to_keep is not None:
-            # All bits or none: 0 whatever the row holds, like masked_fill_, which takes five times as long here.
+            # Clears or keeps all bits, so masked-out rows become 0 even from NaN; masked_fill_ takes 5 times as long.
             block_gradient.view(bits_to_keep.dtype).bitwise_and_(bits_to_keep[rows])
         gradient[rows] = block_gradient
     return gradient

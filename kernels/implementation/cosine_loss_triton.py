@@ -1,16 +1,16 @@
 """The cosine loss in Triton: one program per row; formulas and factors are in ``cosine_loss``.
 
-Forward reads each hidden state once and leaves three float32 numbers per row: its loss and the two factors of
-its gradient. Backward reads each once more and writes
+Forward reads each hidden state once and writes three float32 numbers per row: the loss and the two factors of
+the gradient. Backward reads each hidden state once more and writes
 
     scale * (student_factor * h - teacher_factor * t)
 
-in float32 with the loss scale in ``scale``, rounded to the hidden states' dtype once, at the store. Neither
-reads a row that the mask leaves out.
+computed in float32 (``scale`` includes the loss scale) and rounded to the hidden states' dtype once, at the
+store. Neither pass reads masked-out rows.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# (kernel arguments have their types in comments: Triton would read annotations as its own)
+# (kernel arguments have their types in comments: Triton interprets annotations itself)
 
 import torch
 import triton
@@ -22,10 +22,10 @@ from distilspeed.kernels.implementation.launch_configs import LaunchConfig
 
 
 def cosine_launch_config(hidden: int) -> LaunchConfig:
-    """Tile width and warps for a hidden size: a row in one tile up to 4096, 8 numbers to a thread.
+    """Return tile width and warps for a hidden size: one tile per row up to 4096 columns, 8 columns per thread.
 
-    8 half-precision numbers are the 16 bytes that a thread loads at once. A row per program keeps enough of
-    them in flight: at 768, 16 programs of 128 threads are all that a V100's multiprocessor has room for.
+    8 half-precision numbers are the 16 bytes of a thread's widest load. One row per program keeps enough loads
+    in flight: at 768 columns, 16 programs of 128 threads fill a V100's multiprocessor.
     """
     tile = min(4096, max(32, triton.next_power_of_2(hidden)))
     return LaunchConfig(tile, num_warps=max(1, tile // 256))
@@ -44,9 +44,9 @@ def forward_kernel(
     student_ptr,  # [rows, HIDDEN] fp16, bf16 or fp32
     teacher_ptr,  # [rows, HIDDEN] the same dtype
     mask_ptr,  # [rows] bool; any pointer without HAS_MASK
-    row_loss_ptr,  # [rows] fp32, like all that follow
-    student_factor_ptr,
-    teacher_factor_ptr,
+    row_loss_ptr,  # [rows] fp32
+    student_factor_ptr,  # [rows] fp32
+    teacher_factor_ptr,  # [rows] fp32
     student_stride,  # elements from one row to the next
     teacher_stride,
     EPS: tl.constexpr,
@@ -54,7 +54,7 @@ def forward_kernel(
     TILE: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31
+    row = tl.program_id(0).to(tl.int64)  # row * stride may exceed 2^31
     row_loss = tl.full((), 0.0, tl.float32)
     student_factor = tl.full((), 0.0, tl.float32)
     teacher_factor = tl.full((), 0.0, tl.float32)
@@ -74,12 +74,12 @@ def forward_kernel(
             teacher_square += teacher * teacher
         student_norm = tl.sqrt(tl.sum(student_square, 0))
         teacher_norm = tl.sqrt(tl.sum(teacher_square, 0))
-        # Comparisons, not maxima: a row with NaN stays NaN, and the loss with it.
+        # Comparisons instead of maxima: NaN in a row must reach the loss.
         student_length = tl.where(student_norm < EPS, EPS, student_norm)
         teacher_length = tl.where(teacher_norm < EPS, EPS, teacher_norm)
         teacher_factor = 1 / (student_length * teacher_length)
         cosine = tl.sum(dot, 0) * teacher_factor
-        # Below eps the norm is held constant, and so has no derivative.
+        # A norm below eps is clamped to a constant, so its derivative is 0.
         student_factor = tl.where(student_norm <= EPS, 0.0, cosine / (student_length * student_length))
         row_loss = 1 - cosine
 
@@ -103,7 +103,7 @@ def backward_kernel(
     TILE: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31
+    row = tl.program_id(0).to(tl.int64)  # row * stride may exceed 2^31
     counts = row_counts(row, mask_ptr, HAS_MASK)
     scale = tl.load(scale_ptr)
     student_factor = scale * tl.load(student_factor_ptr + row)
@@ -123,7 +123,7 @@ def backward_kernel(
 def forward(
     student: Tensor, teacher: Tensor, mask: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row losses, student factors and teacher factors, each [rows] float32."""
+    """Return row losses, student factors and teacher factors, each [rows] float32."""
     num_rows, hidden = student.shape
     row_losses, student_factor, teacher_factor = (
         student.new_empty(num_rows, dtype=torch.float32) for _ in range(3)
@@ -158,7 +158,7 @@ def backward(
     teacher_factor: Tensor,
     scale: Tensor,
 ) -> Tensor:
-    """The gradient with respect to the student's hidden states, [rows, hidden] in their dtype."""
+    """Return the gradient with respect to the student's hidden states, [rows, hidden] in their dtype."""
     num_rows, hidden = student.shape
     gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
     tile, num_warps = cosine_launch_config(hidden)

@@ -1,8 +1,8 @@
 """The distillation loss in PyTorch, a few rows at a time; the formulas are in ``distillation_loss``.
 
-Made for CPUs: the dozen elementwise passes over a block of rows find it in cache, and all write into the same
-three buffers, because a fresh page costs more than the arithmetic done on it. Rows that do not count are not
-read. Other devices get correct results too, at the price of host synchronisations.
+Made for CPUs: a block of rows stays in cache during its dozen elementwise passes. All passes write into the same
+three buffers, because a fresh memory page costs more than the arithmetic on it. Rows that are neither soft nor
+labelled are not read. Results are correct on other devices, too, but host and device synchronise there.
 """
 
 from collections.abc import Iterator
@@ -20,20 +20,20 @@ from distilspeed.kernels.implementation.distillation_loss_rows import (
     empty_table,
 )
 
-# Of one of the three buffers. 1024 x 30522 fp32, loss and gradient in place: 140 to 160 ms with 1 to 8 MiB, 270 with
-# 0.5 (2 idle cores of 2 MiB L2, November 2026). On a busy machine every pass over a block waits for the slower thread,
-# so the fewer blocks the better; 7.5 MiB in all are little beside the logits.
+# Size of one of the three buffers. 1024 x 30522 fp32, loss and gradient in place: 140 to 160 ms with 1 to 8 MiB, 270
+# with 0.5 (2 idle cores of 2 MiB L2, November 2026). On a busy machine every pass over a block waits for the slower
+# thread, so fewer blocks are better; the three buffers' 7.5 MiB are small compared with the logits.
 BLOCK_BYTES = 5 * 2**19
 
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows that count, and three buffers [block, vocabulary] to work in."""
+    """Some rows that are soft or labelled, and three work buffers [block, vocabulary]."""
 
-    rows: slice | Tensor  # a slice where they are neighbours, else their numbers
-    soft_mask: Tensor | None  # [block] bool; None: all are soft
-    labelled: Tensor  # [labelled rows] int64, their places in the block
-    labelled_rows: Tensor  # [labelled rows] int64, their numbers
+    rows: slice | Tensor  # a slice if the rows are contiguous, else their indices
+    soft_mask: Tensor | None  # [block] bool; None: all rows are soft
+    labelled: Tensor  # [labelled rows] int64, indices within the block
+    labelled_rows: Tensor  # [labelled rows] int64, indices among all rows
     labels: Tensor  # [labelled rows, 1] int64
     student: Tensor
     teacher: Tensor
@@ -54,7 +54,7 @@ class SoftmaxesAtT(NamedTuple):
 
 
 class Softmaxes(NamedTuple):
-    """The softmaxes of a block, still to be divided by their sums."""
+    """The softmaxes of a block, not yet divided by their sums."""
 
     soft: SoftmaxesAtT | None  # None: no row of the block is soft
     hard: Tensor  # [labelled rows, vocabulary], exp(z - max z)
@@ -62,7 +62,7 @@ class Softmaxes(NamedTuple):
 
 
 def forward(rows: LossRows) -> Tensor:
-    """Row table [8, rows], float32 (float64 for float64 logits)."""
+    """Return the row table [8, rows], float32 (float64 for float64 logits)."""
     table = empty_table(rows.student_logits, len(RowTable._fields)).zero_()
     columns = RowTable(*table)
     for block in blocks(rows):
@@ -80,7 +80,7 @@ def backward(rows: LossRows, table: Tensor, coefficients: Tensor, gradient: Tens
 
 
 def forward_backward(rows: LossRows, coefficients: Tensor, gradient: Tensor) -> Tensor:
-    """Row losses [3, rows], and the gradient for a third of the exponentials less."""
+    """Return row losses [3, rows] and write the gradient, with a third fewer exponentials than the two passes."""
     table = empty_table(rows.student_logits, len(RowTable._fields)).zero_()
     columns = RowTable(*table)
     for block in blocks(rows):
@@ -111,8 +111,8 @@ def softmaxes_with_losses(rows: LossRows, block: Block, table: RowTable) -> Soft
     teacher.mul_(1 / rows.temperature)
     weights = torch.exp(teacher, out=block.weights)
     teacher_sum = weights.sum(1)
-    # kl is not cross-entropy minus entropy: of the difference of two large numbers little is left once the
-    # student is good.
+    # kl is not computed as cross-entropy minus entropy: once the student is good, that difference of two large
+    # numbers loses its precision.
     mean_difference = weighted_sum(weights, teacher.sub_(student), out=block.teacher) / teacher_sum
     mean_student = weighted_sum(weights, student, out=block.teacher) / teacher_sum
     student_sum = student.exp_().sum(1)
@@ -144,7 +144,7 @@ def softmaxes_from_table(rows: LossRows, block: Block, table: RowTable) -> Softm
 
 
 def combine(block: Block, softmaxes: Softmaxes, coefficients: Tensor) -> Tensor:
-    """c_soft (q - p) + c_hard (softmax(z) - onehot(y)), each division by a sum folded into its factor."""
+    """Return c_soft (q - p) + c_hard (softmax(z) - onehot(y)); divisions by sums are part of the factors."""
     soft_coefficient, hard_coefficient = coefficients.unbind()
     if softmaxes.soft is None:
         gradient = block.student.zero_()
@@ -161,13 +161,13 @@ def combine(block: Block, softmaxes: Softmaxes, coefficients: Tensor) -> Tensor:
 
 def store(gradient: Tensor, block: Block, values: Tensor) -> None:
     if isinstance(block.rows, slice):
-        gradient[block.rows] = values  # rounds on the way
+        gradient[block.rows] = values  # the assignment rounds
     else:
         gradient[block.rows] = values.to(gradient.dtype)
 
 
 def blocks(rows: LossRows) -> Iterator[Block]:
-    """The rows that count, as many at a time as fit the buffers, in order."""
+    """Yield the soft or labelled rows in order, as many at a time as fit the buffers."""
     row_bytes = rows.vocab_size * accumulation_dtype(rows.student_logits).itemsize
     block_rows = min(max(1, BLOCK_BYTES // row_bytes), max(1, rows.num_rows))
     buffers = rows.student_logits.new_empty(
@@ -193,11 +193,11 @@ def row_selections(num_rows: int, counts: Tensor | None, block_rows: int) -> Ite
         if len(numbers) > 0:
             first, last = numbers[0].item(), numbers[-1].item()
             neighbours = last - first + 1 == len(numbers)
-            yield slice(first, last + 1) if neighbours else numbers  # a slice needs no gathering
+            yield slice(first, last + 1) if neighbours else numbers  # a slice avoids gathering
 
 
 def checked_labelled(rows: LossRows) -> Tensor:
-    """[rows] bool: which rows are labelled.
+    """Return [rows] bool: True for labelled rows.
 
     Raises:
         ValueError: a label is neither ``ignore_index`` nor in the vocabulary.
@@ -215,7 +215,7 @@ def checked_labelled(rows: LossRows) -> Tensor:
 
 
 def clear_what_does_not_count(rows: LossRows, gradient: Tensor) -> None:
-    # Last, because the gradient may share the storage that was read before.
+    # Must run last: the gradient may share storage with the logits.
     gradient[:, rows.vocab_size :] = 0
     if rows.soft_mask is not None:
         labelled = rows.labelled
@@ -223,9 +223,9 @@ def clear_what_does_not_count(rows: LossRows, gradient: Tensor) -> None:
 
 
 def weighted_sum(weights: Tensor, values: Tensor, out: Tensor) -> Tensor:
-    """Row sums of weights * values where a weight of 0 silences an infinite or undefined value."""
+    """Return the row sums of weights * values; a weight of 0 contributes 0 even for an infinite or NaN value."""
     sums = torch.mul(weights, values, out=out).sum(1)
-    # Only rows with -inf logits come out as NaN, and only they pay for a second look.
+    # Only rows with -inf logits become NaN, and only those are summed a second time.
     undefined = sums.isnan()
     if undefined.any():
         sums[undefined] = out[undefined].masked_fill_(weights[undefined] == 0, 0).sum(1)

@@ -1,6 +1,6 @@
-"""The Triton kernel of the distillation loss: one program per row, each logit read once in each direction.
+"""The Triton kernel of the distillation loss: one program per row, each logit read once in each pass.
 
-z: the student's logits of the row, u: the teacher's, y: its label, T: temperature. One pass over the row collects
+z: the student's logits of the row, u: the teacher's, y: the label, T: temperature. One pass over the row computes
 
     m_z, m_u, maxima          student_sum = sum_v exp((z_v - m_z) / T)
                               teacher_sum = sum_v w_v,  w_v = exp((u_v - m_u) / T)
@@ -8,40 +8,41 @@ z: the student's logits of the row, u: the teacher's, y: its label, T: temperatu
     gap_dot     = sum_v w_v ((u_v - m_u) - (z_v - m_z))
     hard_sum    = sum_v exp(z_v - m_z)                              (labelled rows only)
 
-from which the row's losses are (not yet times T^2)
+The row's losses, not yet multiplied by T^2, are
 
     soft_ce = log student_sum - student_dot / (T teacher_sum)
     kl      = log (student_sum / teacher_sum) + gap_dot / (T teacher_sum)
     hard_ce = log hard_sum - (z_y - m_z)
 
-kl has a sum of its own because soft_ce minus the teacher's entropy cancels once the student is good.
+kl has its own sum, gap_dot, because soft_ce minus the teacher's entropy loses its precision once the student is
+good.
 
 Every thread keeps these seven numbers for its own columns, so that no thread waits for another before the end
-of the row: there the threads' numbers are brought to the row's maxima and added up. When a maximum is raised,
-by a tile or by the row, sums shrink by exp of the raise and the dots move to the new maximum.
+of the row. There the threads' numbers are rescaled to the row's maxima and added up. When a tile or the row
+raises a maximum, the sums are rescaled and the dots are moved to the new maximum (``move_dots``).
 
-The gradient, from maxima and sums:
+The gradient follows from maxima and sums:
 
     dL/dz_v = c_soft (q_v - p_v) [row is soft]  +  c_hard (softmax(z)_v - [v = y]) [row is labelled]
 
-with c_soft = (dL/dkl + dL/dsoft_ce) T / soft_normalizer and c_hard = dL/dhard_ce / hard_normalizer, in float32
-and with the loss scale in them; the result is rounded to the logits' dtype once, at the store.
+with c_soft = (dL/dkl + dL/dsoft_ce) T / soft_normalizer and c_hard = dL/dhard_ce / hard_normalizer. Both include
+the loss scale. The gradient is computed in float32 and rounded to the logits' dtype once, at the store.
 
 Online softmax: Milakov and Gimelshein 2018, arXiv 1805.02867.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# (kernel arguments have their types in comments: Triton would read annotations as its own)
+# (kernel arguments have their types in comments: Triton interprets annotations itself)
 
 import math
 
 import triton
 import triton.language as tl
 
-# Where running maxima start: low enough that every meaningful logit is above, and finite, so that columns that
-# are -inf throughout leave no inf - inf behind.
+# Initial value of the running maxima: below every meaningful logit, and finite, so that a thread whose columns are
+# all -inf does not compute inf - inf.
 LOWEST = tl.constexpr(-1e30)
-LOG2_E = tl.constexpr(math.log2(math.e))  # exp2 is the hardware's; exp is exp2 and a multiplication
+LOG2_E = tl.constexpr(math.log2(math.e))  # the hardware has exp2; exp is exp2 and a multiplication
 
 
 @triton.jit
@@ -59,7 +60,7 @@ def row_flags(row, labels_ptr, soft_mask_ptr, ignore_index, HAS_LABELS: tl.const
 
 @triton.jit
 def load_logits(row_ptr, columns, mask, VOCAB_SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    # The mask is by the padded width: one by a vocabulary of odd size would narrow every load to one element.
+    # The mask uses the padded width: masking by an odd vocabulary size would narrow every load to one element.
     logits = tl.load(row_ptr + columns, mask=mask, other=float("-inf")).to(tl.float32)
     if VOCAB_SIZE < WIDTH:
         logits = tl.where(columns < VOCAB_SIZE, logits, float("-inf"))
@@ -80,7 +81,7 @@ def row_sums(
     NEIGHBOURS: tl.constexpr,
     TEMPERATURE_IS_2: tl.constexpr,
 ):
-    # A tile is a matrix of groups, each the business of one thread, which keeps its numbers of each.
+    # A tile is a matrix of LANES groups; each group belongs to one thread and has its own seven numbers.
     LANES: tl.constexpr = TILE // GROUP
     AXIS: tl.constexpr = 1 if NEIGHBOURS else 0
     if NEIGHBOURS:
@@ -95,7 +96,7 @@ def row_sums(
     student_dot = tl.zeros([LANES], tl.float32)
     gap_dot = tl.zeros([LANES], tl.float32)
 
-    # A row that does not count is not read.
+    # Rows that are neither soft nor labelled are not read.
     for start in range(0, tl.where(is_soft | is_labelled, VOCAB_SIZE, 0), TILE):
         columns = start + offsets
         student = load_logits(student_row, columns, columns < WIDTH, VOCAB_SIZE, WIDTH)
@@ -118,7 +119,7 @@ def row_sums(
             teacher_max = new_teacher_max
             teacher -= tl.expand_dims(teacher_max, AXIS)
             teacher_weights = tl.exp2(teacher * scale)
-            # A class the teacher rules out contributes 0 even where the student's logit is -inf.
+            # A class of teacher probability 0 contributes 0 even if the student's logit is -inf.
             counts = teacher_weights > 0
             student_terms = tl.sum(tl.where(counts, teacher_weights * student, 0.0), AXIS)
             gap_terms = tl.sum(tl.where(counts, teacher_weights * (teacher - student), 0.0), AXIS)
@@ -150,7 +151,7 @@ def row_sums(
 
 @triton.jit
 def move_dots(student_dot, gap_dot, teacher_sum, student_raise, teacher_raise, scale):
-    """To maxima that are higher by -raise."""
+    """Move the dots and the teacher's sum to new maxima; raises are old minus new maximum, at most 0."""
     shrink = tl.exp2(teacher_raise * scale)
     student_dot += teacher_sum * student_raise
     gap_dot += teacher_sum * (teacher_raise - student_raise)
@@ -169,7 +170,7 @@ def write_gradient(
     label,
     student_max,
     teacher_max,
-    student_factor,  # what exponentials are multiplied by: coefficient / sum
+    student_factor,  # factors of the exponentials: coefficient / sum
     teacher_factor,
     hard_factor,
     hard_coefficient,
@@ -181,7 +182,7 @@ def write_gradient(
 ):
     LAST: tl.constexpr = (WIDTH - 1) // TILE * TILE
     for before_last in range(0, WIDTH, TILE):
-        # From the end: after a forward pass in the same launch that is what the cache still holds.
+        # From the end of the row: after a forward pass in the same launch the cache still holds it.
         columns = LAST - before_last + tl.arange(0, TILE)
         gradient = tl.zeros([TILE], tl.float32)
         if is_soft | is_labelled:
@@ -217,19 +218,19 @@ def distillation_loss_kernel(
     gradient_stride,
     ignore_index,
     inverse_temperature,
-    LOSSES: tl.constexpr,  # compute losses and statistics; else the statistics are in the table
-    GRADIENT: tl.constexpr,  # write the gradient; else write the statistics into the table
+    LOSSES: tl.constexpr,  # True: compute losses and statistics; False: read the statistics from the table
+    GRADIENT: tl.constexpr,  # True: write the gradient; False: write the statistics into the table
     VOCAB_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
-    ALIGNMENT: tl.constexpr,  # every row begins at a multiple of so many elements
-    GROUP: tl.constexpr,  # columns of a tile that one thread sums up as it goes,
-    NEIGHBOURS: tl.constexpr,  # next to each other, so that it loads them together; else LANES apart
+    ALIGNMENT: tl.constexpr,  # every row begins at a multiple of this many elements
+    GROUP: tl.constexpr,  # columns of a tile that one thread sums up
+    NEIGHBOURS: tl.constexpr,  # True: a group's columns are adjacent and loaded together; False: LANES apart
     HAS_LABELS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     TEMPERATURE_IS_2: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31
+    row = tl.program_id(0).to(tl.int64)  # row * stride may exceed 2^31
     is_soft, is_labelled, label = row_flags(
         row, labels_ptr, soft_mask_ptr, ignore_index, HAS_LABELS, HAS_MASK
     )
@@ -238,8 +239,8 @@ def distillation_loss_kernel(
     scale = inverse_temperature * LOG2_E
 
     if LOSSES:
-        # No row can stop the others to complain about its label, so it turns the loss into NaN. Read before
-        # anything is written: the gradient may take the logits' place.
+        # A kernel cannot raise, so a label outside the vocabulary makes the loss NaN. Read before anything is
+        # written, because the gradient may overwrite the logits.
         in_vocabulary = (label >= 0) & (label < VOCAB_SIZE)
         label_logit = tl.load(student_row + label, mask=is_labelled & in_vocabulary, other=float("nan")).to(
             tl.float32

@@ -1,8 +1,8 @@
-"""The distillation loss as PyTorch operators: opaque to torch.compile, which so has no graph to break.
+"""The distillation loss as custom PyTorch operators: opaque to torch.compile, so that they cause no graph break.
 
-Each picks the implementation that fits the logits' device and dtype. Their arguments are the fields of
-``LossRows``, and what ``distillation_loss_rows`` says of row table, coefficients and gradient. They carry no
-derivatives: those are in the autograd functions that call them.
+Each operator calls the implementation for the logits' device and dtype. The arguments are the fields of
+``LossRows`` and the row table, coefficients and gradient of ``distillation_loss_rows``. The operators have no
+derivatives; the autograd functions that call them do.
 """
 
 from types import ModuleType
@@ -23,8 +23,9 @@ if TRITON_INSTALLED:
     from distilspeed.kernels.implementation import distillation_loss_triton
     from distilspeed.kernels.implementation.rescale_triton import rescale
 
-# A factor within this many roundings of 1 is 1: a loss divided by 41 accumulation steps and multiplied by 41 again has
-# such a factor, as for 74 of the counts up to 512, and the gradient would be read, written and rounded once more.
+# A factor within this many roundings of 1 counts as 1. A loss divided by 41 accumulation steps and multiplied by 41
+# has such a factor (74 of the step counts up to 512 do); without the tolerance the gradient would be read, written
+# and rounded once more.
 ROUNDINGS = 8
 
 
@@ -97,15 +98,15 @@ def _(student_logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 def rescale_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
-    """A gradient [rows, width] times a 0-dim factor of the accumulation dtype; free where that is 1 within rounding.
+    """Return a gradient [rows, width] times a 0-dim factor of the accumulation dtype; skipped if the factor is 1.
 
-    Not an operator: in place, but where torch.compile plans memory itself.
+    Multiplies in place, except under torch.compile, which plans memory itself; so this is not an operator.
     """
     if torch.compiler.is_compiling():
         return (gradient.to(factor.dtype) * factor).to(gradient.dtype)
     tolerance = ROUNDINGS * torch.finfo(factor.dtype).eps
     if use_triton(gradient):
         rescale(gradient, factor, tolerance)
-    elif not abs(factor.item() - 1) <= tolerance:  # not ">", which is false of NaN
+    elif not abs(factor.item() - 1) <= tolerance:  # not ">", which is false for NaN
         gradient.mul_(factor.item())
     return gradient

@@ -1,20 +1,20 @@
-"""What the implementations of the distillation loss are given and give back.
+"""Inputs and outputs of the implementations of the distillation loss.
 
-An implementation is a module with three functions, all of which count only rows that are soft or labelled:
+An implementation is a module with three functions. All three ignore rows that are neither soft nor labelled:
 
-    forward(rows) -> table                                    losses, and what the backward pass needs
+    forward(rows) -> table                                    losses and statistics for the backward pass
     backward(rows, table, coefficients, gradient)             writes the gradient from logits and table
     forward_backward(rows, coefficients, gradient) -> losses  both at once, for a known upstream gradient
 
     table         [8, rows], accumulation dtype; its rows are the fields of :class:`RowTable`
-    losses        [3, rows], the first three of them
-    coefficients  [2], accumulation dtype: c_soft and c_hard, what multiplies q - p and softmax(z) -
-                  onehot(y). They hold means, loss weights and loss scale, so that rounding to the
-                  logits' dtype is the last thing that happens to a gradient
+    losses        [3, rows], the first three rows of a table
+    coefficients  [2], accumulation dtype: c_soft and c_hard, the factors of q - p and softmax(z) -
+                  onehot(y). They include normalizers, loss weights and loss scale, so that rounding
+                  to the logits' dtype is the last operation on a gradient
     gradient      [rows, width], the logits' dtype; may be ``rows.student_logits`` itself
 
-``distillation_loss_triton`` runs on GPUs, ``distillation_loss_chunked`` everywhere else. Neither knows of
-means, loss weights or autograd; ``distillation_loss`` holds those once for both.
+``distillation_loss_triton`` runs on GPUs, ``distillation_loss_chunked`` everywhere else. Means, loss weights and
+autograd are in ``distillation_loss``, once for both.
 """
 
 from typing import NamedTuple
@@ -27,13 +27,13 @@ from distilspeed.kernels.implementation.checks import as_rows, check_pair, check
 
 
 class LossRows(NamedTuple):
-    """Logits as rows, and which rows count.
+    """Logits as rows, with labels and mask.
 
     student_logits  [rows, width], the last dimension contiguous, any row stride
-    teacher_logits  [rows, width], likewise
+    teacher_logits  [rows, width], the same
     labels          [rows] int64, contiguous; None: no row is labelled
-    soft_mask       [rows] bool, contiguous; None: every row has a soft target
-    vocab_size      columns that are real; those from vocab_size to width are padding
+    soft_mask       [rows] bool, contiguous; None: every row is soft
+    vocab_size      number of real columns; those from vocab_size to width are padding
     """
 
     student_logits: Tensor
@@ -50,7 +50,7 @@ class LossRows(NamedTuple):
 
     @property
     def labelled(self) -> Tensor | None:
-        """[rows] bool."""
+        """[rows] bool; None: no row is labelled."""
         return None if self.labels is None else self.labels != self.ignore_index
 
 
@@ -63,11 +63,11 @@ def loss_rows(
     ignore_index: int,
     vocab_size: int | None,
 ) -> LossRows:
-    """The arguments of ``distillation_loss``, checked, with all leading dimensions made one.
+    """Check the arguments of ``distillation_loss`` and flatten their leading dimensions into one.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, the teacher requires grad, the temperature is not a
-            positive number, or there are not ``vocab_size`` columns.
+        ValueError: shapes, dtypes or devices do not match, the teacher requires grad, the temperature is not a
+            positive number, or the logits have fewer than ``vocab_size`` columns.
     """
     check_pair("logits", student_logits, teacher_logits)
     check_row_tensor("labels", labels, torch.int64, student_logits)
@@ -85,18 +85,18 @@ def loss_rows(
 
 
 class RowTable(NamedTuple):
-    """Eight numbers a row: its losses, and what the backward pass needs to rebuild its three softmaxes.
+    """Eight numbers per row: the losses, and the statistics from which the backward pass computes the softmaxes.
 
-    The losses are not yet multiplied by T^2, and 0 in rows that do not count. With z the student's and u
-    the teacher's logits:
+    The losses are not yet multiplied by T^2; they are 0 in rows that are not soft (kl, soft_ce) or not labelled
+    (hard_ce). With z the student's and u the teacher's logits:
 
         softmax(z / T) = exp((z - student_max) / T) / student_sum
         softmax(u / T) = exp((u - teacher_max) / T) / teacher_sum
         softmax(z)     = exp(z - student_max) / hard_sum
 
-    Maximum and sum are kept apart, not added up to a logsumexp: at logits of 1e4 a float32 logsumexp is
-    off by 5e-4, and so would be every probability; and the sum needs no further exponential.
-    Undefined for softmaxes that the row does not take part in.
+    Maximum and sum are stored separately, not as a logsumexp: at logits of 1e4 a float32 logsumexp has an error
+    of 5e-4, which every probability would inherit; and a stored sum saves an exponential. The teacher's
+    statistics are undefined in rows that are not soft, hard_sum in rows that are not labelled.
     """
 
     kl: Tensor
@@ -113,7 +113,7 @@ LOSS_FIELDS = 3
 
 
 def empty_table(student_logits: Tensor, fields: int) -> Tensor:
-    """[fields, rows] in the accumulation dtype."""
+    """Return an uninitialised table [fields, rows] in the accumulation dtype."""
     shape = (fields, student_logits.shape[0])
     return student_logits.new_empty(shape, dtype=accumulation_dtype(student_logits))
 
@@ -121,7 +121,7 @@ def empty_table(student_logits: Tensor, fields: int) -> Tensor:
 def means(
     losses: Tensor, temperature: float, soft_normalizer: Tensor, hard_normalizer: Tensor
 ) -> tuple[Tensor, ...]:
-    """kl, soft_ce and hard_ce as ``distillation_loss`` defines them, from the sums [3] of row losses."""
+    """Return kl, soft_ce and hard_ce as ``distillation_loss`` defines them, from the sums [3] of row losses."""
     kl, soft_ce, hard_ce = losses.unbind()
     soft_factor = temperature**2 / soft_normalizer
     return kl * soft_factor, soft_ce * soft_factor, hard_ce / hard_normalizer

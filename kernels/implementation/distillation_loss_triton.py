@@ -1,4 +1,4 @@
-"""The distillation loss on a GPU: launches of the kernel in ``distillation_loss_kernel``."""
+"""The distillation loss on a GPU: launch the kernel of ``distillation_loss_kernel``."""
 
 import math
 
@@ -22,7 +22,7 @@ from distilspeed.kernels.implementation.launch_configs import (
 
 
 def forward(rows: LossRows) -> Tensor:
-    """Row table [8, rows], float32; see ``distillation_loss_rows``."""
+    """Return the row table [8, rows], float32; see ``distillation_loss_rows``."""
     table = empty_table(rows.student_logits, len(RowTable._fields))
     launch("forward", rows, table, coefficients=table, gradient=rows.student_logits)
     return table
@@ -34,7 +34,7 @@ def backward(rows: LossRows, table: Tensor, coefficients: Tensor, gradient: Tens
 
 
 def forward_backward(rows: LossRows, coefficients: Tensor, gradient: Tensor) -> Tensor:
-    """Row losses [3, rows] and the gradient, in one launch: the row's second reading is from the cache."""
+    """Return row losses [3, rows] and write the gradient in one launch; a row is read the second time from cache."""
     losses = empty_table(rows.student_logits, LOSS_FIELDS)
     launch("forward_backward", rows, losses, coefficients, gradient)
     return losses
@@ -48,7 +48,7 @@ def launch(
     gradient: Tensor,
     config: LaunchConfig | None = None,
 ) -> None:
-    """Run one pass; what it does not touch may be any tensor. ``config`` None: the table's."""
+    """Run one pass; tensors that the pass does not use may be any tensor. ``config`` None: the table's launch."""
     student, teacher = rows.student_logits, rows.teacher_logits
     if config is None:
         config = launch_config(pass_name, student, rows.vocab_size)
@@ -83,7 +83,7 @@ def launch(
 
 
 def alignment(*matrices: Tensor) -> int:
-    """The elements, up to a widest access, that the rows of all matrices begin at a multiple of."""
+    """Return the number of elements, up to a widest access, that every row of all matrices is aligned to."""
     itemsize = matrices[0].element_size()
     elements = ACCESS_BYTES // itemsize
     for matrix in matrices:

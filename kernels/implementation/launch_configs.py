@@ -1,9 +1,9 @@
-"""Tile and warps for the kernel of the distillation loss, from a table made beforehand.
+"""Tile and warps for the kernel of the distillation loss, from a stored table.
 
-Not chosen at run time: a kernel that times itself first gives sums in another order on another day, and a
-surprise at every new shape. ``launch_configs.json`` is made by ``launch/profile_kernels.py --tune``: where a GPU
-is at hand by timing, for all other architectures from what the compiler says (``profiling.tuning``). Each entry
-states which, and the compiled kernel's registers, spilled bytes and shared memory.
+They are not autotuned at run time: another choice would change the order of sums from run to run, and every new
+shape would have to be timed first. ``launch/profile_kernels.py --tune`` makes ``launch_configs.json``: by timing for
+the GPU of the machine, from the compiler's figures for all other architectures (``profiling.tuning``). Each entry
+records how it was chosen, and the compiled kernel's registers, spilled bytes and shared memory.
 """
 
 import json
@@ -18,7 +18,7 @@ from torch import Tensor
 
 TABLE_FILE = Path(__file__).with_name("launch_configs.json")
 WARP_THREADS = 32
-ACCESS_BYTES = 16  # of one load or store of a thread, the widest there is
+ACCESS_BYTES = 16  # a thread's widest load or store
 
 Pass = Literal["forward", "backward", "forward_backward"]
 
@@ -30,7 +30,7 @@ class LaunchConfig(NamedTuple):
 
 @dataclass(frozen=True)
 class TableEntry:
-    """The launch for one pass on one architecture, and how it came about."""
+    """The launch for one pass on one architecture, and how it was chosen."""
 
     architecture: int  # compute capability, 90 for 9.0
     dtype_bytes: int
@@ -38,9 +38,9 @@ class TableEntry:
     vocab_size: int
     tile: int
     num_warps: int
-    registers: int  # a thread
-    spilled_bytes: int  # a thread, loads and stores
-    shared_bytes: int  # a program
+    registers: int  # per thread
+    spilled_bytes: int  # per thread, loads and stores
+    shared_bytes: int  # per program
     chosen_by: str
 
 
@@ -49,7 +49,7 @@ def read_table(file: Path = TABLE_FILE) -> tuple[TableEntry, ...]:
 
 
 def launch_config(pass_name: Pass, logits: Tensor, vocab_size: int) -> LaunchConfig:
-    """The table's launch for the GPU the logits are on, or the nearest thing to it."""
+    """Return the table's launch for the GPU that holds the logits, or the nearest entry."""
     capability = torch.cuda.get_device_capability(logits.device) if logits.is_cuda else (0, 0)
     return nearest_config(pass_name, 10 * capability[0] + capability[1], logits.element_size(), vocab_size)
 
@@ -62,7 +62,7 @@ def nearest_config(pass_name: Pass, architecture: int, dtype_bytes: int, vocab_s
 def choose_entry(
     table: Sequence[TableEntry], pass_name: Pass, architecture: int, dtype_bytes: int, vocab_size: int
 ) -> LaunchConfig:
-    """Newest listed architecture not above this one (else the oldest), then the nearest vocabulary size."""
+    """Return the launch of the newest listed architecture not above this one (else the oldest), nearest vocabulary."""
     entries = [entry for entry in table if (entry.pass_name, entry.dtype_bytes) == (pass_name, dtype_bytes)]
     architectures = {entry.architecture for entry in entries}
     known = max((a for a in architectures if a <= architecture), default=min(architectures))
@@ -74,22 +74,22 @@ def choose_entry(
 
 
 def fit_to_vocabulary(config: LaunchConfig, vocab_size: int) -> LaunchConfig:
-    """No tile much wider than the vocabulary, and no thread without columns."""
+    """Shrink the tile to the vocabulary's size, and the warps with it."""
     tile = min(config.tile, max(16, 1 << (vocab_size - 1).bit_length()))
     return LaunchConfig(tile, max(1, config.num_warps * tile // config.tile))
 
 
 def padded_width(vocab_size: int) -> int:
-    """Columns to give rows of logits so that each begins at a multiple of 128 bytes or more, and loads are wide."""
+    """Return the columns to allocate per row of logits so that rows are aligned to 128 bytes and loads are wide."""
     return -(-vocab_size // 64) * 64
 
 
 def tile_constants(config: LaunchConfig, alignment: int, dtype_bytes: int) -> dict[str, int]:
-    """How a tile is dealt out to threads, as arguments of the kernel.
+    """Return the kernel's arguments that distribute a tile over threads.
 
-    Rows that begin at multiples of a widest access are loaded so, and a thread's group is what it loads at once.
-    Others are loaded ``alignment`` logits at a time, neighbouring threads neighbouring ones, and a group is made
-    of a thread's loads; wider it would span threads, which would have to wait for each other at every tile.
+    Rows aligned to a widest access are loaded with it, and a thread's group is the columns of one load. Other rows
+    are loaded ``alignment`` logits at a time, adjacent columns by adjacent threads, and a group is the columns of all
+    loads of a thread. A wider group would span threads, which would then wait for each other at every tile.
     """
     access = ACCESS_BYTES // dtype_bytes
     neighbours = alignment == access

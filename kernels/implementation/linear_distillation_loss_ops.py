@@ -1,4 +1,4 @@
-"""The linear distillation loss as a PyTorch operator: chunks of rows, four products and the losses of each."""
+"""The linear distillation loss as a custom PyTorch operator: four products and the losses per chunk of rows."""
 
 from typing import Any, NamedTuple, Self
 
@@ -14,7 +14,7 @@ PRODUCT_PART_BYTES = 4 * 2**20  # in float32
 
 
 class Projections(NamedTuple):
-    """What both models' logits are made of."""
+    """Hidden states and projections of both models."""
 
     student_hidden: Tensor  # [..., student hidden size]
     student_weight: Tensor  # [width, student hidden size]
@@ -47,8 +47,10 @@ def forward_backward(
     chunk_bytes: int,
     needs_gradient: list[bool],  # of student_hidden, student_weight, student_bias
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss sums [3] and gradients for ``coefficients``: of the hidden states [rows, hidden size], in their dtype,
-    of weight [width, hidden size] and bias [1, width], in the accumulation dtype; empty where not needed.
+    """Return loss sums [3] and the gradients for ``coefficients``; a gradient that is not needed is empty.
+
+    The gradients are of the hidden states [rows, hidden size], in their dtype, and of weight [width, hidden size]
+    and bias [1, width], in the accumulation dtype.
     """
     num_rows, width = student_hidden.shape[0], student_weight.shape[0]
     needs_hidden, needs_weight, needs_bias = needs_gradient
@@ -111,7 +113,7 @@ def new_results(
 
 
 def balanced_chunk(num_rows: int, most: int) -> int:
-    """Rows of a chunk: as few chunks as memory allows, all of nearly the same size."""
+    """Return the rows per chunk: as few chunks as memory allows, all of nearly the same size."""
     chunks = -(-num_rows // max(1, most))
     return max(1, -(-num_rows // max(1, chunks)))
 
@@ -124,15 +126,16 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, added up in the dtype of ``total``.
+    """Compute total += left @ right, accumulating in the dtype of ``total``.
 
-    On a CPU the product of a chunk is in bfloat16 before that, where its inputs are; float16 would not hold it.
+    On a CPU the product of bfloat16 inputs is rounded to bfloat16 before it is added. float16 inputs are converted
+    first, because their product may overflow float16.
     """
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     elif total.is_cuda:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:  # in parts, whose conversion to the dtype of the total stays in cache
+    else:  # in parts, so that their conversion to the dtype of the total stays in cache
         if right.dtype == torch.float16:
             right = right.to(total.dtype)
         part_rows = max(1, PRODUCT_PART_BYTES // (right.shape[1] * total.itemsize))

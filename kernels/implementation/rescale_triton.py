@@ -1,7 +1,7 @@
-"""Multiplying a gradient by a factor that is nearly always 1, in Triton: the GPU decides, nobody waits for it."""
+"""Multiply a gradient by a factor that is nearly always 1, in Triton, without synchronising host and GPU."""
 
 # mypy: disable-error-code="no-untyped-def"
-# (kernel arguments have their types in comments: Triton would read annotations as its own)
+# (kernel arguments have their types in comments: Triton interprets annotations itself)
 
 import triton
 import triton.language as tl
@@ -19,11 +19,11 @@ def rescale_kernel(
     gradient_stride,  # elements from one row to the next
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
-    TOLERANCE: tl.constexpr,  # a factor this near to 1 counts as 1
+    TOLERANCE: tl.constexpr,  # a factor this close to 1 counts as 1
 ):
     row = tl.program_id(0).to(tl.int64)
     factor = tl.load(factor_ptr)
-    if not (tl.abs(factor - 1.0) <= TOLERANCE):  # not ">", which is false of NaN
+    if not (tl.abs(factor - 1.0) <= TOLERANCE):  # not ">", which is false for NaN
         for start in range(0, WIDTH, TILE):
             columns = start + tl.arange(0, TILE)
             pointers = gradient_ptr + row * gradient_stride + columns
@@ -32,9 +32,9 @@ def rescale_kernel(
 
 
 def rescale(gradient: Tensor, factor: Tensor, tolerance: float) -> None:
-    """Multiply [rows, width] in place by a 0-dim float32 tensor on its device.
+    """Multiply [rows, width] in place by ``factor``, a 0-dim float32 tensor on the same device.
 
-    Where that is within ``tolerance`` of 1 the gradient is not read and keeps its bits.
+    A factor within ``tolerance`` of 1 leaves the gradient unread and unchanged.
     """
     num_rows, width = gradient.shape
     if num_rows > 0:

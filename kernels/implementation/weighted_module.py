@@ -1,4 +1,4 @@
-"""What the modules of weighted losses have in common."""
+"""The base class of the modules of weighted losses."""
 
 from torch import nn
 

@@ -1,16 +1,16 @@
-"""What is measured: the project's losses and their peers, on the same random inputs.
+"""The measured cases: this project's losses and their peers, on the same random inputs.
 
 =======  ======================================  ==========================================================
 group    inputs                                  floor: the least work, forward and backward
 =======  ======================================  ==========================================================
 logits   [tokens, vocabulary] twice, labels      2u and 3u bytes, u = tokens x vocabulary x bytes per entry
 linear   [tokens, hidden] x [vocabulary,         two matrix products each,
-         hidden] twice, labels                   2 x tokens x vocabulary x hidden operations a product
+         hidden] twice, labels                   2 x tokens x vocabulary x hidden operations per product
 cosine   [tokens, hidden] twice                  2u and 3u bytes, u = tokens x hidden x bytes per entry
 =======  ======================================  ==========================================================
 
-Forward has to read two tensors; backward has to read both again and to write one. A loss that writes its
-gradient in the forward pass needs 3u in all.
+Forward must read two tensors; backward must read both again and write one. A loss that writes its gradient in the
+forward pass needs 3u in total.
 """
 
 import functools
@@ -56,7 +56,7 @@ SEED = 0
 
 
 def build_groups(problem: Problem, peers: frozenset[str] = PEERS) -> tuple[Group, ...]:
-    """All groups, their inputs allocated, without the cases that need a peer other than the given ones."""
+    """Return all groups with their inputs allocated; cases that need a peer outside ``peers`` are left out."""
     generator = torch.Generator(problem.device).manual_seed(SEED)
     groups = (build(problem, generator) for build in (logits_group, linear_group, cosine_group))
     return tuple(
@@ -66,7 +66,7 @@ def build_groups(problem: Problem, peers: frozenset[str] = PEERS) -> tuple[Group
 
 @dataclass(frozen=True)
 class LogitInputs:
-    """Logits of both models [tokens, vocabulary], labels int64 [tokens], all of whose rows count."""
+    """Logits of both models [tokens, vocabulary], labels int64 [tokens]; every row is soft."""
 
     student: Tensor
     teacher: Tensor
@@ -180,7 +180,7 @@ def peer_logit_cases(inputs: LogitInputs, floor: Floor) -> tuple[Case, ...]:
         ),
         Case(
             "torch.compile, no masked_select",
-            "the recipe compiled without its selection of rows, which is of all rows here",
+            "the recipe compiled without masked_select, which selects all rows here",
             floor,
             inputs.fresh,
             lambda student: (compile_once(eager_losses)(student, teacher, labels, temperature),),
@@ -188,7 +188,7 @@ def peer_logit_cases(inputs: LogitInputs, floor: Floor) -> tuple[Case, ...]:
         ),
         Case(
             "Liger kl_div and cross_entropy",
-            "softmaxes in PyTorch, then Liger's kernels, one of which writes over the student's logits",
+            "softmaxes in PyTorch, then Liger's kernels; cross_entropy overwrites the student's logits",
             floor,
             inputs.overwritable,
             lambda student: (liger_logits(student, teacher, labels, temperature),),
@@ -235,7 +235,7 @@ def cosine_group(problem: Problem, generator: torch.Generator) -> Group:
         ),
         Case(
             "torch.compile cosine, no masked_select",
-            "the function compiled without its selection of rows, which is of all rows here",
+            "the function compiled without masked_select, which selects all rows here",
             floor,
             fresh,
             lambda student_hidden: (compile_once(eager_cosine)(student_hidden, teacher),),

@@ -1,4 +1,4 @@
-"""What is measured with the vocabulary projection included: [tokens, hidden] x [vocabulary, hidden] of both models."""
+"""The cases that include the vocabulary projections: [tokens, hidden] x [vocabulary, hidden] of both models."""
 
 import functools
 import math
@@ -49,7 +49,7 @@ class LinearInputs:
     @classmethod
     def random(cls, problem: Problem, generator: torch.Generator) -> "LinearInputs":
         weight_shape = (problem.vocab_size, problem.hidden_size)
-        one_logit = 1 / math.sqrt(problem.hidden_size)  # so scaled, weights make standard normal logits
+        one_logit = 1 / math.sqrt(problem.hidden_size)  # weights scaled by this give standard normal logits
         exact = LOGIT_SCALE * one_logit * random_normal(problem, generator, *weight_shape)
         student_weight = exact.to(problem.dtype, copy=True)
         exact += one_logit * random_normal(problem, generator, *weight_shape)
@@ -132,7 +132,7 @@ def linear_group(problem: Problem, generator: torch.Generator) -> Group:
         ),
         Case(
             MATRIX_PRODUCTS,
-            "both projections and, from the student's logits as their gradient, the two products of backward",
+            "both projections and the two products of backward, with the student's logits as their gradient",
             floor,
             lambda: inputs.student,
             lambda hidden, weight: project_both(hidden, weight, *inputs.teacher),

@@ -1,4 +1,4 @@
-"""The machine that a profile was made on."""
+"""The machine of a profile."""
 
 import datetime
 import importlib.metadata
@@ -14,12 +14,12 @@ import torch
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it was measured, to be read before measuring.
+    """The machine and the versions of a profile; create it before measuring.
 
-    threads       those of PyTorch on the CPU
-    load_average  processes that wanted a core in the minute before
+    threads       PyTorch's CPU threads
+    load_average  the machine's load average over the last minute
 
-    A version is None where there is no such package.
+    The version of a package that is not installed is None.
     """
 
     device: str

@@ -1,4 +1,4 @@
-"""Measuring on one device: copy bandwidth, times of forward and backward, peak memory."""
+"""Measure on one device: copy bandwidth, times of forward and backward, peak memory."""
 
 import gc
 import logging
@@ -20,23 +20,23 @@ logger = logging.getLogger(__name__)
 
 Tensors = tuple[Tensor, ...]
 
-# Two buffers of this size are more than the last-level cache of a server, so that a copy goes through memory.
+# Two buffers of this size exceed a server's last-level cache, so a copy goes through memory.
 COPY_BUFFER_BYTES = 512 * 2**20
 COPY_REPEATS = 10
 GIGA = 1e9
-# Written before every run on a GPU: more than any L2 cache holds, and so often that the GPU is busy for half a
-# millisecond or more (at 4 TB/s), in which the host queues what is measured.
+# Written before every run on a GPU. Larger than any L2 cache, and written often enough to keep the GPU busy for half
+# a millisecond or more (at 4 TB/s), while the host queues the measured kernels.
 FLUSH_BYTES, FLUSHES = 512 * 2**20, 4
 
 
 def gradients(inputs: Tensors, outputs: Tensors) -> Tensors:
-    """Backward of a loss: the gradients of the one output with respect to each input."""
+    """Return the gradients of a loss, the only output, with respect to each input."""
     return torch.autograd.grad(outputs, inputs)
 
 
 @dataclass(frozen=True)
 class Floor:
-    """The least work that forward and backward have to do: bytes moved, or floating-point operations."""
+    """The least work of forward and backward: bytes moved, or floating-point operations."""
 
     forward: int
     backward: int
@@ -51,12 +51,12 @@ class Case:
     """One way to compute a loss and its gradients.
 
     name      unique among all cases
-    computes  what exactly, in one line
-    floor     the work that no implementation of this can do without
-    prepare   makes what forward differentiates by; neither timed nor counted as memory
-    forward   those, as arguments -> what backward starts from, for a loss the scalar alone
+    computes  a description in one line
+    floor     the least work that any implementation must do
+    prepare   makes the inputs of forward; neither timed nor counted as memory
+    forward   inputs, as arguments -> outputs; for a loss, the scalar
     backward  inputs, outputs of forward -> gradients
-    peers     what it is made of that is not ours and may be unable to run here
+    peers     other projects' code that the case needs; it may fail to run here
     """
 
     name: str
@@ -69,7 +69,7 @@ class Case:
 
 
 class Laps(NamedTuple):
-    """Seconds of one run, forward and backward one right after the other."""
+    """Seconds of forward and backward in one run; backward follows forward at once."""
 
     forward: float
     backward: float
@@ -84,10 +84,10 @@ class Stopwatch(Protocol):
         """Get the device ready and start the first lap."""
 
     def lap(self) -> None:
-        """End a lap and start the next."""
+        """End the current lap and start the next."""
 
     def laps(self) -> list[float]:
-        """Seconds of every lap since the start, once the device is done with them."""
+        """Wait for the device and return the seconds of every lap since the start."""
 
 
 class CpuStopwatch:
@@ -104,9 +104,9 @@ class CpuStopwatch:
 
 
 class CudaStopwatch:
-    """Time on the GPU, between events in its stream; each start finds nothing of use in the L2 cache.
+    """Time on the GPU, between events in its stream; each start clears the L2 cache.
 
-    What the host takes to launch kernels counts only where the GPU waits for it, as after a synchronisation.
+    The host's time to launch kernels counts only if the GPU waits for it, for example after a synchronisation.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -136,13 +136,13 @@ def stopwatch_for(device: torch.device) -> Stopwatch:
 
 
 def measure_copy_bandwidth(device: torch.device, buffer_bytes: int = COPY_BUFFER_BYTES) -> float:
-    """Bytes read and written per second by a copy from one large tensor to another, in GB/s.
+    """Return the bytes read and written per second by a copy from one large tensor to another, in GB/s.
 
-    With all of PyTorch's threads on a CPU. The best of several copies, as in STREAM (McCalpin 1995): what the
-    memory can do, whatever else runs on the machine.
+    Uses all of PyTorch's threads on a CPU. The best of several copies, as in STREAM (McCalpin 1995), so that other
+    processes on the machine disturb it least.
     """
     source = torch.ones(buffer_bytes // torch.float32.itemsize, device=device)
-    target = torch.ones_like(source)  # written, so that no copy waits for the system to find its pages
+    target = torch.ones_like(source)  # written once, so that no timed copy pays for page faults
     stopwatch = stopwatch_for(device)
     seconds = []
     for _ in range(COPY_REPEATS):
@@ -161,18 +161,18 @@ def run_once(case: Case, stopwatch: Stopwatch) -> Laps:
     results = case.backward(inputs, outputs)
     stopwatch.lap()
     forward, backward = stopwatch.laps()
-    # Not before: freeing the gradients is the next step's business, not the loss's.
+    # After timing: freeing the gradients is not part of the loss's time.
     del results
     return Laps(forward, backward)
 
 
 def measure_rounds(cases: Sequence[Case], repeats: int, stopwatch: Stopwatch) -> list[list[Laps]]:
-    """Run all cases in turn, ``repeats`` times, so that what disturbs the machine disturbs all of them.
+    """Run all cases in turn, ``repeats`` times, so that other load on the machine affects all cases alike.
 
-    Every round has another order: no case always comes after the one that leaves its inputs in the cache.
+    Every round has another random order, so that no case always finds its inputs in the cache of the case before.
 
     Returns:
-        For each case its laps, one a round: those of one round, at the same index, belong together.
+        For each case its laps, one per round; laps of one round have the same index.
     """
     laps: list[list[Laps]] = [[] for _ in cases]
     for number in range(repeats):
@@ -183,9 +183,9 @@ def measure_rounds(cases: Sequence[Case], repeats: int, stopwatch: Stopwatch) ->
 
 
 def measure_peak_memory(case: Case, device: torch.device) -> int:
-    """The most bytes that forward and backward hold at one time, gradients included, inputs not."""
+    """Return the peak bytes of forward and backward, gradients included, inputs excluded."""
     inputs = case.prepare()
-    gc.collect()  # what is freed while measuring would be taken off
+    gc.collect()  # garbage that is freed during the measurement would reduce the result
 
     def run() -> Tensors:
         return case.backward(inputs, case.forward(*inputs))
@@ -194,7 +194,7 @@ def measure_peak_memory(case: Case, device: torch.device) -> int:
 
 
 def peak_cuda_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that PyTorch's CUDA allocator gave out at one time during ``run``, beyond those before."""
+    """Return the peak bytes of PyTorch's CUDA allocator during ``run``, minus the bytes allocated before."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -204,25 +204,25 @@ def peak_cuda_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 def peak_cpu_bytes(run: Callable[[], object]) -> int:
-    """The most bytes that PyTorch's CPU allocator gave out at one time during ``run``, to the byte.
+    """Return the exact peak bytes of PyTorch's CPU allocator during ``run``.
 
-    Every tensor's memory comes from there. Scratch memory inside the matrix-product library and the C++
-    standard library's containers do not, and are not counted.
+    All tensors are counted. Scratch memory of the matrix-product library and C++ containers are not: they do not
+    use this allocator.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         # Held until the profiler has stopped, as measured runs hold their gradients.
         results = run()
     del results
-    # The profiler's own tables add allocations up by operator, and lose their order.
+    # The profiler's own tables sum allocations by operator and lose their order.
     session = profiler.profiler
     if session is None or session.kineto_results is None:
-        raise RuntimeError("the profiler recorded nothing; is another one running?")
+        raise RuntimeError("PyTorch's profiler recorded nothing; stop any other profiler in this process")
     allocations = _allocations(session.kineto_results.experimental_event_tree())
     sizes: dict[int, int] = {}  # by address
     in_use = peak = 0
     for allocation in sorted(allocations, key=attrgetter("time")):
-        # What was there before is no part of the run; yet the profiler notes that it is freed, if an earlier session
-        # saw something else allocated at its address.
+        # Memory from before the run does not count. The profiler still records its release, if an earlier session saw
+        # another allocation at the same address.
         in_use -= sizes.pop(allocation.address, 0)
         if allocation.size > 0:
             sizes[allocation.address] = allocation.size
@@ -234,7 +234,7 @@ def peak_cpu_bytes(run: Callable[[], object]) -> int:
 class _Allocation(NamedTuple):
     time: int  # ns
     address: int
-    size: int  # bytes, below zero where they are freed
+    size: int  # bytes; negative when memory is freed
 
 
 def _allocations(events: Iterable[_ProfilerEvent]) -> Iterator[_Allocation]:
@@ -246,7 +246,7 @@ def _allocations(events: Iterable[_ProfilerEvent]) -> Iterator[_Allocation]:
 
 
 def trace_round(cases: Iterable[Case], stopwatch: Stopwatch, path: Path) -> None:
-    """Write one round as a Chrome trace (for Perfetto or chrome://tracing): JSON, a span for each case."""
+    """Write a Chrome trace of one round (for Perfetto or chrome://tracing): JSON, one span per case."""
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)

@@ -1,7 +1,7 @@
-"""What the kernels are measured against: the original recipe in eager PyTorch, Liger, bare matrix products.
+"""Peers of the kernels: the original recipe in eager PyTorch, Liger, bare matrix products.
 
 The losses are those of Sanh et al. 2019, arXiv 1910.01108, section 3, with their weights; rows are tokens.
-Where a peer computes something else, its docstring says so.
+The docstring of a peer says if it computes something else.
 """
 
 import functools
@@ -19,14 +19,14 @@ SOFT_WEIGHT = 5.0
 HARD_WEIGHT = 2.0
 IGNORE_INDEX = -100
 
-# Once for a function, at its first call: that imports the compiler, which takes seconds.
+# Cached, and called only for measured cases: torch.compile imports the compiler, which takes seconds.
 compile_once = functools.cache(torch.compile)
 
 
 def eager_losses(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float
 ) -> Tensor:
-    """5 T^2 KL(teacher || student) over all rows + 2 cross-entropy over the labelled ones; a scalar.
+    """Return 5 T^2 KL(teacher || student) over all rows + 2 cross-entropy over the labelled rows, a scalar.
 
     Logits are [rows, vocabulary], labels [rows] int64.
     """
@@ -37,7 +37,7 @@ def eager_losses(
 def distilbert_losses(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, attention_mask: Tensor, temperature: float
 ) -> Tensor:
-    """The same as the original training code does it: the soft term's rows are selected entry by entry.
+    """Return :func:`eager_losses` as the original training code computes it: masked_select of the soft rows' logits.
 
     attention_mask  [rows] bool, the rows of the soft term
     """
@@ -58,32 +58,32 @@ def hard_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def eager_cosine(student_hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
-    """Mean of 1 - cos over the rows of two [rows, hidden] tensors; a scalar."""
+    """Return the mean of 1 - cos over the rows of two [rows, hidden] tensors, a scalar."""
     same_direction = student_hidden.new_ones(student_hidden.shape[0])
     return functional.cosine_embedding_loss(student_hidden, teacher_hidden, same_direction)
 
 
 def distilbert_cosine(student_hidden: Tensor, teacher_hidden: Tensor, attention_mask: Tensor) -> Tensor:
-    """The same as the original training code does it, over the rows of a [rows] bool mask."""
+    """Return :func:`eager_cosine` over the rows of a [rows] bool mask, as the original training code computes it."""
     return eager_cosine(
         select_rows(student_hidden, attention_mask), select_rows(teacher_hidden, attention_mask)
     )
 
 
 def select_rows(values: Tensor, mask: Tensor) -> Tensor:
-    """[rows, width] -> [selected rows, width], by a mask as large as ``values``."""
+    """Return [selected rows, width] of [rows, width], selected by a mask as large as ``values``."""
     return torch.masked_select(values, mask.unsqueeze(-1).expand_as(values)).view(-1, values.shape[-1])
 
 
 def liger_logits(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float
 ) -> Tensor:
-    """Liger's KL divergence and cross-entropy kernels, the sum of :func:`eager_losses`; Triton only.
+    """Return the sum of :func:`eager_losses`, from Liger's KL divergence and cross-entropy kernels; Triton only.
 
     The cross-entropy writes the gradient over ``student_logits``, which must not be a leaf.
     """
     if not use_triton(student_logits):
-        raise RuntimeError("these kernels need a GPU")
+        raise RuntimeError("Liger's kernels need a GPU")
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
     from liger_kernel.ops.kl_div import LigerKLDivLossFunction
 
@@ -103,10 +103,10 @@ def liger_linear(
     temperature: float,
     compiled: bool,
 ) -> Tensor:
-    """Liger's fused linear distillation loss, the one of its losses that is nearest to ours; PyTorch, any device.
+    """Return Liger's fused linear distillation loss, the Liger loss nearest to ours; PyTorch, any device.
 
-    Its generalised Jensen-Shannon divergence with beta 0 is KL(teacher || student), and T^2 goes into its weight.
-    It computes the divergence in all rows, as the others do, but then averages it over the labelled ones only.
+    Its generalised Jensen-Shannon divergence with beta 0 is KL(teacher || student); T^2 is part of its weight.
+    It computes the divergence in all rows, like the other cases, but divides by the number of labelled rows.
     """
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
@@ -125,7 +125,7 @@ def liger_linear(
 def project_both(
     student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Logits of student and teacher, whole: [rows, hidden] x [vocabulary, hidden] -> [rows, vocabulary] each."""
+    """Return the whole logits of student and teacher: [rows, hidden] x [vocabulary, hidden] -> [rows, vocabulary]."""
     with torch.no_grad():
         teacher_logits = teacher_hidden @ teacher_weight.T
     return student_hidden @ student_weight.T, teacher_logits
@@ -134,5 +134,5 @@ def project_both(
 def project_back(
     student_hidden: Tensor, student_weight: Tensor, logits_gradient: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """From a gradient of the logits those of the student's hidden states and of its weight."""
+    """Return the gradients of the student's hidden states and weight, from that of its logits."""
     return logits_gradient @ student_weight, logits_gradient.T @ student_hidden

@@ -1,4 +1,4 @@
-"""The problem that every case is measured on: its sizes, its random inputs, the least work it takes."""
+"""The problem of every case: sizes, random inputs, least work."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from distilspeed.kernels.profiling.measurement import Case, Floor
 from distilspeed.kernels.profiling.peers import IGNORE_INDEX
 
 LABELLED_FRACTION = 0.15
-# Standard deviation of the student's logits; the teacher's are those plus standard normal ones.
+# Standard deviation of the student's logits; the teacher's logits are the student's plus standard normal noise.
 LOGIT_SCALE = 3.0
 
 
@@ -31,11 +31,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Group:
-    """Ways to compute one thing, ours first: the others are compared with it.
+    """Cases that compute the same loss; the first is ours, and the others are compared with it.
 
-    inputs  shapes and dtype, for people
-    unit    what a floor divided by seconds and 10^9 is: GB/s or GFLOP/s
-    roof    name of the case that is the bare floor; None: a copy through memory is
+    inputs  shapes and dtype, as text
+    unit    of rates, floor / seconds / 10^9: GB/s or GFLOP/s
+    roof    name of the case whose rate is the roof; None: the copy bandwidth is
     """
 
     name: str
@@ -52,23 +52,23 @@ def floor_bytes(rows: int, width: int, dtype: torch.dtype) -> Floor:
 
 
 def single_launch_floor_bytes(rows: int, width: int, dtype: torch.dtype) -> Floor:
-    """Forward reads both and writes the gradient; nothing is left for backward."""
+    """Forward reads both tensors and writes the gradient; backward has no work left."""
     return Floor(3 * rows * width * dtype.itemsize, 0)
 
 
 def projection_flops(rows: int, vocab_size: int, hidden_size: int) -> Floor:
-    """Two matrix products each; a multiplication and an addition are two operations."""
+    """Forward and backward are two matrix products each; a multiply-add is two operations."""
     product = 2 * rows * vocab_size * hidden_size
     return Floor(2 * product, 2 * product)
 
 
 def random_normal(problem: Problem, generator: torch.Generator, *shape: int) -> Tensor:
-    """float32, because sums of two are to be rounded to the problem's dtype once."""
+    """Return float32 values, so that a sum of two is rounded to the problem's dtype only once."""
     return torch.randn(shape, generator=generator, device=problem.device)
 
 
 def random_labels(problem: Problem, generator: torch.Generator) -> Tensor:
-    """[tokens] int64: random classes in 15 % of the rows (at least one), -100 in the others."""
+    """Return labels [tokens] int64: random classes in 15 % of the rows (at least one), -100 in the others."""
     labels = torch.full((problem.tokens,), IGNORE_INDEX, device=problem.device)
     count = max(1, round(LABELLED_FRACTION * problem.tokens))
     rows = torch.randperm(problem.tokens, generator=generator, device=problem.device)[:count]
@@ -81,7 +81,7 @@ def leaf(tensor: Tensor) -> Tensor:
 
 
 def non_leaf(tensor: Tensor) -> Tensor:
-    """A copy that may be written over, as the output of a model's last layer."""
+    """Return a copy that may be overwritten, like the output of a model's last layer."""
     return leaf(tensor) * 1
 
 

@@ -1,6 +1,6 @@
-"""Profile the losses: time, share of the machine's bandwidth and peak memory, against their peers (public).
+"""Profile the losses against their peers: time, share of the machine's bandwidth, peak memory (public).
 
-``cases`` says what is measured, ``measurement`` how.
+``cases`` defines the cases, ``measurement`` measures them.
 """
 
 import logging
@@ -39,13 +39,13 @@ logger = logging.getLogger(__name__)
 
 
 def profile_kernels(settings: ProfileSettings, trace_file: Path | None = None) -> Profile:
-    """Measure every case, in turns.
+    """Measure all cases, taking turns. A peer that fails is skipped, and the report gives the reason.
 
     Args:
-        trace_file: gets a Chrome trace of one more round, after the measured ones.
+        trace_file: if given, write a Chrome trace of one more round to this file after measuring.
 
     Raises:
-        ProfileError: the device ran out of memory in a case of ours; a peer is left out, and the report says why.
+        ProfileError: the device ran out of memory for the inputs or in a case of ours.
     """
     problem, stopwatch = settings.problem, stopwatch_for(settings.place)
     machine = Machine.here(problem.device)
@@ -56,7 +56,7 @@ def profile_kernels(settings: ProfileSettings, trace_file: Path | None = None) -
             warm_up(group, problem.device, stopwatch) for group in build_groups(problem, settings.peers)
         ]
     except torch.OutOfMemoryError as error:
-        raise ProfileError(f"{settings.tokens} tokens do not fit in memory; use fewer --tokens") from error
+        raise ProfileError(f"--tokens {settings.tokens} does not fit in memory; use fewer") from error
     cases = [case for group in groups for case in group.cases]
     laps = measure_rounds(cases, settings.rounds, stopwatch)
     laps_of = {case.name: of_case for case, of_case in zip(cases, laps, strict=True)}
@@ -79,7 +79,7 @@ def profile_kernels(settings: ProfileSettings, trace_file: Path | None = None) -
 
 @dataclass(frozen=True)
 class WarmGroup:
-    """A group whose cases have run: those that can, their peak memory in bytes, and the peers that cannot."""
+    """A group after warm-up: the cases that run, their peak memory in bytes, and the peers that failed."""
 
     group: Group
     cases: tuple[Case, ...]
@@ -88,14 +88,14 @@ class WarmGroup:
 
 
 def warm_up(group: Group, device: torch.device, stopwatch: Stopwatch) -> WarmGroup:
-    """Run each case twice, so that everything is compiled and loaded; the second time for its memory."""
+    """Run each case twice: first to compile and load everything, then to measure peak memory."""
     cases, peak_memory, skipped = [], [], []
     for case in group.cases:
         logger.info("%s: warming up %s", group.name, case.name)
         try:
             run_once(case, stopwatch)
             peak = measure_peak_memory(case, device)
-        except Exception as error:  # a peer's code: it may be missing, not compile, or run out of memory
+        except Exception as error:  # a peer may be missing, fail to compile, or run out of memory
             if not case.peers:
                 raise
             skipped.append(Skipped(case.name, case.computes, reason=skip_reason(error)))

@@ -1,4 +1,4 @@
-"""What a profile found, and how it is shown: a table, profile.json, roofline.png."""
+"""The results of a profile, as a table, profile.json and roofline.png."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from distilspeed.kernels.profiling.machine import Machine
 from distilspeed.kernels.profiling.measurement import GIGA, Case, Laps
 
 MIB = 2**20
-# Okabe & Ito 2008: told apart with every common colour blindness, and in grey.
+# Okabe & Ito 2008: distinct under every common colour blindness, and in grey.
 OWN_COLOUR, PEER_COLOUR, ROOF_COLOUR = "#0072B2", "#E69F00", "#999999"
 
 
@@ -20,10 +20,10 @@ OWN_COLOUR, PEER_COLOUR, ROOF_COLOUR = "#0072B2", "#E69F00", "#999999"
 class PhaseReport:
     """Forward, backward or both of one case, over the rounds.
 
-    floor          the least work: bytes or floating-point operations, as the group's unit says
-    rate           floor over median time, in the group's unit; None where the floor is 0
-    share_of_roof  rate over the group's roof (0 to 1, and above where caches help)
-    ratio_to_ours  median over the rounds of this time over that of the group's first case in the same round
+    floor          the least work: bytes or floating-point operations, by the group's unit
+    rate           floor / median time, in the group's unit; None if the floor is 0
+    share_of_roof  rate / the group's roof (0 to 1, above 1 if caches help)
+    ratio_to_ours  time / time of the group's first case in the same round, median over the rounds
     """
 
     median_ms: float
@@ -56,7 +56,7 @@ class PhaseReport:
 
 @dataclass(frozen=True)
 class CaseReport:
-    """One case; peak memory is beyond the inputs, gradients included."""
+    """The results of one case; peak memory includes gradients and excludes inputs."""
 
     name: str
     computes: str
@@ -90,7 +90,7 @@ class CaseReport:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A peer that cannot run here, and why."""
+    """A peer that failed to run here, and the reason."""
 
     name: str
     computes: str
@@ -99,7 +99,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class GroupReport:
-    """Ways to compute one thing, ours first. ``roof``: the rate that the floor would run at, in ``unit``."""
+    """The results of a group, our case first. ``roof``: the highest attainable rate, in ``unit``."""
 
     name: str
     inputs: str
@@ -110,7 +110,7 @@ class GroupReport:
     skipped: tuple[Skipped, ...]
 
     def table(self) -> str:
-        """The cases in Markdown, one a row."""
+        """Return the cases as a Markdown table, one row per case."""
         headings = ["case", "forward ms", "backward ms", "both ms", self.unit, f"of {self.roof_is}"]
         headings += ["peak memory MiB", "time / ours"]
         rows = [_cells(case) for case in self.cases]
@@ -146,7 +146,7 @@ def _times(phase: PhaseReport) -> str:
 
 @dataclass(frozen=True)
 class ProfileConditions:
-    """What was measured, and how."""
+    """The settings of a profile, and the measured copy bandwidth."""
 
     tokens: int
     vocab_size: int
@@ -167,25 +167,25 @@ class Profile:
         return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
 
     def table(self) -> str:
-        """A table for each group, and how to read them."""
+        """Return a table per group, and a legend."""
         groups = [f"{group.name}: {group.inputs}\n{group.table()}" for group in self.groups]
         reading = (
-            f"Median [quartiles] of {self.conditions.repeats} rounds, cases taking turns. Rates: the least work "
-            "for forward and backward over the time of both. Copy bandwidth, read and written: "
-            f"{self.conditions.copy_bandwidth_gb_per_s:.1f} GB/s. Peak memory: beyond the inputs, gradients "
-            f"included. time / ours: median of the rounds' ratios.\n{self.machine}"
+            f"Median [quartiles] of {self.conditions.repeats} rounds, cases taking turns. Rates: least work of "
+            "forward and backward / time of both. Copy bandwidth (bytes read and written): "
+            f"{self.conditions.copy_bandwidth_gb_per_s:.1f} GB/s. Peak memory: with gradients, without inputs. "
+            f"time / ours: median of the rounds' ratios.\n{self.machine}"
         )
         return "\n\n".join([*groups, reading])
 
 
 def write_profile(profile: Profile, folder: Path) -> None:
-    """Write profile.json and roofline.png to ``folder``, which exists."""
+    """Write profile.json and roofline.png to the existing ``folder``."""
     (folder / "profile.json").write_text(profile.to_json(), encoding="utf-8")
     draw_roofline(profile, folder / "roofline.png")
 
 
 def draw_roofline(profile: Profile, path: Path) -> None:
-    """Draw each case's rate against its group's roof, a panel a group; PNG."""
+    """Draw each case's rate against its group's roof, one panel per group; PNG."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -198,13 +198,13 @@ def draw_roofline(profile: Profile, path: Path) -> None:
         colours = [_colour(case, group) for case in group.cases]
         bars = axes.barh([case.name for case in group.cases], rates, color=colours)
         labels = [f"{_short(rate)} ({share:.0f} %)" for rate, share in zip(rates, shares, strict=True)]
-        # On white, because the roof's line runs through the label of a rate just under it.
+        # White background: the roof's line crosses the label of a rate just below it.
         background = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         axes.bar_label(bars, labels=labels, padding=4, bbox=background, zorder=3)
         axes.axvline(group.roof, color="black", linewidth=1, linestyle="--")
         axes.set(
             title=f"{group.name} {group.inputs}",
-            xlabel=f"{group.unit}, least work over time; dashed: {group.roof_is}, {_short(group.roof)}",
+            xlabel=f"{group.unit}, least work / time; dashed: {group.roof_is}, {_short(group.roof)}",
             xlim=(0, 1.25 * max(group.roof, *rates)),
         )
         axes.invert_yaxis()
@@ -222,5 +222,5 @@ def _colour(case: CaseReport, group: GroupReport) -> str:
 
 
 def _short(value: float) -> str:
-    """Three digits, and never an exponent for a large number."""
+    """Format with three digits, and without an exponent for large numbers."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

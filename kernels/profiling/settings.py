@@ -1,6 +1,6 @@
-"""What is profiled: the command line of ``launch/profile_kernels.py``.
+"""The settings of a profile: the command line of ``launch/profile_kernels.py``.
 
-Imports torch where it asks for the device, because the parser is made from this file.
+torch is imported inside functions, because the parser is made from this file and importing torch takes seconds.
 """
 
 import math
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
     from distilspeed.kernels.profiling.problem import Problem
 
 DEVICES = ("auto", "cpu", "cuda")
-DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}  # as torch calls them
-# A GPU does a round in tens of milliseconds, two CPU cores in a minute.
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}  # torch's names
+# A round takes tens of milliseconds on a GPU, a minute on two CPU cores.
 DEFAULT_REPEATS = {"cuda": 50, "cpu": 5}
 DEFAULT_DTYPE = {"cuda": "fp16", "cpu": "fp32"}
 GIB = 2**30
-# Tensors as large as the logits that are there at once: the inputs and 7 in the eager recipe (834 MiB for logits of
-# 119, November 2026). A GPU that is too small for a peer says so, and the peer is skipped; a CPU's process is killed.
+# Tensors as large as the logits that exist at once: the inputs and 7 in the eager recipe (834 MiB for logits of
+# 119, November 2026). A GPU raises an error if a peer does not fit, and the peer is skipped; a CPU's process is killed.
 LOGITS_ALIVE = {"cuda": 3, "cpu": 9}
-# As large as a projection's input and weight: the inputs, the gradient, and Liger's second one.
+# Tensors as large as a projection's input and weight: the inputs, the gradient, and Liger's second gradient.
 PROJECTIONS_ALIVE = 4
 
 
 class ProfileError(ValueError):
-    """Something the caller can put right: ``what is wrong; what to do``."""
+    """A bad setting: ``what is wrong; what to do``."""
 
 
 def _all_peers() -> frozenset[str]:
@@ -46,10 +46,12 @@ def _number(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class ProfileSettings:
-    """The command line of ``launch/profile_kernels.py``: a field's metadata is its flag. None: what suits the device.
+    """The command line of ``launch/profile_kernels.py``; a field's metadata describes its flag.
+
+    None means the device's default.
 
     Raises:
-        ProfileError: a value is out of range, or this machine's device cannot do it.
+        ProfileError: a value is out of range, or this machine's device does not support it.
     """
 
     tokens: int = _number(4096, "rows of the logits")
@@ -57,18 +59,18 @@ class ProfileSettings:
     hidden_size: int = _number(768, "width of the hidden states")
     temperature: float = field(default=2.0, metadata={"type": float, "help": "of the soft targets"})
     dtype: str | None = field(
-        default=None, metadata={"choices": tuple(DTYPES), "help": "default fp16 on a GPU, fp32 on a CPU"}
+        default=None, metadata={"choices": tuple(DTYPES), "help": "default: fp16 on a GPU, fp32 on a CPU"}
     )
     device: str = field(
-        default="auto", metadata={"choices": DEVICES, "help": "auto is the GPU where there is one"}
+        default="auto", metadata={"choices": DEVICES, "help": "auto: the GPU if there is one"}
     )
-    repeats: int | None = _number(None, "rounds to measure (default 50 on a GPU, 5 on a CPU)")
+    repeats: int | None = _number(None, "rounds to measure (default: 50 on a GPU, 5 on a CPU)")
     peers: frozenset[str] = field(
         default_factory=_all_peers,
         metadata={
             "type": peer_set,
             "metavar": "NAME,NAME",
-            "help": "what to compare with, of eager,compile,liger (default: all), or none",
+            "help": "peers to compare with: any of eager,compile,liger, or none (default: all)",
         },
     )
 
@@ -84,21 +86,24 @@ class ProfileSettings:
         if self.device not in DEVICES:
             raise ProfileError(f"--device must be one of {', '.join(DEVICES)}")
         if not self.peers <= _all_peers():
-            raise ProfileError(f"--peers must be of {', '.join(sorted(_all_peers()))}, or none")
+            unknown = ", ".join(sorted(self.peers - _all_peers()))
+            raise ProfileError(
+                f"--peers has unknown names: {unknown}; use any of {', '.join(sorted(_all_peers()))}, or none"
+            )
         self._check_device()
 
     def _check_device(self) -> None:
         import torch
 
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise ProfileError("--device cuda, and PyTorch sees no GPU; use --device cpu")
+            raise ProfileError("--device cuda needs a GPU, and PyTorch finds none; use --device cpu")
         on_gpu, is_bf16 = self.place.type == "cuda", self.problem.dtype == torch.bfloat16
         if on_gpu and is_bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise ProfileError(f"{torch.cuda.get_device_name()} has no bf16; use --dtype fp16 or fp32")
         needed, there = self._memory_needed(), device_memory(self.place)
         if needed > there:
             raise ProfileError(
-                f"this takes about {needed / GIB:,.0f} GiB of memory, and there are {there / GIB:,.0f}; "
+                f"this needs about {needed / GIB:,.0f} GiB of memory, and the device has {there / GIB:,.0f}; "
                 "use fewer --tokens"
             )
 
@@ -110,7 +115,7 @@ class ProfileSettings:
 
     @property
     def place(self) -> "torch.device":
-        """``auto`` is the GPU where there is one."""
+        """The device; ``auto`` is the GPU if there is one."""
         import torch
 
         return torch.device("cpu" if self.device == "cpu" or not torch.cuda.is_available() else "cuda")
@@ -136,7 +141,7 @@ class ProfileSettings:
 
 
 def device_memory(device: "torch.device") -> int:
-    """Bytes of memory that the device has in all."""
+    """Return the device's total memory in bytes."""
     import torch
 
     if device.type == "cuda":

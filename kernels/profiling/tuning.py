@@ -1,8 +1,8 @@
-"""Making ``launch_configs.json``: compile every candidate launch, time it where the GPU is at hand.
+"""Make ``launch_configs.json``: compile every candidate launch, and time it if the machine has the GPU.
 
-Without the GPU the choice is by the compiler's word: of the launches that spill nothing, the one that keeps most
-bytes of logits in flight on a multiprocessor, since the kernel does little but wait for memory; of equals the one
-with most threads, and then the smallest tile, which wastes least on the row's end.
+Without the GPU, choose by the compiler's figures. Candidates that spill are dropped. The best one keeps the most
+bytes of logits in flight on a multiprocessor, because the kernel mostly waits for memory. Ties go to more threads,
+then to the smaller tile, which wastes less at the end of a row.
 """
 
 import itertools
@@ -35,19 +35,19 @@ from distilspeed.kernels.implementation.launch_configs import (
     tile_constants,
 )
 
-# 8 or 16 columns a thread. With 32, which compile without spills too, and with tiles of 8192 no more bytes are in
+# 8 or 16 columns per thread. 32 columns, which compile without spills, too, and tiles of 8192 keep no more bytes in
 # flight.
 CANDIDATES = tuple(
     LaunchConfig(tile, tile // (32 * columns)) for tile in (1024, 2048, 4096) for columns in (8, 16)
 )
 BERT_VOCAB_SIZE = 30522
-DTYPES = {2: torch.float16, 4: torch.float32}  # bfloat16 compiles to the same, but for the conversion
+DTYPES = {2: torch.float16, 4: torch.float32}  # bfloat16 compiles to the same code except for the conversion
 DTYPE_NAMES = {2: "fp16", 4: "fp32"}
 BY_COMPILER = "compiler"
 REGISTERS_PER_MULTIPROCESSOR = 65536  # of every architecture below
-REGISTER_GRANULARITY = 8  # a thread's registers are given out by eights
-# Threads that a multiprocessor holds, and programs (CUDA C++ Programming Guide, technical specifications per
-# compute capability).
+REGISTER_GRANULARITY = 8  # registers are allocated to a thread in multiples of 8
+# Threads and programs that a multiprocessor holds (CUDA C++ Programming Guide, technical specifications per compute
+# capability).
 RESIDENT_THREADS = {70: 2048, 75: 1024, 80: 2048, 86: 1536, 90: 2048, 100: 2048}
 RESIDENT_PROGRAMS = {70: 32, 75: 16, 80: 32, 86: 16, 90: 32, 100: 32}
 ARCHITECTURES = tuple(RESIDENT_THREADS)
@@ -55,7 +55,7 @@ ARCHITECTURES = tuple(RESIDENT_THREADS)
 
 @dataclass(frozen=True)
 class CompiledPass:
-    """What the compiler made of one pass."""
+    """The compiler's figures for one pass."""
 
     config: LaunchConfig
     registers: int
@@ -74,7 +74,7 @@ def compile_pass(
     width: int | None = None,
     temperature_is_2: bool = True,
 ) -> CompiledPass:
-    """Compile as a launch with labels, mask and 16-byte aligned pointers would be; needs no GPU.
+    """Compile one pass for labels, a mask and pointers aligned to 16 bytes; needs no GPU.
 
     ``width`` is the padded row; None: the next multiple of 64.
     """
@@ -107,7 +107,7 @@ def compile_pass(
 
 
 def assemble(ptx: str, architecture: int) -> tuple[int, int]:
-    """Registers and spilled bytes of a thread, from the assembler that Triton brings along."""
+    """Return registers and spilled bytes per thread, from the assembler that Triton ships."""
     target = re.findall(r"^\.target (sm_\w+)", ptx, re.MULTILINE)[0]
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
@@ -127,9 +127,9 @@ def assemble(ptx: str, architecture: int) -> tuple[int, int]:
 
 
 def make_table(vocab_size: int = BERT_VOCAB_SIZE, measured_rows: int = 8192) -> list[TableEntry]:
-    """Entries for every architecture: by timing for the GPU at hand, if there is one, else by the compiler.
+    """Return entries for every architecture: timed for this machine's GPU, by the compiler for the others.
 
-    Entries of the present table that were timed on other architectures, or for other vocabularies, stay.
+    Entries of the present table that were timed on other architectures, or for other vocabularies, are kept.
     """
     here = None
     if torch.cuda.is_available():
@@ -153,7 +153,7 @@ def make_table(vocab_size: int = BERT_VOCAB_SIZE, measured_rows: int = 8192) -> 
 
 
 def table_as_json(entries: list[TableEntry]) -> str:
-    """What ``launch_configs.json`` holds, an entry a line."""
+    """Return the content of ``launch_configs.json``, one entry per line."""
     lines = ",\n".join(json.dumps(asdict(entry)) for entry in entries)
     return f'{{"triton": "{triton.__version__}", "entries": [\n{lines}\n]}}\n'
 
@@ -177,7 +177,7 @@ def choose_by_compiler(pass_name: Pass, architecture: int, dtype_bytes: int, voc
 def choose_by_time(
     pass_name: Pass, architecture: int, dtype_bytes: int, vocab_size: int, num_rows: int
 ) -> TableEntry:
-    """Fastest on the current CUDA device, soft targets in all rows and labels in every seventh."""
+    """Return the fastest launch on the current CUDA device; all rows are soft, every seventh is labelled."""
     seconds = {
         config: median_time(pass_name, dtype_bytes, vocab_size, num_rows, config) for config in CANDIDATES
     }
@@ -190,7 +190,7 @@ def choose_by_time(
 def median_time(
     pass_name: Pass, dtype_bytes: int, vocab_size: int, num_rows: int, config: LaunchConfig
 ) -> float:
-    """Microseconds of one launch, caches cleared before each."""
+    """Return the microseconds of one launch; caches are cleared before each."""
     width = padded_width(vocab_size)
     dtype = DTYPES[dtype_bytes]
     student, teacher = (torch.randn(num_rows, width, device="cuda", dtype=dtype) for _ in range(2))
@@ -206,7 +206,7 @@ def median_time(
 
 
 def resident_programs(compiled: CompiledPass, architecture: int) -> int:
-    """How many programs a multiprocessor holds at a time."""
+    """Return how many programs a multiprocessor holds at a time."""
     threads = compiled.config.num_warps * WARP_THREADS
     registers = -(-compiled.registers // REGISTER_GRANULARITY) * REGISTER_GRANULARITY
     return min(

@@ -1,9 +1,9 @@
-"""What a micro-step and an optimiser step cost under a ZeRO stage, for a 66 million parameter student.
+"""Time micro-steps and optimiser steps under a ZeRO stage, for a student of 66 million parameters.
 
     deepspeed --num_gpus 2 launch/benchmarks/zero_stages.py STAGE [fp32|bf16]
 
-DistilBERT-base learns from few tokens, so that the optimiser and the communication weigh most. Prints one JSON
-line from rank 0: medians in seconds of the micro-steps inside an accumulation and of those that end one.
+DistilBERT-base trains on few tokens per step, so that optimiser and communication dominate. Rank 0 prints one JSON
+line: the medians, in seconds, of the micro-steps inside an accumulation and of those that end one.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def measure(asked: argparse.Namespace, process: Process) -> dict[str, float]:
         if process.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        if micro_step >= ACCUMULATION:  # the first optimiser step makes states, buckets and traces
+        if micro_step >= ACCUMULATION:  # the first optimiser step allocates states, buckets and traces
             (ending if (micro_step + 1) % ACCUMULATION == 0 else inside).append(seconds)
     return {"inside": statistics.median(inside), "ending": statistics.median(ending)}
 

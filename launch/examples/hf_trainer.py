@@ -10,18 +10,18 @@ from distilspeed.kernels.distillation_loss import distillation_loss
 
 
 class DistillationTrainer(transformers.Trainer):
-    """Takes the same step however a batch is split over micro-batches and ranks."""
+    """A Trainer whose step does not depend on how a batch is split over micro-batches and ranks."""
 
     def __init__(self, *args: Any, teacher: torch.nn.Module, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
-        self.teacher = teacher.to(self.args.device, dtype)  # Trainer's autocast is around the student alone
-        self.model_accepts_loss_kwargs = True  # or Trainer divides the loss by the accumulation steps, too
+        self.teacher = teacher.to(self.args.device, dtype)  # Trainer's autocast covers only the student
+        self.model_accepts_loss_kwargs = True  # else Trainer also divides the loss by the accumulation steps
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        # Trainer counts labels, but not real tokens. Both are counted over all micro-batches, because a mean
-        # of their means would depend on the split; and averaged over ranks, because the gradients are.
+        # Trainer counts labels, but not real tokens. Both are counted over all micro-batches: a mean of
+        # micro-batch means would depend on the split. They are averaged over ranks, like the gradients.
         counts = torch.zeros(2, device=device)
         for batch in batches:
             counts += torch.stack((batch["attention_mask"].sum(), (batch["labels"] != -100).sum())).to(device)
@@ -57,4 +57,4 @@ if __name__ == "__main__":
     trainer = DistillationTrainer(student, settings, masks, rows, processing_class=tokenizer, teacher=teacher)
     trainer.train()
     trainer.save_model()
-    trainer.accelerator.end_training()  # destroys the process group, where torchrun has started several ranks
+    trainer.accelerator.end_training()  # destroys the process group if torchrun started several ranks

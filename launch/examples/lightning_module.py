@@ -13,14 +13,14 @@ from distilspeed.kernels.distillation_loss import distillation_loss
 
 
 class DistillationModule(lightning.LightningModule):
-    """The loss is a batch's mean. accumulate_grad_batches averages such means, so its step depends on the split.
+    """The loss is the mean over a batch. accumulate_grad_batches averages these means, so a step depends on the split.
 
-    Where it must not, take manual optimisation and the normalizers of plain_pytorch.py.
+    To avoid that, use manual optimisation and the normalizers of plain_pytorch.py.
     """
 
     def __init__(self, student: torch.nn.Module, teacher: torch.nn.Module) -> None:
         super().__init__()
-        self.student = student.train()  # it is loaded in evaluation mode, which Lightning keeps
+        self.student = student.train()  # from_pretrained returns evaluation mode, which Lightning keeps
         self.teacher = teacher.requires_grad_(False)
 
     def training_step(self, batch: BatchEncoding, batch_index: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Distil in a plain PyTorch loop, hidden states too. Teacher and student share tokenizer and hidden size."""
+"""Distil logits and hidden states in a plain PyTorch loop; teacher and student share tokenizer and hidden size."""
 
 import argparse
 from pathlib import Path
@@ -14,8 +14,8 @@ from distilspeed.kernels.distillation_loss import distillation_loss
 
 
 def accumulate_gradient(student: nn.Module, teacher: nn.Module, micro_batches: list[BatchEncoding]) -> Tensor:
-    """Gradient of the loss averaged over all tokens of the micro-batches; the same however they are split."""
-    # The whole batch's counts: in a mean of micro-batch means, tokens of shorter micro-batches weigh more.
+    """Backpropagate the loss averaged over all micro-batches' tokens, independent of their split; return the loss."""
+    # Counts of the whole batch: in a mean of micro-batch means, tokens of shorter micro-batches weigh more.
     tokens = torch.stack([batch["attention_mask"].sum() for batch in micro_batches]).sum()
     labelled = torch.stack([(batch["labels"] != -100).sum() for batch in micro_batches]).sum().clamp(min=1)
     counts: dict[str, Any] = {"soft_normalizer": tokens, "hard_normalizer": labelled}

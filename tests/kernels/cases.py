@@ -1,4 +1,4 @@
-"""What the tests of the distillation losses feed them, and how near to the definition results have to be."""
+"""Inputs for the tests of the distillation losses, and the tolerances of their results."""
 
 import math
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from torch.nn.functional import one_hot
 
 from distilspeed.kernels.implementation.backend import INTERPRETED
 
-# Half the distance between neighbouring numbers, relative: the most that rounding the gradient to the
-# logits' dtype costs per entry, and so in norm (float16 has 11 significant bits, bfloat16 8). The
-# interpreter cuts bfloat16 off instead of rounding it.
+# Half the relative distance between neighbouring numbers: the largest relative error of rounding the gradient to
+# the logits' dtype, per entry and so in norm (float16 has 11 significant bits, bfloat16 8). The interpreter
+# truncates to bfloat16 instead of rounding.
 ROUNDING = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8}
 SMALLEST_HALF_STEP = {torch.float32: 0.0, torch.float16: 2**-25, torch.bfloat16: 0.0}
 FLOAT32_ERROR = 1e-6
@@ -90,7 +90,7 @@ LAYOUTS = ("contiguous", "rows apart", "transposed")
 
 
 def lay_out(matrix: Tensor, layout: str) -> Tensor:
-    """The same numbers in another memory layout."""
+    """Return the same numbers in another memory layout."""
     if layout == "rows apart":
         return torch.cat((matrix, torch.full_like(matrix[..., :1], math.nan)), -1)[..., :-1]
     if layout == "transposed":
@@ -104,7 +104,7 @@ def cast(logits: Tensor, dtype: torch.dtype) -> Tensor:
 
 @st.composite
 def cases(draw: st.DrawFn, dtype: torch.dtype, device: str) -> Case:
-    # Few distinct widths: on a GPU each is a compilation.
+    # Few distinct widths: on a GPU each needs a compilation.
     vocab_size = draw(st.sampled_from([1, 3, 16, 37, 64]), label="vocab_size")
     padding = draw(st.sampled_from([0, 1, 11]), label="padding")
     leading = draw(st.sampled_from([(1,), (7,), (2, 4)]), label="leading shape")
@@ -140,9 +140,9 @@ def labels_and_masks(
 
 
 def terms_of_gradient(case: Case, soft_weight: float, hard_weight: float) -> Tensor:
-    """The softmaxes and one-hot labels whose differences the gradient is, added up: [..., vocabulary], float64.
+    """Return the sum of the gradient's softmaxes and one-hot labels, all positive: [..., vocabulary], float64.
 
-    What errors are relative to: where terms cancel, nothing computed in float32 or less is better than this.
+    Errors are relative to this sum: where terms cancel, float32 cannot be more accurate.
     """
     student, teacher = (
         logits.detach()[..., : case.vocab_size].double()
@@ -161,7 +161,7 @@ def terms_of_gradient(case: Case, soft_weight: float, hard_weight: float) -> Ten
 
 
 class Parts(Protocol):
-    """What all distillation losses return, among other things."""
+    """The losses that all distillation losses return."""
 
     @property
     def kl(self) -> Tensor: ...
@@ -172,12 +172,12 @@ class Parts(Protocol):
 
 
 def assert_parts_are_exact(parts: Parts, exact: Parts, temperature: float, error: float) -> None:
-    """``error`` is relative to soft_ce for kl, too: it is a difference of terms that large."""
+    """Compare the losses; kl's ``error`` is relative to soft_ce, too: kl is a difference of terms that large."""
     size = {"kl": exact.kl + exact.soft_ce, "soft_ce": exact.soft_ce, "hard_ce": exact.hard_ce}
     for name in size:
         loss, exact_loss = getattr(parts, name), getattr(exact, name)
         assert loss.dtype == torch.float32
-        if exact_loss > 1e36:  # infinite, or made of rows whose sum may pass float32's range
+        if exact_loss > 1e36:  # infinite, or a sum of rows that may overflow float32
             assert loss > 1e36, name
             assert loss.isinf() or exact_loss.isfinite(), name
         else:

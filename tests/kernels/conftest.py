@@ -1,4 +1,4 @@
-"""Fixtures of the tests of the losses; makes ``cases`` importable beside them."""
+"""Fixtures of the losses' tests; makes ``cases`` importable."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture
 def several_tiles_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small enough tiles and blocks that a test's few logits take several of each."""
+    """Tiles and blocks so small that a test's few logits take several of each."""
     monkeypatch.setattr(distillation_loss_chunked, "BLOCK_BYTES", 700)
     if TRITON_INSTALLED:
         from distilspeed.kernels.implementation import distillation_loss_triton

@@ -1,4 +1,4 @@
-"""What the tests of the linear distillation loss feed it, and the same loss by logits that are held whole."""
+"""Inputs for the tests of the linear distillation loss, and the same loss computed from whole logits."""
 
 import math
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from distilspeed.kernels.weighted_distillation_loss import WeightedLosses
 
 SOFT_WEIGHT, HARD_WEIGHT = 1.5, 2.0
 TEACHER_SIZE = 24
-MANY_ROWS = 12 if INTERPRETED else 40  # the interpreter takes 20 ms a row
+MANY_ROWS = 12 if INTERPRETED else 40  # the interpreter takes 20 ms per row
 TRAINED = ("student_hidden", "student_weight", "student_bias")
 
 Gradients = dict[str, Tensor]
@@ -42,7 +42,7 @@ class LinearCase:
         }
 
     def in_dtype(self, dtype: torch.dtype, trained: tuple[str, ...] = TRAINED) -> Self:
-        """The same numbers in another dtype, those that are trained as leaves of the graph."""
+        """Return the case in another dtype, with the trained tensors as leaves of the graph."""
         parts = {
             name: None if part is None else part.detach().to(dtype).requires_grad_(name in trained)
             for name, part in self.projections._asdict().items()
@@ -50,7 +50,7 @@ class LinearCase:
         return replace(self, projections=Projections(**parts))
 
     def gradients(self, loss: Tensor) -> Gradients:
-        """Of everything that is trained."""
+        """Return the gradients of all trained tensors."""
         parts = {name: getattr(self.projections, name) for name in TRAINED}
         parts = {name: part for name, part in parts.items() if part is not None and part.requires_grad}
         gradients = torch.autograd.grad(self.gradient_scale * loss, list(parts.values()))
@@ -73,7 +73,7 @@ def whole_logits(projections: Projections) -> tuple[Tensor, Tensor]:
 
 
 def whole_loss(case: LinearCase, **normalizers: float) -> DistillationLosses:
-    """PyTorch's own projection in the case's dtype, then the losses in float32 or float64."""
+    """Return the losses, in float32 or float64, of logits that PyTorch projects in the case's dtype."""
     logits = whole_logits(case.projections)
     return reference.distillation_loss(*logits, case.labels, **case.options(), **normalizers)
 
@@ -83,7 +83,7 @@ def weighted_sum(parts: Parts) -> Tensor:
 
 
 def sizes_before_cancellation(case: LinearCase) -> dict[str, float]:
-    """Norms of the terms of each gradient with all signs made positive; see ``terms_of_gradient``."""
+    """Return the norm of each gradient with all its terms positive; see ``terms_of_gradient``."""
     exact = case.in_dtype(torch.float64).projections
     vocab_size = case.vocab_size or exact.student_weight.shape[0]
     settings = (case.labels, case.soft_mask, case.temperature, vocab_size, case.gradient_scale)
@@ -104,7 +104,7 @@ def linear_cases(draw: st.DrawFn, dtype: torch.dtype, device: str) -> LinearCase
     leading = draw(st.sampled_from([(0,), (1,), (7,), (MANY_ROWS,), (2, 4)]), label="leading shape")
     width = draw(st.sampled_from([1, 37, 64]), label="width")
     vocab_size = width - draw(st.sampled_from([0, 7 if width > 7 else 0]), label="padding")
-    # None odd but 1: oneDNN's bfloat16 products read one element past such a row, and what lies there may be NaN.
+    # No odd size except 1: oneDNN's bfloat16 products read one element past such a row, which may be NaN.
     student_size = draw(st.sampled_from([1, 6, 16]), label="student hidden size")
     teacher_size = draw(st.sampled_from([4, 16]), label="teacher hidden size")
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31), label="seed"))

@@ -1,7 +1,7 @@
-"""The cosine loss against its float64 definition, and what it promises a trainer.
+"""The cosine loss against its float64 definition, and its other promises.
 
-Run as it is this file exercises the chunked implementation, on a GPU also the Triton kernels;
-test_cosine_loss_triton.py runs it once more under Triton's interpreter.
+This file tests the chunked implementation, and on a GPU the Triton kernels. test_cosine_loss_triton.py also runs it
+under Triton's interpreter.
 """
 
 import os
@@ -19,14 +19,13 @@ from distilspeed.kernels.cosine_loss import CosineLoss, cosine_loss
 from distilspeed.kernels.implementation import cosine_loss_chunked
 from distilspeed.kernels.implementation.backend import INTERPRETED, TRITON_INSTALLED
 
-# Half the distance between neighbouring numbers, relative. The interpreter cuts bfloat16 off instead of
-# rounding it.
+# Half the relative distance between neighbouring numbers. The interpreter truncates to bfloat16 instead of rounding.
 ROUNDING = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8}
 
 
 @pytest.fixture
 def small_tiles_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small enough that a test's few rows take several of each."""
+    """Tiles and blocks so small that a test's few rows take several of each."""
     monkeypatch.setattr(cosine_loss_chunked, "BLOCK_BYTES", 700)
     if TRITON_INSTALLED:
         from distilspeed.kernels.implementation import cosine_loss_triton
@@ -54,12 +53,12 @@ def differentiate(loss: Tensor, student: Tensor) -> Tensor:
 def assert_agrees_with_definition(
     student: Tensor, teacher: Tensor, mask: Tensor | None = None, *, scale: float = 1.0
 ) -> None:
-    """``scale`` is the loss scale; it should lift the gradient into the range of the student's dtype."""
+    """``scale`` is the loss scale; it should keep the gradient within the range of the student's dtype."""
     exact_student = student.double().requires_grad_()
     loss = cosine_loss(student.requires_grad_(), teacher, mask=mask)
     exact = reference.cosine_loss(exact_student, teacher.double(), mask=mask)
     assert loss.dtype == torch.float32
-    # 1 - cos of two vectors that point the same way keeps float32's absolute error, not its relative one.
+    # 1 - cos of two similar vectors has float32's absolute error, not its relative error.
     assert abs(loss.double() - exact) <= 1e-6
 
     gradient = differentiate(scale * loss, student)
@@ -84,7 +83,7 @@ def test_definition_is_that_of_pytorch() -> None:
 def test_loss_and_gradient_are_those_of_the_definition(dtype: torch.dtype, device: str) -> None:
     @settings(max_examples=25 if INTERPRETED else 60, derandomize=True, database=None)
     @given(
-        # Few distinct sizes: on a GPU each is a compilation.
+        # Few distinct sizes: on a GPU each needs a compilation.
         shape=st.sampled_from([(3,), (7, 5), (2, 3, 768), (3, 1024)]),
         size=st.sampled_from([1e-2, 1.0, 1e4]),
         masked=st.sampled_from([None, 0.0, 0.5, 1.0]),
@@ -128,9 +127,9 @@ def test_largest_hidden_states_do_not_overflow(
     assert_agrees_with_definition(student.to(device, dtype), teacher.to(device, dtype), scale=64.0 * size)
 
 
-def test_rows_that_lie_apart_beyond_the_reach_of_32_bits(device: str) -> None:
+def test_row_offsets_beyond_32_bits(device: str) -> None:
     row_stride, hidden = 2**31 // 3 + 1, 8
-    # 4 GiB of addresses; of memory only what is written, on a CPU.
+    # 4 GiB of addresses; a CPU allocates only the pages that are written.
     storage = torch.empty(3 * row_stride + hidden, dtype=torch.float16, device=device)
     student = storage.as_strided((4, hidden), (row_stride, 1))
     values, teacher = (states.to(device, torch.float16) for states in hidden_states(4, hidden))
@@ -148,7 +147,7 @@ def test_numerical_gradient_agrees_in_float64() -> None:
 
 
 @pytest.mark.parametrize("student_size", [0.0, 1e-9])
-def test_vectors_shorter_than_eps_have_that_length_and_no_nan(student_size: float, device: str) -> None:
+def test_vectors_shorter_than_eps_are_clamped_to_eps_without_nan(student_size: float, device: str) -> None:
     student, teacher = (states.float().to(device) for states in hidden_states(3, 6))
     student[0] *= student_size
     teacher[1] = 0
@@ -162,7 +161,7 @@ def test_vectors_shorter_than_eps_have_that_length_and_no_nan(student_size: floa
 
 
 @pytest.mark.parametrize("dtype", [*ROUNDING, torch.float64], ids=str)
-def test_masked_rows_count_for_nothing_whatever_they_hold(dtype: torch.dtype, device: str) -> None:
+def test_masked_out_rows_do_not_count_even_if_not_finite(dtype: torch.dtype, device: str) -> None:
     student, teacher = (states.to(device, dtype) for states in hidden_states(5, 6))
     student[1], teacher[2], student[3] = torch.nan, torch.inf, 0
     mask = torch.tensor([True, False, False, False, True], device=device)
@@ -176,7 +175,7 @@ def test_masked_rows_count_for_nothing_whatever_they_hold(dtype: torch.dtype, de
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_counted_row_that_is_not_finite_is_not_silent(poison: float, device: str) -> None:
+def test_included_row_that_is_not_finite_gives_nan(poison: float, device: str) -> None:
     student, teacher = (states.float().to(device) for states in hidden_states(3, 6))
     student[1, 2] = poison
     loss = cosine_loss(student.requires_grad_(), teacher)
@@ -186,7 +185,7 @@ def test_counted_row_that_is_not_finite_is_not_silent(poison: float, device: str
     assert gradient[[0, 2]].isfinite().all()
 
 
-def test_normalizer_of_a_global_batch_makes_the_split_irrelevant(device: str) -> None:
+def test_with_the_global_normalizer_the_split_of_a_batch_does_not_matter(device: str) -> None:
     student, teacher = (states.float().to(device) for states in hidden_states(9, 16))
     student.requires_grad_()
     normalizer = torch.tensor(9, device=device)
@@ -203,7 +202,7 @@ def test_loss_scale_is_applied_before_the_gradient_is_rounded(device: str) -> No
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0, 5), (4, 5)])
-def test_nothing_to_learn_from_is_a_loss_and_a_gradient_of_zero(shape: tuple[int, ...], device: str) -> None:
+def test_no_included_rows_give_a_loss_and_a_gradient_of_zero(shape: tuple[int, ...], device: str) -> None:
     student = torch.randn(shape, device=device).requires_grad_()
     mask = torch.zeros(shape[:-1], dtype=torch.bool, device=device)
     loss = cosine_loss(student, torch.randn(shape, device=device), mask=mask)
@@ -234,7 +233,7 @@ def test_same_bits_from_run_to_run_and_under_autocast(dtype: torch.dtype, device
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("with_mask", [False, True])
-def test_torch_compile_finds_no_graph_to_break(with_mask: bool, backend: str, device: str) -> None:
+def test_torch_compile_needs_no_graph_break(with_mask: bool, backend: str, device: str) -> None:
     student, teacher = (states.float().to(device) for states in hidden_states(3, 7, 24))
     mask = random_mask(3, 7).to(device) if with_mask else None
     normalizer = torch.tensor(30, device=device) if with_mask else None
@@ -248,7 +247,7 @@ def test_torch_compile_finds_no_graph_to_break(with_mask: bool, backend: str, de
     torch.testing.assert_close(differentiate(compiled, student), differentiate(loss(student), student))
 
 
-def test_operators_are_what_they_tell_the_compiler(device: str) -> None:
+def test_operators_pass_opcheck(device: str) -> None:
     student, teacher = (states.bfloat16().to(device)[:, :8] for states in hidden_states(6, 10))
     mask, factors = random_mask(6).to(device), torch.ones(6, device=device)
     torch.library.opcheck(public.forward_operator, (student, teacher, mask))
@@ -257,7 +256,7 @@ def test_operators_are_what_they_tell_the_compiler(device: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_nothing_waits_for_the_gpu() -> None:
+def test_host_does_not_wait_for_the_gpu() -> None:
     student, teacher = (states.half().cuda() for states in hidden_states(4, 6))
     student.requires_grad_()
     mask, normalizer = random_mask(4).cuda(), torch.tensor(5, device="cuda")
@@ -301,5 +300,5 @@ def test_wrong_arguments_are_refused(teacher: Tensor, options: dict[str, object]
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not 1")
-def test_triton_is_what_runs_under_the_interpreter() -> None:
+def test_triton_runs_under_the_interpreter() -> None:
     assert public.cosine_implementation(torch.zeros(1)) is public.cosine_loss_triton

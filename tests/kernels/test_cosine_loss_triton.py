@@ -1,4 +1,4 @@
-"""The cosine loss's Triton kernels without a GPU: run by the interpreter, compiled for the cards people have."""
+"""The cosine loss's Triton kernels without a GPU: run by the interpreter, and compiled for common GPUs."""
 
 import os
 import re
@@ -28,7 +28,7 @@ compiled_kernels = pytest.mark.skipif(INTERPRETED, reason="the interpreter has r
 
 @compiled_kernels
 def test_kernels_keep_every_promise_of_the_loss_under_the_interpreter() -> None:
-    # A process of its own: Triton chooses between compiler and interpreter when it is imported.
+    # In a new process: Triton chooses between compiler and interpreter when it is imported.
     oracle_tests = "tests/kernels/test_cosine_loss.py"
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-m", "not gpu", oracle_tests],
@@ -41,7 +41,7 @@ def test_kernels_keep_every_promise_of_the_loss_under_the_interpreter() -> None:
 
 
 def compile_kernel(kernel: Any, capability: int, dtype: str, hidden: int) -> str:
-    """The PTX of a launch on contiguous rows that start at a multiple of 16 bytes."""
+    """Return the PTX for contiguous rows aligned to 16 bytes."""
     tile, num_warps = kernels.cosine_launch_config(hidden)
     constants = {**CONSTANTS, "HIDDEN": hidden, "TILE": tile}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -84,7 +84,7 @@ def test_kernels_compile_with_wide_accesses_and_without_spills(
     kernel = kernels.forward_kernel if direction == "forward" else kernels.backward_kernel
     ptx = compile_kernel(kernel, capability, dtype, hidden=768)
     assert not re.search(r"ld\.global(?:\.v2)?\.b16", ptx)
-    # Eight numbers of each of two rows to a thread, 16 bytes to a load.
+    # A thread loads eight numbers of each of two rows, 16 bytes per load.
     assert ptx.count("ld.global.v4.b32") == (4 if dtype == "fp32" else 2)
     assert direction == "forward" or "st.global.v4.b32" in ptx
     assert spilled_bytes(ptx, capability, tmp_path) == 0
@@ -98,7 +98,7 @@ def test_kernels_compile_for_rows_narrower_and_wider_than_a_tile(hidden: int, tm
 
 
 @pytest.mark.parametrize("hidden", [0, 1, 5, 768, 1024, 4096, 12288])
-def test_launch_configuration_is_one_triton_accepts(hidden: int) -> None:
+def test_launch_configuration_is_valid_for_triton(hidden: int) -> None:
     tile, num_warps = kernels.cosine_launch_config(hidden)
     assert tile & (tile - 1) == 0
     assert num_warps & (num_warps - 1) == 0

@@ -1,7 +1,7 @@
-"""What the distillation loss promises a trainer, whatever implementation the device gets.
+"""The promises of the distillation loss that every implementation keeps.
 
-Run as it is this file exercises the chunked implementation, on a GPU also the Triton kernels;
-test_triton_kernels.py runs it once more under Triton's interpreter.
+This file tests the chunked implementation, and on a GPU the Triton kernels. test_triton_kernels.py also runs it under
+Triton's interpreter.
 """
 
 import math
@@ -50,7 +50,7 @@ def test_vocabulary_of_bert_in_the_tiles_and_blocks_of_production(padding: int, 
     assert error <= 1e-6 * exact_gradient.norm()
 
 
-def test_normalizers_of_a_global_batch_make_the_split_irrelevant(device: str) -> None:
+def test_with_global_normalizers_the_split_of_a_batch_does_not_matter(device: str) -> None:
     student, teacher = random_logits(12, 33, dtype=torch.float32, device=device)
     labels = torch.tensor([3, -100, 5, -100, -100, -100, 0, 1, 2, 3, -100, 32], device=device)
     soft_mask = torch.arange(12, device=device) % 3 > 0
@@ -82,8 +82,8 @@ def test_loss_scale_keeps_float16_gradients_from_flushing_to_zero(loss_scale: fl
     exact = reference.distillation_loss(exact_student, teacher.double(), soft_normalizer=global_rows)
     gradient = gradient_of(losses, student, loss_scale).double()
     exact_gradient = gradient_of(exact, exact_student, loss_scale)
-    # An entry is representable from half of float16's smallest number on; an error of one rounding is
-    # 2^-11 of normal numbers and 2^-25 of those below.
+    # An entry above half of float16's smallest number is representable. One rounding has a relative error of 2^-11 for
+    # normal numbers, and an absolute error of 2^-25 for subnormal ones.
     assert ((gradient == 0) <= (exact_gradient.abs() <= 2**-24)).all()
     rounding = 2**-11 * exact_gradient.norm() + 2**-25 * math.sqrt(gradient.numel())
     assert (gradient - exact_gradient).norm() <= 1.1 * rounding
@@ -93,7 +93,7 @@ def test_loss_scale_keeps_float16_gradients_from_flushing_to_zero(loss_scale: fl
     )
 
 
-def test_rows_that_do_not_count_are_never_looked_at(device: str) -> None:
+def test_rows_that_are_neither_soft_nor_labelled_are_not_read(device: str) -> None:
     student, teacher = (torch.full((4, 20), math.nan, device=device) for _ in range(2))
     student[1], teacher[1], student[2] = 0, 1, 2
     soft_mask = torch.tensor([False, True, False, False], device=device)
@@ -108,7 +108,9 @@ def test_rows_that_do_not_count_are_never_looked_at(device: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0, 5), (6, 5)])
-def test_nothing_to_learn_from_is_a_loss_and_a_gradient_of_zero(shape: tuple[int, ...], device: str) -> None:
+def test_no_soft_or_labelled_rows_give_a_loss_and_a_gradient_of_zero(
+    shape: tuple[int, ...], device: str
+) -> None:
     student = torch.randn(shape, device=device).requires_grad_()
     labels = torch.full(shape[:-1], -100, device=device)
     soft_mask = torch.zeros(shape[:-1], dtype=torch.bool, device=device)
@@ -122,7 +124,7 @@ def test_nothing_to_learn_from_is_a_loss_and_a_gradient_of_zero(shape: tuple[int
 @pytest.mark.memcheck
 @pytest.mark.usefixtures("several_tiles_and_blocks")
 @pytest.mark.parametrize("labelled", [False, True])
-def test_gradient_in_place_is_the_same_gradient(labelled: bool, device: str) -> None:
+def test_inplace_backward_gives_the_same_gradient(labelled: bool, device: str) -> None:
     student, teacher = random_logits(9, 40, dtype=torch.float32, device=device)
     labels = torch.tensor([1, -100, 2, 3, -100, -100, 5, 6, 36], device=device) if labelled else None
     options = {"soft_mask": torch.arange(9, device=device) % 2 == 0, "vocab_size": 37}
@@ -137,7 +139,7 @@ def test_gradient_in_place_is_the_same_gradient(labelled: bool, device: str) -> 
         total.backward()
 
 
-def test_operation_that_saved_its_output_notices_the_gradient_in_its_place(device: str) -> None:
+def test_operation_that_saved_the_overwritten_logits_raises(device: str) -> None:
     student, teacher = random_logits(3, 40, dtype=torch.float32, device=device)
     saved_by_tanh = student.requires_grad_().tanh()
     loss = distillation_loss(saved_by_tanh, teacher, inplace_backward=True).kl
@@ -155,7 +157,7 @@ def test_same_bits_every_time(device: str) -> None:
     assert torch.equal(*(gradient_of(losses, student, 1024.0) for losses in runs))
 
 
-def test_label_outside_the_vocabulary_is_not_silent_on_a_gpu(device: str) -> None:
+def test_label_outside_the_vocabulary_gives_nan_on_a_gpu(device: str) -> None:
     logits = torch.randn(3, 20, device=device)
     if not use_triton(logits):
         pytest.skip("the chunked implementation refuses such labels; see test_distillation_loss_contract.py")
@@ -166,5 +168,5 @@ def test_label_outside_the_vocabulary_is_not_silent_on_a_gpu(device: str) -> Non
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not 1")
-def test_triton_is_what_runs_under_the_interpreter() -> None:
+def test_triton_runs_under_the_interpreter() -> None:
     assert ops.implementation_for(torch.zeros(1)) is ops.distillation_loss_triton

@@ -1,4 +1,4 @@
-"""How accurate the losses are with the logits that training has, as many as it has."""
+"""The accuracy of the losses on as many logits as in training, of similar size."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,20 +15,20 @@ from distilspeed.kernels.weighted_distillation_loss import (
     weighted_distillation_loss,
 )
 
-# At temperature 5 a row's kl is 0.02, made of sums that float32 holds to 6e-8: a row may be 1e-5 off, and in the
-# mean of 256 rows 3e-7 are left of that, 1e-6 with PyTorch's own.
+# At temperature 5 a row's kl is 0.02, from sums with float32's relative error of 6e-8. So a row may have an error of
+# 1e-5; the mean of 256 rows has 3e-7, and 1e-6 with PyTorch's own losses.
 ROWS, VOCAB_SIZE = 256, 30522
 SOFT_WEIGHT, HARD_WEIGHT = 5.0, 2.0
-LOSS_SCALE = 64.0  # fp16 needs one; with greater ones PyTorch's own losses overflow in it at temperature 5
-LOSS_ERROR = 1e-6  # in every dtype: the definition is given the rounded logits, too
+LOSS_SCALE = 64.0  # fp16 needs one; with larger scales PyTorch's own losses overflow fp16 at temperature 5
+LOSS_ERROR = 1e-6  # in every dtype: the definition gets the rounded logits, too
 GRADIENT_ERROR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}
-FLOAT32_STEP = 2**-23  # what is nearer than this is so by luck
+FLOAT32_STEP = 2**-23  # a smaller error is luck
 
 Losses = Callable[..., WeightedLosses]
 
 
 def random_rows(rows: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits like those of a good student and its teacher, and labels in 15 % of the rows."""
+    """Return logits like those of a good student and its teacher, and labels in 15 % of the rows."""
     generator = torch.Generator().manual_seed(0)
     student = 3 * torch.randn(rows, VOCAB_SIZE, generator=generator)
     teacher = student + torch.randn(rows, VOCAB_SIZE, generator=generator)
@@ -72,7 +72,7 @@ def parts_and_gradient(
 
 
 def relative_errors(values: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
-    """Of kl, soft_ce, hard_ce and, in norm, the gradient."""
+    """Return the relative errors of kl, soft_ce, hard_ce and, in norm, the gradient."""
     return [float((x.double() - true).norm() / true.norm()) for x, true in zip(values, exact, strict=True)]
 
 
@@ -90,7 +90,7 @@ def test_losses_and_gradient_are_as_accurate_as_their_dtype(
     exact = parts_and_gradient(
         definition, student.double(), teacher.double(), labels, temperature=temperature
     )
-    # bfloat16 has 8 significant bits: a gradient that is exact but for its last rounding is 2e-3 off.
+    # bfloat16 has 8 significant bits: rounding an exact gradient gives an error of 2e-3.
     (rounding,) = relative_errors((exact[-1].to(dtype),), exact[-1:])
     *part_errors_of_pytorch, gradient_error_of_pytorch = errors(by_pytorch)
     for losses in (in_two_launches, in_one_launch):
@@ -105,7 +105,7 @@ def test_losses_and_gradient_are_as_accurate_as_their_dtype(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("losses", [in_two_launches, in_one_launch])
-def test_last_of_more_logits_than_32_bits_can_count(losses: Losses) -> None:
+def test_last_rows_of_more_than_2_to_the_31_logits(losses: Losses) -> None:
     if torch.cuda.get_device_properties(0).total_memory < 24 * 2**30:
         pytest.skip("a GPU with less than 24 GiB of memory")
     rows, last = 70_400, slice(-5, None)

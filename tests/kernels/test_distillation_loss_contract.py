@@ -1,4 +1,4 @@
-"""What distillation_loss refuses, how autograd sees it, and what it costs in memory."""
+"""The arguments that distillation_loss refuses, its behaviour in autograd, and its memory."""
 
 import subprocess
 import sys
@@ -127,19 +127,19 @@ def test_module_is_the_weighted_sum() -> None:
     assert repr(loss) == "DistillationLoss(temperature=4.0, soft_weight=3.0, hard_weight=0.5)"
 
 
-def test_gradient_is_not_written_over_a_leaf() -> None:
+def test_gradient_does_not_overwrite_a_leaf() -> None:
     student, teacher = logits()
     with pytest.raises(ValueError, match="leaf"):
         distillation_loss(student.requires_grad_(), teacher, inplace_backward=True)
 
 
-def test_gradient_is_not_written_over_a_view_of_a_leaf() -> None:
+def test_gradient_does_not_overwrite_a_view_of_a_leaf() -> None:
     parameter = torch.randn(ROWS * VOCAB_SIZE).requires_grad_()
     with pytest.raises(ValueError, match="leaf"):
         distillation_loss(parameter.view(ROWS, VOCAB_SIZE), logits()[1], inplace_backward=True)
 
 
-def test_gradient_is_not_written_over_rows_that_share_memory() -> None:
+def test_gradient_does_not_overwrite_rows_that_share_memory() -> None:
     student = torch.randn(1, VOCAB_SIZE).requires_grad_().expand(ROWS, VOCAB_SIZE)
     with pytest.raises(ValueError, match="share memory"):
         distillation_loss(student, logits()[1], inplace_backward=True)

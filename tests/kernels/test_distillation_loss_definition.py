@@ -1,7 +1,7 @@
 """The distillation loss against its float64 definition, on ordinary and hostile logits.
 
-Run as it is this file exercises the chunked implementation, on a GPU also the Triton kernels;
-test_triton_kernels.py runs it once more under Triton's interpreter.
+This file tests the chunked implementation, and on a GPU the Triton kernels. test_triton_kernels.py also runs it under
+Triton's interpreter.
 """
 
 import math
@@ -24,7 +24,7 @@ from distilspeed.kernels import reference
 from distilspeed.kernels.distillation_loss import DistillationLosses, distillation_loss
 from distilspeed.kernels.implementation.backend import INTERPRETED
 
-LOSS_WEIGHTS = (1.5, 0.5, 2.0)  # of kl, soft_ce, hard_ce: unequal, so that none can stand in for another
+LOSS_WEIGHTS = (1.5, 0.5, 2.0)  # of kl, soft_ce, hard_ce: unequal, so that mixing up two losses is noticed
 
 
 def differentiate(losses: DistillationLosses, student_logits: Tensor, scale: float) -> Tensor:

@@ -1,7 +1,7 @@
-"""The linear distillation loss: losses and gradients of logits held whole, and what it promises a trainer.
+"""The linear distillation loss against the losses and gradients of whole logits, and its other promises.
 
-Run as it is this file exercises the chunked implementation, on a GPU also the Triton kernels;
-test_triton_kernels.py runs it once more under Triton's interpreter.
+This file tests the chunked implementation, and on a GPU the Triton kernels. test_triton_kernels.py also runs it under
+Triton's interpreter.
 """
 
 import math
@@ -44,8 +44,8 @@ def relative_errors(gradients: Gradients, exact: Gradients) -> dict[str, float]:
 
 
 @pytest.fixture
-def numbers_below_the_smallest_normal_are_0() -> Iterator[None]:
-    """As compilers' fast arithmetic has it."""
+def flushed_denormals() -> Iterator[None]:
+    """Denormal numbers are 0, as in compilers' fast arithmetic."""
     torch.set_flush_denormal(True)
     yield
     torch.set_flush_denormal(False)
@@ -53,7 +53,7 @@ def numbers_below_the_smallest_normal_are_0() -> Iterator[None]:
 
 @pytest.fixture
 def products_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small enough parts that a test's few rows of a weight take several."""
+    """Parts so small that a test's few rows of a weight take several."""
     monkeypatch.setattr(ops, "PRODUCT_PART_BYTES", 1000)
 
 
@@ -69,13 +69,13 @@ def test_losses_and_gradients_are_those_of_the_definition(dtype: torch.dtype, de
         exact = whole_loss(exact_case)
         exact_gradients = exact_case.gradients(weighted_sum(exact))
 
-        # What a logit is rounded off by changes its exponentials by that share.
+        # The absolute error of a logit is the relative error of its exponential.
         lowest_temperature = min(1, case.temperature)
         softmax_error = 2 * ROUNDING[dtype] * largest_logit(exact_case) / lowest_temperature
         part_error = FLOAT32_ERROR + softmax_error / lowest_temperature
         assert_parts_are_exact(result, exact, case.temperature, part_error)
         torch.testing.assert_close(result.loss, weighted_sum(result))
-        # Rounded once more: the logits' gradient, its product with hidden states or weight, that times the scale.
+        # Three more roundings: the logits' gradient, its product with hidden states or weight, and the scaled product.
         tolerance = FLOAT32_ERROR + softmax_error + 3 * ROUNDING[dtype]
         sizes = sizes_before_cancellation(case)
         for name, exact_gradient in exact_gradients.items():
@@ -105,7 +105,7 @@ def test_float64_is_exact(device: str) -> None:
 
 @pytest.mark.parametrize("chunk_bytes", [2**15, ALL_ROWS])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_gradient_is_half_as_accurate_as_pytorchs(
+def test_gradient_errors_are_at_most_twice_those_of_pytorch(
     dtype: torch.dtype, chunk_bytes: int | None, device: str
 ) -> None:
     case = replace(random_case(MANY_ROWS, width=1000, device=device), gradient_scale=2.0**10).in_dtype(dtype)
@@ -135,13 +135,13 @@ def test_float16_gradients_neither_flush_nor_overflow(
     for name, gradient in gradients.items():
         assert gradient.isfinite().all()
         flushed = (gradient == 0) & (exact[name].abs() > 2**-24)
-        assert flushed.double().mean() <= 1e-3, name  # few: where terms cancel, a rounded logit decides
+        assert flushed.double().mean() <= 1e-3, name  # a few: where terms cancel, rounded logits may give 0
     assert all(error <= 4 * 2**-11 for error in relative_errors(gradients, exact).values())
 
 
-@pytest.mark.usefixtures("numbers_below_the_smallest_normal_are_0")
+@pytest.mark.usefixtures("flushed_denormals")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_weights_of_0_are_a_gradient_of_0(dtype: torch.dtype, device: str) -> None:
+def test_weights_of_0_give_a_gradient_of_0(dtype: torch.dtype, device: str) -> None:
     case = random_case(6, width=40, device=device).in_dtype(dtype)
     result = linear_loss(case, soft_weight=0.0, hard_weight=0.0)
     assert result.loss == 0
@@ -150,14 +150,14 @@ def test_weights_of_0_are_a_gradient_of_0(dtype: torch.dtype, device: str) -> No
 
 @pytest.mark.memcheck
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_chunks_change_nothing_but_rounding_and_repetition_not_a_bit(dtype: torch.dtype, device: str) -> None:
+def test_chunks_change_only_rounding_and_repetition_changes_nothing(dtype: torch.dtype, device: str) -> None:
     case = replace(random_case(MANY_ROWS, width=37, device=device), gradient_scale=2.0**8).in_dtype(dtype)
     first, again, in_chunks = (linear_loss(case, chunk_bytes=size) for size in (ALL_ROWS, ALL_ROWS, 2000))
     gradients = case.gradients(first.loss)
     for name, gradient in case.gradients(again.loss).items():
         assert torch.equal(gradient, gradients[name])
     assert torch.equal(torch.stack(first), torch.stack(again))
-    # A product of fewer rows may round a logit to half precision the other way.
+    # A product of fewer rows may round a logit differently to half precision.
     close = 1e-6 + ROUNDING[dtype] / 100
     torch.testing.assert_close(torch.stack(in_chunks), torch.stack(first), rtol=close, atol=0)
     errors = relative_errors(case.gradients(in_chunks.loss), gradients)
@@ -194,7 +194,7 @@ def test_tied_weight_gets_both_its_gradients(device: str) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_what_is_frozen_gets_no_gradient_and_changes_no_other(count: int, device: str) -> None:
+def test_frozen_tensors_get_no_gradient_and_do_not_change_others(count: int, device: str) -> None:
     case = random_case(6, width=37, device=device).in_dtype(torch.float32)
     gradients = case.gradients(linear_loss(case, chunk_bytes=2000).loss)
     for trained in combinations(TRAINED, count):
@@ -219,7 +219,9 @@ def test_frozen_student_gets_losses_without_a_graph(device: str) -> None:
 
 
 @pytest.mark.parametrize("leading", [(0,), (3, 0), (6,)])
-def test_nothing_to_learn_from_is_a_loss_and_gradients_of_0(leading: tuple[int, ...], device: str) -> None:
+def test_no_soft_or_labelled_rows_give_a_loss_and_gradients_of_0(
+    leading: tuple[int, ...], device: str
+) -> None:
     case = random_case(*leading, width=37, device=device).in_dtype(torch.float32)
     soft_mask = torch.zeros(leading, dtype=torch.bool, device=device)
     result = linear_loss(replace(case, labels=torch.full(leading, -100, device=device), soft_mask=soft_mask))
@@ -229,7 +231,7 @@ def test_nothing_to_learn_from_is_a_loss_and_gradients_of_0(leading: tuple[int, 
         assert (gradient == 0).all()
 
 
-def test_autocast_computes_in_half_precision_and_leaves_parameters_their_dtype(device: str) -> None:
+def test_autocast_computes_in_half_precision_and_keeps_the_parameters_dtype(device: str) -> None:
     case = random_case(MANY_ROWS, width=37, device=device).in_dtype(torch.float32)
     half_case = case.in_dtype(torch.bfloat16)
     expected = linear_loss(half_case)

@@ -1,4 +1,4 @@
-"""What linear_distillation_loss refuses, what it costs in memory, and that torch.compile takes it whole."""
+"""The arguments that linear_distillation_loss refuses, its memory, and torch.compile without graph breaks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -63,14 +63,14 @@ def test_wrong_arguments_are_refused_in_one_line(arguments: dict[str, Any], mess
     assert "\n" not in str(failure.value)
 
 
-def test_autocast_refuses_what_it_cannot_cast() -> None:
+def test_autocast_refuses_integer_hidden_states() -> None:
     arguments = ARGUMENTS | {"student_hidden": torch.zeros(ROWS, HIDDEN).long()}
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="floating-point"):
         linear_distillation_loss(**arguments)
 
 
-def test_sums_over_rows_that_float16_could_not_hold_are_held(device: str) -> None:
-    # Many rows of which each pushes the same class the same way, along a large hidden dimension.
+def test_sums_over_rows_may_exceed_the_range_of_float16(device: str) -> None:
+    # Every row moves the same class in the same direction, along a large hidden dimension.
     hidden = torch.randn(400, 64, generator=torch.Generator().manual_seed(0))
     hidden[:, 0] = 10
     hidden = hidden.half().to(device)
@@ -88,7 +88,7 @@ def test_sums_over_rows_that_float16_could_not_hold_are_held(device: str) -> Non
 def test_label_outside_the_vocabulary_is_refused_on_a_cpu(label: int) -> None:
     labels = torch.full((ROWS,), label)
     if use_triton(ARGUMENTS["student_hidden"]):
-        pytest.skip("where Triton runs, nothing waits for the labels to be checked")
+        pytest.skip("the Triton implementation does not check labels, because that would synchronise")
     with pytest.raises(ValueError, match=f"labels must be from 0 to 3 or -100, not {label}"):
         linear_distillation_loss(**ARGUMENTS, labels=labels, vocab_size=4)
 
@@ -110,7 +110,7 @@ def test_module_is_the_loss(device: str) -> None:
 def test_second_backward_is_refused(device: str) -> None:
     loss = linear_loss(random_case(6, width=37, device=device).in_dtype(torch.float32)).loss
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="given away in the first backward"):
+    with pytest.raises(RuntimeError, match="the first backward has used its gradients"):
         loss.backward()
 
 
@@ -127,7 +127,7 @@ def peak_bytes(run: Callable[[], object], device: str) -> int:
     return peak_cpu_bytes(run) if device == "cpu" else peak_cuda_bytes(run, torch.device(device))
 
 
-def test_logits_are_never_held_whole(device: str) -> None:
+def test_logits_are_never_stored_whole(device: str) -> None:
     rows, vocab_size, hidden, chunk_bytes = 512, 8000, 64, 4 * MIB
     case = random_case(rows, width=vocab_size, device=device, student_size=hidden).in_dtype(torch.float32)
 
@@ -135,12 +135,12 @@ def test_logits_are_never_held_whole(device: str) -> None:
         return case.gradients(linear_loss(case, chunk_bytes=chunk_bytes).loss)
 
     gradients = 4 * (rows * hidden + vocab_size * hidden + vocab_size)
-    # 12 MiB for the blocks that a CPU works in and small things; one matrix of logits takes 16.
+    # 12 MiB for a CPU's work blocks and small allocations; one matrix of logits takes 16.
     assert peak_bytes(run, device) <= chunk_bytes + gradients + 12 * MIB
 
 
 @pytest.mark.parametrize("grad_enabled", [False, True])
-def test_frozen_weight_and_evaluation_cost_no_gradient(grad_enabled: bool, device: str) -> None:
+def test_frozen_weight_and_evaluation_allocate_no_gradient(grad_enabled: bool, device: str) -> None:
     vocab_size, hidden, chunk_bytes = 8000, 512, MIB
     trained = ("student_hidden",) if grad_enabled else TRAINED
     case = random_case(32, width=vocab_size, device=device, student_size=hidden)
@@ -150,7 +150,7 @@ def test_frozen_weight_and_evaluation_cost_no_gradient(grad_enabled: bool, devic
         with torch.set_grad_enabled(grad_enabled):
             return linear_loss(case, chunk_bytes=chunk_bytes)
 
-    # Where a CPU works in blocks of 2 MiB a few of them; the weight's gradient takes 16.
+    # 12 MiB for a CPU's work blocks and small allocations; the weight's gradient takes 16.
     assert peak_bytes(run, device) <= chunk_bytes + 12 * MIB
 
 
@@ -168,7 +168,7 @@ def loss_of_leaves(case: LinearCase) -> Callable[..., Tensor]:
     ("backend", "dynamic"), [("aot_eager", None), ("aot_eager", True), ("inductor", True)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_torch_compile_finds_no_graph_to_break(
+def test_torch_compile_needs_no_graph_break(
     dtype: torch.dtype, backend: str, dynamic: bool | None, device: str
 ) -> None:
     torch.compiler.reset()
@@ -185,7 +185,7 @@ def test_torch_compile_finds_no_graph_to_break(
 
 
 @pytest.mark.parametrize("needs_gradient", [[True, True, True], [False, True, False], [False, False, False]])
-def test_operator_is_what_it_tells_the_compiler(needs_gradient: list[bool], device: str) -> None:
+def test_operator_passes_opcheck(needs_gradient: list[bool], device: str) -> None:
     case = random_case(6, width=37, device=device).in_dtype(torch.float16, trained=())
     settings = (case.labels, None, 2.0, -100, 30, torch.ones(2, device=device), 2000)
     torch.library.opcheck(ops.forward_backward, (*case.projections, *settings, needs_gradient))

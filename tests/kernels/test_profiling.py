@@ -1,4 +1,4 @@
-"""The profile's figures are what they say: bandwidth, peak memory, floors, ratios; and all cases compute one thing."""
+"""The profile's figures are right: bandwidth, peak memory, floors, ratios. All cases of a group compute the same."""
 
 import importlib.util
 import time
@@ -90,7 +90,7 @@ def test_copy_bandwidth_is_that_of_a_plain_copy() -> None:
         return 2 * source.nbytes / min(seconds) / 1e9
 
     # NumPy's copy may bypass the cache when it writes, which saves a third of the traffic; PyTorch's does not. Other
-    # work on the machine slows down one or the other, but not in every one of the tries.
+    # processes may slow down one of the two, but not in every try.
     assert any(
         1 / 3 < measure_copy_bandwidth(CPU, buffer_bytes=source.nbytes) / plain_copy_bandwidth() < 2
         for _ in range(10)
@@ -109,7 +109,7 @@ def test_peak_memory_is_exact() -> None:
     assert peak_cpu_bytes(run) == 12000
 
 
-def test_peak_memory_counts_what_autograd_holds_and_the_gradient() -> None:
+def test_peak_memory_includes_saved_tensors_and_the_gradient() -> None:
     def square_sum(values: Tensor) -> tuple[Tensor, ...]:
         return ((values * values).sum(),)
 
@@ -117,11 +117,11 @@ def test_peak_memory_counts_what_autograd_holds_and_the_gradient() -> None:
     only_forward = measure_peak_memory(case, CPU)
     assert only_forward == 20000 + 4
     with_backward = Case(case.name, case.computes, case.floor, case.prepare, case.forward)
-    # Two products of the gradient with a factor, and their sum, which the first of them becomes.
+    # Two products of the gradient with a factor; their sum overwrites the first.
     assert 2 * 20000 <= measure_peak_memory(with_backward, CPU) <= 2 * 20000 + 64
 
 
-def test_memory_freed_while_measuring_that_was_there_before_is_not_taken_off() -> None:
+def test_freeing_memory_from_before_the_measurement_does_not_reduce_the_peak() -> None:
     addresses: list[int] = []
 
     def note_addresses() -> list[Tensor]:
@@ -130,7 +130,8 @@ def test_memory_freed_while_measuring_that_was_there_before_is_not_taken_off() -
         return tensors
 
     assert peak_cpu_bytes(note_addresses) == 100 * 8000
-    # The profiler still knows those: a tensor that gets one of them again, unseen, is seen when it is freed.
+    # The profiler still knows these addresses: it records when a later tensor at such an address is freed, though it
+    # did not see the allocation.
     others = []
     while (again := torch.empty(2000)).data_ptr() not in addresses:
         others.append(again)
@@ -145,7 +146,7 @@ def test_memory_freed_while_measuring_that_was_there_before_is_not_taken_off() -
     assert peak_cpu_bytes(run) == 4000
 
 
-def test_every_round_runs_every_case_once_in_an_order_of_its_own() -> None:
+def test_every_round_runs_every_case_once_in_another_order() -> None:
     turns: list[str] = []
 
     def noting(name: str) -> Case:
@@ -177,7 +178,7 @@ def test_ratios_are_of_the_same_round() -> None:
     stopwatch = FakeStopwatch()
 
     def lasting(name: str, forward: Sequence[float], backward: Sequence[float]) -> Case:
-        """The seconds of each round."""
+        """Return a case that takes these seconds in each round."""
         forward_seconds, backward_seconds = iter(forward), iter(backward)
 
         def move(seconds: Iterator[float]) -> tuple[Tensor, ...]:
@@ -188,8 +189,8 @@ def test_ratios_are_of_the_same_round() -> None:
             name, forward=lambda: move(forward_seconds), backward=lambda *_: move(backward_seconds)
         )
 
-    # The machine was busy in the second of three rounds. The peer takes 3, 2 and 4 times as long in all; its
-    # median time over the median of ours would be 4.
+    # The machine is busy in the second of three rounds. The peer takes 3, 2 and 4 times as long as ours; the ratio of
+    # the median times would be 4.
     ours = lasting("ours", [0.4, 4.0, 0.8], [0.6, 6.0, 1.2])
     other = lasting("peer", [1.0, 5.0, 4.0], [2.0, 15.0, 4.0])
     our_laps, laps = measure_rounds([ours, other], 3, stopwatch)
@@ -203,17 +204,17 @@ def test_ratios_are_of_the_same_round() -> None:
     assert peer.both.share_of_roof == pytest.approx(0.0625)
 
 
-def test_work_that_is_not_there_has_no_rate() -> None:
+def test_no_work_has_no_rate() -> None:
     case = fake_case("single launch")
     case = Case(case.name, case.computes, Floor(3, 0), nothing, nothing, nothing)
     report = CaseReport.of(case, [Laps(1.0, 0.1)], [Laps(1.0, 0.1)], roof=10.0, peak_memory_bytes=0)
     assert (report.backward.rate, report.backward.share_of_roof) == (None, None)
 
 
-# --- what is measured -----------------------------------------------------------------------------------
+# --- cases ----------------------------------------------------------------------------------------------
 
 
-def test_floors_count_every_tensor_once_a_pass() -> None:
+def test_floors_count_every_tensor_once_per_pass() -> None:
     u = 4096 * 30522 * 2
     logits = floor_bytes(4096, 30522, torch.float16)
     assert (logits.forward, logits.backward, logits.both) == (2 * u, 3 * u, 5 * u)
@@ -254,7 +255,7 @@ def test_all_of_a_group_compute_the_same(index: int) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("index", [0, 2], ids=["logits", "cosine"])
-def test_what_is_compiled_computes_the_same(index: int) -> None:
+def test_compiled_cases_compute_the_same(index: int) -> None:
     cases = build_groups(small_problem(), COMPILE)[index].cases
     expected = loss_and_gradients(cases[0])
     compiled = [case for case in cases if case.peers]
@@ -293,14 +294,14 @@ def loss_and_gradients(case: Case) -> tuple[Tensor, ...]:
     return (loss.detach(), *case.backward(inputs, (loss,)))
 
 
-# --- what cannot run ------------------------------------------------------------------------------------
+# --- failures -------------------------------------------------------------------------------------------
 
 
 def failing(*_: object) -> tuple[Tensor, ...]:
     raise RuntimeError("no compiler here\nand a long story")
 
 
-def test_a_peer_that_fails_is_left_out_with_its_reason() -> None:
+def test_a_failed_peer_is_skipped_with_its_reason() -> None:
     group = Group(
         "fakes", "nothing", GB_PER_S, (fake_case("ours"), fake_case("peer", forward=failing, peers=LIGER))
     )
@@ -312,7 +313,7 @@ def test_a_peer_that_fails_is_left_out_with_its_reason() -> None:
     assert "| not run: no compiler here |" in " ".join(row.split())
 
 
-def test_a_case_of_ours_that_fails_is_an_error() -> None:
+def test_a_failed_case_of_ours_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="no compiler here"):
         warm_up(
             Group("fakes", "nothing", GB_PER_S, (fake_case("ours", forward=failing),)), CPU, CpuStopwatch()
@@ -332,6 +333,6 @@ def test_a_case_of_ours_that_fails_is_an_error() -> None:
         ({"tokens": 10**9}, "use fewer --tokens"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(options: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ProfileError, match=message):
         ProfileSettings(**options, device="cpu")

@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: run by the interpreter, compiled for the cards people have."""
+"""The Triton kernels without a GPU: run by the interpreter, and compiled for common GPUs."""
 
 import json
 import os
@@ -44,7 +44,7 @@ compiled_kernels = pytest.mark.skipif(INTERPRETED, reason="the interpreter has r
     "tests", [ORACLE_TESTS[0], *(pytest.param(tests, marks=pytest.mark.full) for tests in ORACLE_TESTS[1:])]
 )
 def test_kernels_keep_every_promise_of_the_loss_under_the_interpreter(tests: str) -> None:
-    # A process of its own: Triton chooses between compiler and interpreter when it is imported.
+    # In a new process: Triton chooses between compiler and interpreter when it is imported.
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-m", "not gpu", tests],
         cwd=REPOSITORY,
@@ -60,7 +60,7 @@ def entry_name(entry: TableEntry) -> str:
 
 
 def is_strong(entry: TableEntry) -> bool:
-    """Fp16 on V100 and Hopper, in one launch: the most registers."""
+    """Return True for fp16 in one launch on V100 and Hopper, which needs the most registers."""
     return entry.architecture in (70, 90) and entry.dtype_bytes == 2 and entry.pass_name == "forward_backward"
 
 
@@ -72,7 +72,7 @@ def is_strong(entry: TableEntry) -> bool:
         for entry in read_table()
     ],
 )
-def test_chosen_launches_compile_to_what_the_table_says(entry: TableEntry) -> None:
+def test_chosen_launches_compile_to_the_figures_of_the_table(entry: TableEntry) -> None:
     compiled = tuning.compile_pass(
         entry.pass_name,
         entry.architecture,
@@ -95,7 +95,7 @@ def test_chosen_launches_compile_to_what_the_table_says(entry: TableEntry) -> No
     ("vocab_size", "load"),
     [(30522, "ld.global.b32"), pytest.param(50257, "ld.global.b16", marks=pytest.mark.full)],
 )
-def test_rows_that_are_not_padded_are_read_without_waiting_and_without_spills(
+def test_unpadded_rows_are_read_without_waiting_and_without_spills(
     pass_name: Pass, vocab_size: int, load: str
 ) -> None:
     config = choose_entry(read_table(), pass_name, 70, 2, vocab_size)
@@ -106,7 +106,7 @@ def test_rows_that_are_not_padded_are_read_without_waiting_and_without_spills(
 
 
 @compiled_kernels
-def test_temperature_of_2_takes_one_exponential_for_both_softmaxes() -> None:
+def test_temperature_of_2_needs_one_exponential_for_both_softmaxes() -> None:
     config = LaunchConfig(1024, 4)
     at_2, at_others = (
         tuning.compile_pass("backward", 90, 2, config, temperature_is_2=at_2).ptx.count("ex2.approx")
@@ -117,7 +117,7 @@ def test_temperature_of_2_takes_one_exponential_for_both_softmaxes() -> None:
 
 
 def assert_row_is_read_without_waiting(ptx: str) -> None:
-    """No thread waits for another inside a loop over tiles: no shuffle, no barrier."""
+    """Check that no thread waits for another inside a loop over tiles: no shuffle, no barrier."""
     loops = loop_bodies(ptx)
     assert any("ld.global" in body for body in loops)
     for body in loops:
@@ -126,7 +126,7 @@ def assert_row_is_read_without_waiting(ptx: str) -> None:
 
 
 def loop_bodies(ptx: str) -> list[str]:
-    """Text between each label and a branch back to it."""
+    """Return the text between each label and a branch back to it."""
     lines = ptx.splitlines()
     labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"(\$L__BB\w+):", line))}
     branches = ((i, re.search(r"\bbra\S*\s+(\$L__BB\w+)", line)) for i, line in enumerate(lines))
@@ -135,7 +135,7 @@ def loop_bodies(ptx: str) -> list[str]:
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 1000, 4096, 30522, 50265, 50257, 119547, 250002])
 @pytest.mark.parametrize("architecture", [0, 70, 75, 80, 86, 89, 90, 100, 120])
-def test_every_vocabulary_has_a_launch_that_triton_accepts(architecture: int, vocab_size: int) -> None:
+def test_every_vocabulary_has_a_launch_that_is_valid_for_triton(architecture: int, vocab_size: int) -> None:
     for pass_name in PASSES:
         for dtype_bytes in (2, 4):
             config = choose_entry(read_table(), pass_name, architecture, dtype_bytes, vocab_size)
@@ -147,7 +147,7 @@ def test_every_vocabulary_has_a_launch_that_triton_accepts(architecture: int, vo
             assert config.num_warps * 32 <= 1024
 
 
-def test_entry_of_the_nearest_architecture_and_vocabulary_is_taken() -> None:
+def test_entry_of_the_nearest_architecture_and_vocabulary_is_used() -> None:
     table = [
         TableEntry(80, 2, "forward", 30522, 1024, 4, 0, 0, 0, ""),
         TableEntry(80, 2, "forward", 250002, 2048, 4, 0, 0, 0, ""),
@@ -161,16 +161,14 @@ def test_entry_of_the_nearest_architecture_and_vocabulary_is_taken() -> None:
     assert choose_entry(table, "forward", 90, 4, 30522).tile == 512
 
 
-def test_table_is_made_by_the_compiler_where_there_is_no_gpu(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_table_without_a_gpu_is_made_by_the_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     few_registers, spilling, many_registers = (LaunchConfig(tile, 4) for tile in (1024, 2048, 4096))
     compiled = {
         few_registers: tuning.CompiledPass(few_registers, 64, 0, 16, ""),  # 8 programs of 1024 columns
         spilling: tuning.CompiledPass(spilling, 64, 8, 16, ""),
         many_registers: tuning.CompiledPass(
             many_registers, 255, 0, 16, ""
-        ),  # 2 of 4096: as many, fewer threads
+        ),  # 2 programs of 4096 columns: as many columns, fewer threads
     }
     monkeypatch.setattr(tuning, "compile_pass", lambda *arguments, vocab_size: compiled[arguments[-1]])
     monkeypatch.setattr(tuning, "CANDIDATES", tuple(compiled))

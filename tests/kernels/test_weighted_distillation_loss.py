@@ -1,7 +1,7 @@
-"""The weighted distillation loss: the definition's losses and gradient, and what it promises a trainer.
+"""The weighted distillation loss against its definition, and its other promises.
 
-Run as it is this file exercises the chunked implementation, on a GPU also the Triton kernels;
-test_triton_kernels.py runs it once more under Triton's interpreter.
+This file tests the chunked implementation, and on a GPU the Triton kernels. test_triton_kernels.py also runs it under
+Triton's interpreter.
 """
 
 import math
@@ -53,11 +53,11 @@ def test_loss_and_gradient_are_those_of_the_definition(dtype: torch.dtype, devic
     @settings(max_examples=15 if INTERPRETED else 100, derandomize=True, database=None)
     @given(
         case=cases(dtype, device),
-        foreseen=st.sampled_from([1.0, 0.7, 2.0**-4]),  # the loss scale, as a share of what arrives
+        expected_share=st.sampled_from([1.0, 0.7, 2.0**-4]),  # loss scale / arriving gradient
         scale_as_tensor=st.booleans(),
     )
-    def check(case: Case, foreseen: float, scale_as_tensor: bool) -> None:
-        loss_scale: float | Tensor = foreseen * case.gradient_scale
+    def check(case: Case, expected_share: float, scale_as_tensor: bool) -> None:
+        loss_scale: float | Tensor = expected_share * case.gradient_scale
         if scale_as_tensor:
             loss_scale = torch.tensor(loss_scale, device=device)
         student = case.student_logits.requires_grad_()
@@ -77,8 +77,8 @@ def test_loss_and_gradient_are_those_of_the_definition(dtype: torch.dtype, devic
         assert gradient.isfinite().all()
         error = (gradient.double() - exact_gradient).norm()
         tolerance = FLOAT32_ERROR * terms_of_gradient(case, *WEIGHTS.values()).norm()
-        # Rounded once at the loss scale, and once more where what arrives is another.
-        roundings, smallest_steps = (1, 1) if foreseen == 1 else (2, 1 + 1 / foreseen)
+        # One rounding at the loss scale, and a second one if another gradient arrives.
+        roundings, smallest_steps = (1, 1) if expected_share == 1 else (2, 1 + 1 / expected_share)
         tolerance += roundings * ROUNDING[dtype] * exact_gradient.norm()
         tolerance += smallest_steps * SMALLEST_HALF_STEP[dtype] * math.sqrt(gradient.numel())
         assert error <= tolerance
@@ -128,7 +128,7 @@ def test_loss_scale_keeps_float16_gradients_from_flushing_to_zero(
     exact = reference.distillation_loss(exact_student, teacher.double(), soft_normalizer=global_rows)
     gradient = differentiate(loss_scale * result.loss, student).double()
     exact_gradient = differentiate(loss_scale * weighted_sum(exact), exact_student)
-    # An entry is representable from half of float16's smallest number on.
+    # An entry above half of float16's smallest number is representable.
     assert ((gradient == 0) <= (exact_gradient.abs() <= 2**-24)).all()
     rounding = 2**-11 * exact_gradient.norm() + 2**-25 * math.sqrt(gradient.numel())
     assert (gradient - exact_gradient).norm() <= 1.1 * rounding
@@ -137,7 +137,7 @@ def test_loss_scale_keeps_float16_gradients_from_flushing_to_zero(
 @pytest.mark.memcheck
 @pytest.mark.usefixtures("several_tiles_and_blocks")
 @pytest.mark.parametrize("accumulation_steps", [41, 47, 97])
-def test_an_accumulation_count_that_comes_back_as_almost_1_costs_no_second_rounding(
+def test_accumulation_steps_whose_factor_is_almost_1_cause_no_second_rounding(
     accumulation_steps: int, device: str
 ) -> None:
     factor = (1 / torch.tensor(float(accumulation_steps), device=device)) * accumulation_steps
@@ -155,7 +155,7 @@ def test_every_other_factor_reaches_the_gradient(factor: float, device: str) -> 
 
 
 @pytest.mark.parametrize("loss_scale", [1.0, 2.0**10])
-def test_gradient_in_place_is_the_same_gradient(loss_scale: float, device: str) -> None:
+def test_inplace_gives_the_same_gradient(loss_scale: float, device: str) -> None:
     student, teacher = random_logits(9, 40, dtype=torch.float32, device=device)
     labels = some_labels(9, device)
     options = {"soft_mask": torch.arange(9, device=device) % 2 == 0, "vocab_size": 37}
@@ -166,7 +166,7 @@ def test_gradient_in_place_is_the_same_gradient(loss_scale: float, device: str) 
     result = weighted_distillation_loss(
         logits, teacher, labels, **options, **WEIGHTS, loss_scale=loss_scale, inplace=True
     )
-    # Powers of two, so that no bit depends on when the scale comes in.
+    # Powers of two, so that the bits do not depend on when the scale is applied.
     assert torch.equal(logits, expected * (loss_scale / 2.0**10))
     gradient = differentiate(2.0**10 * result.loss, student)
     assert torch.equal(gradient, expected)
@@ -177,11 +177,11 @@ def test_second_backward_is_refused(device: str) -> None:
     student, teacher = random_logits(3, 40, dtype=torch.float32, device=device)
     loss = weighted_distillation_loss(student.requires_grad_(), teacher).loss
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="second one through the same graph needs distillation_loss"):
+    with pytest.raises(RuntimeError, match="use distillation_loss to call backward twice"):
         loss.backward()
 
 
-def test_operation_that_saved_its_output_notices_the_gradient_in_its_place(device: str) -> None:
+def test_operation_that_saved_the_overwritten_logits_raises(device: str) -> None:
     student, teacher = random_logits(3, 40, dtype=torch.float32, device=device)
     saved_by_tanh = student.requires_grad_().tanh()
     loss = weighted_distillation_loss(saved_by_tanh, teacher, inplace=True).loss
@@ -194,7 +194,7 @@ def test_student_that_needs_no_gradient_keeps_its_logits(grad_enabled: bool, dev
     student, teacher = random_logits(6, 40, dtype=torch.float32, device=device)
     labels = some_labels(6, device)
     parts = distillation_loss(student, teacher, labels)
-    # Frozen, or made where autograd was on and evaluated where it is off.
+    # Frozen logits, or logits made with autograd on and evaluated with autograd off.
     logits = student.clone() if grad_enabled else student.clone().requires_grad_() * 1.0
     with torch.set_grad_enabled(grad_enabled):
         result = weighted_distillation_loss(logits, teacher, labels, **WEIGHTS, inplace=True)
@@ -204,7 +204,9 @@ def test_student_that_needs_no_gradient_keeps_its_logits(grad_enabled: bool, dev
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0, 5), (6, 5)])
-def test_nothing_to_learn_from_is_a_loss_and_a_gradient_of_zero(shape: tuple[int, ...], device: str) -> None:
+def test_no_soft_or_labelled_rows_give_a_loss_and_a_gradient_of_zero(
+    shape: tuple[int, ...], device: str
+) -> None:
     student = torch.randn(shape, device=device).requires_grad_()
     labels = torch.full(shape[:-1], -100, device=device)
     soft_mask = torch.zeros(shape[:-1], dtype=torch.bool, device=device)
@@ -264,7 +266,7 @@ def of_weighted_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor
 @pytest.mark.parametrize(
     ("backend", "dynamic"), [("aot_eager", None), ("aot_eager", True), ("inductor", True)]
 )
-def test_torch_compile_finds_no_graph_to_break(
+def test_torch_compile_needs_no_graph_break(
     loss: Callable[..., Tensor], backend: str, dynamic: bool | None, device: str
 ) -> None:
     torch.compiler.reset()
@@ -272,7 +274,7 @@ def test_torch_compile_finds_no_graph_to_break(
     for rows in (7, 12):
         student, teacher = random_logits(rows, 24, dtype=torch.float32, device=device)
         arguments = (student.requires_grad_(), teacher, some_labels(rows, device))
-        for upstream in (4.0, 12.0):  # what the loss scale foresaw, and what it did not
+        for upstream in (4.0, 12.0):  # the expected gradient, and another one
             total, eager_total = compiled(*arguments), loss(*arguments)
             torch.testing.assert_close(total, eager_total)
             expected = differentiate(upstream * eager_total, student)
@@ -280,7 +282,7 @@ def test_torch_compile_finds_no_graph_to_break(
 
 
 @pytest.mark.parametrize("padding", [0, 3])
-def test_operators_are_what_they_tell_the_compiler(padding: int, device: str) -> None:
+def test_operators_pass_opcheck(padding: int, device: str) -> None:
     student, teacher = (
         logits[:, : 24 - padding] for logits in random_logits(6, 24, dtype=torch.float16, device=device)
     )

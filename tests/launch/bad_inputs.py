@@ -1,4 +1,4 @@
-"""A folder of malformed files for test_bad_input_commands.py, and the good ones they were made from."""
+"""Write a folder of malformed files for test_bad_input_commands.py, and the good files they are made from."""
 
 import bz2
 import gzip
@@ -120,7 +120,7 @@ def _write_texts(folder: Path) -> None:
         "other.json": b'[{"body": "a"}]',
         "objects.json": b'[["a"]]',
         "array.json": b"[]",
-        # A shard of an array reads all of it.
+        # Every shard of an array reads the whole file.
         "latin1.json": b'[{"text": "a"},\n{"text": "b"},\n{"text": "c"},\n{"text": "Stra\xdfe"}]',
         "broken.parquet": b"PAR1",
         "config.json": b"{}",
@@ -251,7 +251,7 @@ def _write_models(folder: Path) -> None:
         "config_not_json",
         "head_dropout",
         "decoder",
-        "said_untied",
+        "config_untied",
         "other_tokenizer",
     ):
         shutil.copytree(folder / "teacher", folder / name)
@@ -266,7 +266,7 @@ def _write_models(folder: Path) -> None:
     settings: dict[str, dict[str, Any]] = {
         "head_dropout": {"classifier_dropout": 5.0},
         "decoder": {"is_decoder": True},
-        "said_untied": {"tie_word_embeddings": False},
+        "config_untied": {"tie_word_embeddings": False},
     }
     for name, setting in settings.items():
         config = json.loads((folder / name / "config.json").read_text())
@@ -277,7 +277,7 @@ def _write_models(folder: Path) -> None:
     teacher_vocabulary = tokenizer.get_vocab()
     tokenizer.add_tokens("another")
     tokenizer.save_pretrained(folder / "other_tokenizer")
-    # The same size, and in vocab.txt alone; and no vocabulary.
+    # A vocabulary of the same size, only in vocab.txt; and no vocabulary.
     for name in ("other_vocabulary", "no_vocabulary"):
         shutil.copytree(folder / "teacher", folder / name)
         (folder / name / "tokenizer.json").unlink()
@@ -345,7 +345,7 @@ def _write_configs(folder: Path) -> None:
 
 
 def _write_scripts(folder: Path) -> None:
-    """A checkout without .venv, and hostfiles."""
+    """Write a checkout without .venv, and hostfiles."""
     (folder / "checkout").mkdir()
     shutil.copytree(
         ROOT / "launch", folder / "checkout" / "launch", ignore=shutil.ignore_patterns("__pycache__")

@@ -1,4 +1,4 @@
-"""Makes ``launcher`` and ``jobs`` importable beside the tests; the run that launch scripts are compared with."""
+"""Makes ``launcher`` and ``jobs`` importable; fixtures of runs that other runs are compared with."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 def uninterrupted_run(
     tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, small_corpus_dir: Path
 ) -> Path:
-    """The training of ``jobs`` on two ranks of this machine, started by ``deepspeed``."""
+    """The finished run of the training of ``jobs`` on two ranks of this machine, started by ``deepspeed``."""
     from jobs import cpu_environment, finish, start, training
     from launcher import DEEPSPEED, ROOT, free_port
 
@@ -39,7 +39,7 @@ def training(tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path) -> 
 def uninterrupted(
     tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, small_corpus_dir: Path
 ) -> Path:
-    """The run of :class:`Training` that nothing happened to."""
+    """The uninterrupted run of :class:`Training`."""
     from training import Training
 
     training = Training(tiny_teacher_dir, small_corpus_dir, tmp_path_factory.mktemp("uninterrupted") / "run")

@@ -1,8 +1,8 @@
-"""A job whose ranks end in the way named, started without a launcher.
+"""A job whose ranks end in a given way, started without a launcher.
 
-python ending_job.py success    after they have settled on an optimiser, of which rank 1 cannot build DeepSpeed's
-python ending_job.py error      rank 1 raises one of ours while rank 0 waits for it
-python ending_job.py fault      rank 1 raises another one, and leaves a collective that rank 0 never joins
+python ending_job.py success    the ranks agree on an optimiser (rank 1 cannot build DeepSpeed's), and end
+python ending_job.py error      rank 1 raises an error of ours while rank 0 waits for it
+python ending_job.py fault      rank 1 raises another error, with a pending collective that rank 0 never joins
 """
 
 import atexit
@@ -26,7 +26,7 @@ INTERPRETERS_END = "the interpreter's end"
 
 
 def settled_adam(process: Process) -> dict[str, object]:
-    """As on two hosts with GPUs; the operator is built before another rank of the host loads it."""
+    """Settle the optimiser as on two hosts with GPUs; the operator is built before another rank of a host loads it."""
     built = Path("built")
 
     def load(builder: optimizers.OpBuilder) -> None:
@@ -50,7 +50,7 @@ def show_the_end() -> None:
 
 def main() -> None:
     (way,) = sys.argv[1:]
-    # What is registered before the ranks join is done after what belongs to the job.
+    # Exit handlers run in reverse order: this one, registered before the ranks join, runs after the job's own.
     atexit.register(
         lambda: print(f"{INTERPRETERS_END}, in a job: {torch.distributed.is_initialized()}", file=sys.stderr)
     )

@@ -1,4 +1,4 @@
-"""A job for the launcher: look into the engines of student and teacher; each rank writes what it sees.
+"""A job for the launcher: observe the engines of student and teacher; each rank writes its observations.
 
 deepspeed engines_job.py CORPUS FOLDER      writes FOLDER/seen0.json, FOLDER/seen1.json, …
 """
@@ -32,7 +32,7 @@ HIDDEN_SIZE = 512
 
 @dataclass(frozen=True)
 class SeenTeacher:
-    """A sharded teacher beside a replicated one, on one rank."""
+    """A sharded teacher compared with a replicated one, on one rank."""
 
     same_outputs: bool
     replicated_elements: int
@@ -40,7 +40,7 @@ class SeenTeacher:
 
 
 class Collectives(TorchDispatchMode):
-    """Counts the operations that reach a process group while it is entered, at PyTorch's dispatcher."""
+    """Counts the operations of process groups inside the context, at PyTorch's dispatcher."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Loss(nn.Module):
 
 def config_for(stage: int, precision: str, optimizer: dict[str, Any] | None = None) -> ResolvedConfig:
     config = read_deepspeed_config(CONFIG)
-    # Without a threshold of 0, ZeRO-3 keeps parameters as small as these whole on every rank.
+    # With a threshold above 0, ZeRO-3 keeps parameters as small as these whole on every rank.
     config = config.with_sections(
         zero_optimization={"stage": stage, "stage3_param_persistence_threshold": 0},
         bf16={"enabled": precision == "bf16"},
@@ -76,7 +76,7 @@ def config_for(stage: int, precision: str, optimizer: dict[str, Any] | None = No
 
 
 def collectives_of_micro_steps(stage: int, precision: str) -> list[int]:
-    """Of ``STEPS`` optimiser steps with ``ACCUMULATION`` micro-steps each, in order."""
+    """Count the collectives of each micro-step in ``STEPS`` optimiser steps of ``ACCUMULATION`` micro-steps."""
     engine = student_engine(Loss(), config_for(stage, precision))
     counts = []
     for _ in range(STEPS * ACCUMULATION):
@@ -88,7 +88,7 @@ def collectives_of_micro_steps(stage: int, precision: str) -> list[int]:
 
 
 def starts_untouched(optimizer: str) -> bool:
-    """Whether an optimiser in bf16 without ZeRO begins with the student's weights and no states."""
+    """Return whether an optimiser in bf16 without ZeRO starts with the student's weights and without states."""
     params = {"lr": 0.1, "weight_decay": 0.5} | ({"torch_adam": True} if optimizer == "AdamW" else {})
     torch.manual_seed(0)
     module = Loss()
@@ -118,7 +118,7 @@ def see_teacher(precision: str, corpus: Corpus) -> SeenTeacher:
     same = True
     equation = BatchEquation(process.world_size, 1, 1, process.world_size)
     batches = MicroBatches(corpus, equation, process.rank, seed=0)
-    # ZeRO-3 records the order of the layers in the first, and fetches ahead in the others.
+    # ZeRO-3 records the order of the layers in the first batch, and prefetches in the others.
     for batch in batches.loader(0, 3, num_workers=0):
         ours, theirs = replicated(batch), sharded(batch)
         same &= torch.equal(ours.logits, theirs.logits)
@@ -127,7 +127,7 @@ def see_teacher(precision: str, corpus: Corpus) -> SeenTeacher:
 
 
 def resident_elements(model: nn.Module) -> int:
-    """Elements of a model's weights that this rank holds now: whole ones, and its pieces of the others."""
+    """Return the weight elements that this rank holds now: whole weights, and its shards of the others."""
     whole = sum(parameter.data.numel() for parameter in model.parameters())
     return whole + sum(
         parameter.ds_tensor.numel() for parameter in model.parameters() if hasattr(parameter, "ds_tensor")

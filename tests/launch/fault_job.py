@@ -1,4 +1,4 @@
-"""``launch/train.py`` with a fault: FAULT_KIND on rank FAULT_RANK in the global batches FAULT_BATCHES (numbers)."""
+"""``launch/train.py`` with a fault: FAULT_KIND on rank FAULT_RANK in the global batches numbered FAULT_BATCHES."""
 
 import os
 import runpy
@@ -28,7 +28,7 @@ def noting_seed_dropout(seed: int, batch: int, micro_batch: int) -> None:
 
 def faulty_forward(model: Any, batch: Any, *asked: Any) -> Any:
     outputs = forward_packed(model, batch, *asked)
-    # The second micro-batch of each rank's, of two or more.
+    # The second micro-batch of the rank.
     if not (HERE and model.training and now["batch"] in BATCHES and now["micro_batch"] in (2, 3)):
         return outputs
     if KIND == "logits":

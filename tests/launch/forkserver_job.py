@@ -1,4 +1,4 @@
-"""``launch/train.py`` as a Python runs it that starts processes by "forkserver", the default from 3.14 on."""
+"""``launch/train.py`` with the process start method "forkserver", Python's default from 3.14 on."""
 
 import multiprocessing
 import runpy

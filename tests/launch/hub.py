@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub: makes repositories and takes commits, large files by git LFS, over HTTP."""
+"""A stand-in for the Hugging Face hub over HTTP: creates repositories and accepts commits, large files by git LFS."""
 
 import base64
 import json
@@ -12,7 +12,7 @@ TOKEN = "hf_stand_in"
 
 
 class Hub(ThreadingHTTPServer):
-    """What it has taken: ``files`` by (repository, path), ``large`` files by SHA-256."""
+    """The hub and its uploads: ``files`` by (repository, path), ``large`` files by SHA-256."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Requests)
@@ -74,7 +74,7 @@ class _Requests(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *arguments: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 def _mode(path: str) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""One small training, as every launch script is given it, and what a test sees of it from outside."""
+"""One small training for all launch scripts, and helpers to start and observe it."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import torch
 from launcher import CPU_CONFIG
 from safetensors.torch import load_file
 
-# Long enough for a kill after the first checkpoint to find it running: 4 seconds on 2 idle cores.
+# Long enough that a kill after the first checkpoint comes before the end: 4 seconds on 2 idle cores.
 STEPS, SAVE_STEPS, BATCH, MICRO_BATCH = 12, 2, 256, 16
 MEASURED = ("time", "tokens_per_s", "mfu")
 SECONDS = 1200  # a machine with other work may be ten times slower than an idle one
@@ -23,7 +23,7 @@ Job = subprocess.Popen[str]
 
 
 def training(teacher: Path, corpus: Path, output: Path) -> list[str]:
-    """Arguments for launch/train.py, on the CPU."""
+    """Return arguments for launch/train.py on the CPU."""
     options = {
         "--deepspeed_config": CPU_CONFIG,
         "--teacher": teacher,
@@ -38,13 +38,13 @@ def training(teacher: Path, corpus: Path, output: Path) -> list[str]:
 
 
 def cpu_environment(**more: object) -> dict[str, str]:
-    # One thread per rank everywhere: sums of another number of threads round differently.
+    # One thread per rank everywhere: another number of threads rounds sums differently.
     fixed = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return {**os.environ, **fixed, **{name: str(value) for name, value in more.items()}}
 
 
 def start(command: list[object], environment: dict[str, str], folder: Path) -> Job:
-    """Start a command in a process group of its own, as a shell does."""
+    """Start a command in its own process group, as a shell does."""
     return subprocess.Popen(
         [str(part) for part in command],
         stdout=subprocess.PIPE,
@@ -58,7 +58,7 @@ def start(command: list[object], environment: dict[str, str], folder: Path) -> J
 
 
 def finish(job: Job) -> tuple[int, str, str]:
-    """Wait for the end; exit status, standard output, standard error."""
+    """Wait for the end; return exit status, standard output and standard error."""
     try:
         output, errors = job.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
@@ -68,7 +68,7 @@ def finish(job: Job) -> tuple[int, str, str]:
 
 
 def kill(job: Job) -> None:
-    """SIGKILL to the command and all that it started here."""
+    """Send SIGKILL to the command and all its processes on this machine."""
     os.killpg(job.pid, signal.SIGKILL)
     job.communicate()
 
@@ -78,7 +78,7 @@ def wait_until(condition: Callable[[], bool], job: Job | None = None, seconds: f
     while not condition():
         if job is not None and job.poll() is not None:
             raise AssertionError(f"ended with {job.returncode} too early: {job.communicate()[1][-3000:]}")
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, f"no success within {seconds} seconds"
         time.sleep(0.05)
 
 
@@ -87,7 +87,7 @@ def wait_for_checkpoint(run: Path, job: Job) -> None:
 
 
 def processes_naming(text: object) -> Iterator[Path]:
-    """The /proc folders of the processes in whose command lines the text stands."""
+    """Yield the /proc folders of the processes with the text in their command lines."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             command = (folder / "cmdline").read_bytes()
@@ -105,14 +105,14 @@ def works_in(process: Path, folder: Path) -> bool:
 
 
 def assert_same_end(run: Path, reference: Path) -> None:
-    """The same losses step by step, and the same weights, bit for bit."""
+    """Check that losses at every step and weights are bitwise equal."""
     assert _curve(run) == _curve(reference)
     ours, theirs = (load_file(folder / "student" / "model.safetensors") for folder in (run, reference))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def chosen(request: pytest.FixtureRequest, test: str, *names: str) -> set[tuple[Any, ...]]:
-    """The values of these parameters in the cases of a test that will run: what a fixture has to train for."""
+    """Return the values of these parameters in a test's selected cases, so that a fixture trains only for those."""
     return {
         tuple(item.callspec.params[name] for name in names)
         for item in request.session.items

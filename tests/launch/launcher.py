@@ -1,4 +1,4 @@
-"""Starting the project's commands as a person does: the real ``deepspeed`` launcher, real processes."""
+"""Start the project's commands as a user does: with the real ``deepspeed`` launcher and real processes."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 DEEPSPEED = Path(sys.executable).with_name("deepspeed")
 CPU_CONFIG = ROOT / "ds_configs" / "cpu.json"
-SECONDS = 1200  # a machine with other work may be ten times slower than an idle one
+SECONDS = 1200  # a busy machine may be ten times slower than an idle one
 
 
 def deepspeed(
@@ -44,7 +44,7 @@ def error_lines(result: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 def write_config(path: Path, changes: Mapping[str, Any], remove: tuple[str, ...] = ()) -> Path:
-    """``ds_configs/cpu.json`` with top-level keys replaced or removed."""
+    """Write ``ds_configs/cpu.json`` with top-level keys replaced or removed."""
     config = {**json.loads(CPU_CONFIG.read_text()), **changes}
     for key in remove:
         config.pop(key)
@@ -53,7 +53,7 @@ def write_config(path: Path, changes: Mapping[str, Any], remove: tuple[str, ...]
 
 
 def environment(device: str = "cpu") -> dict[str, str]:
-    """What the commands run in: one kind of device, and no network."""
+    """Return the environment of the commands: one kind of device, no network."""
     return {**os.environ, "DS_ACCELERATOR": device, "HF_HUB_OFFLINE": "1"}
 
 

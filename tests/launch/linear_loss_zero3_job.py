@@ -2,8 +2,8 @@
 
     deepspeed linear_loss_zero3_job.py FOLDER STAGE...
 
-The vocabulary projection's weight is the embeddings', and no module's forward ever uses it as such: the loss
-does, inside the forward of the module that DeepSpeed wraps.
+The vocabulary projection shares the embeddings' weight, and its own forward is never called: the loss reads the weight,
+inside the forward of the module that DeepSpeed wraps.
 """
 
 import sys
@@ -32,7 +32,7 @@ class Batch(NamedTuple):
 
 
 def global_batch() -> tuple[Batch, Tensor]:
-    """All rows of a step, and the teacher's vocabulary projection."""
+    """Return all rows of a step, and the teacher's vocabulary projection."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(VOCAB_SIZE, (ROWS, LENGTH), generator=generator)
     labels = tokens.where(torch.rand(ROWS, LENGTH, generator=generator) < 0.15, -100)
@@ -58,7 +58,7 @@ def make_student() -> DistilBertForMaskedLM:
 
 
 class Distillation(nn.Module):
-    """Student and loss; the means are over the global batch, of which every rank has the same share."""
+    """Student and loss; the means are over the global batch, and every rank has an equal share of it."""
 
     def __init__(self, student: DistilBertForMaskedLM, ranks: int) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def train(stage: int, output: Path) -> None:
             "optimizer": {"type": "SGD", "params": {"lr": LEARNING_RATE}},
             "zero_allow_untested_optimizer": True,
             "gradient_clipping": 0.0,
-            # Without a threshold of 0 parameters as small as these stay whole on every rank.
+            # With a threshold above 0, parameters as small as these stay whole on every rank.
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         }
     )

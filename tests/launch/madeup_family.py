@@ -1,6 +1,6 @@
-"""A family for tests: BERT whose positions start at 2, and a student that is the same with fewer layers.
+"""A family for tests: BERT whose positions start at 2; the student is the same model with fewer layers.
 
-python madeup_family.py SCRIPT ARGUMENTS      runs launch/SCRIPT where the family is known
+python madeup_family.py SCRIPT ARGUMENTS      runs launch/SCRIPT with the family registered
 """
 
 import copy

@@ -1,6 +1,6 @@
 """A job for the launcher: train once for each set of arguments in a JSON file, one after the other.
 
-Starting Python and joining the ranks costs more than two steps of a small model; the training is the real one.
+Starting Python and joining the ranks takes longer than two steps of a small model. The training itself is unchanged.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""``launch/train.py`` with a fourth loss, which has parameters of its own: a class, and its place in the registry."""
+"""``launch/train.py`` with a fourth loss, which has its own parameters: a class and an entry in the registry."""
 
 import runpy
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Two jobs at once in one new folder: both pass their first checks; the second has the folder after the first is done.
+"""Two jobs at once in one new folder: both pass their first checks, and the second locks the folder after the first.
 
 python race_job.py RUNS.json      the arguments of both (many_runs_job.py)
 """

@@ -1,4 +1,4 @@
-"""How a command refuses bad input: status 2, one line on standard error, nothing created or changed."""
+"""Check how a command refuses bad input: status 2, one line on standard error, nothing created or changed."""
 
 import runpy
 import sys
@@ -15,10 +15,10 @@ def refusal(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> str:
-    """Run ``launch/SCRIPT`` in this process (importing DeepSpeed anew takes seconds) and return its line.
+    """Run ``launch/SCRIPT`` in this process (importing DeepSpeed again takes seconds) and return its line.
 
     Args:
-        folder: everything the command may read or write; it must be after it as it was before.
+        folder: everything the command may read or write; it must be unchanged afterwards.
     """
     monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
     before = snapshot(folder)
@@ -34,7 +34,7 @@ def refusal(
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """Everything below a folder with mode, size and modification time; of folders the mode alone."""
+    """Return mode, size and modification time of every file below a folder; only the mode of folders."""
     found = {}
     for path in sorted(folder.rglob("*")):
         about = path.lstat()

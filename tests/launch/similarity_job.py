@@ -1,4 +1,4 @@
-"""``launch/evaluate.py`` with a task of one's own, a regression: a class, and its place in the registry."""
+"""``launch/evaluate.py`` with a user's own task, a regression: a class and an entry in the registry."""
 
 import runpy
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from distilspeed.trainer.models.loading import Head
 
 @dataclass(frozen=True)
 class Similarity(Task):
-    """How alike two sentences are: a folder with train.tsv and dev.tsv, lines of a number and the two."""
+    """The similarity of two sentences: a folder with train.tsv and dev.tsv, lines of a number and two sentences."""
 
     metrics = ("pearson", "within_one")
     fine_tuning = FineTuning(epochs=2, learning_rate=3e-5, batch_size=16, max_length=64)

@@ -1,8 +1,8 @@
-"""A job that counts how often training steps wait for the device to hand a value over: on a GPU CUDA says it.
+"""A job that counts how often training steps wait for a value from the device; on a GPU CUDA reports the waits.
 
 python step_job.py CONFIG TEACHER CORPUS OUTPUT      prints {"1": [waits], "4": [waits]}, by accumulation steps
 
-The last wait of each is one that this job adds, which has to be counted, too.
+This job adds one wait at the end of each list, to prove that waits are counted.
 """
 
 import json
@@ -24,7 +24,7 @@ from distilspeed.trainer.training.arguments import TrainArguments
 from distilspeed.trainer.training.run import prepare_run, settle_attention
 from distilspeed.trainer.training.step import TrainingStep
 
-# Operators whose result, or its shape, the host has to read before it can go on.
+# Operators whose result, or its shape, the host must read before it can continue.
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
 ON_CPUS_ONLY = ("distillation_loss_chunked.py", "cosine_loss_chunked.py", "distillation_loss_ops.py")
 MICRO_BATCH = 4
@@ -40,7 +40,7 @@ class Waits(TorchDispatchMode):
         name = func.__name__.partition(".")[0]
         if any(name.startswith(waiting) for waiting in WAITING):
             stack = traceback.extract_stack()
-            # The losses, in their form for CPUs, read values where the kernels that GPUs run do not.
+            # The losses for CPUs read values; the kernels for GPUs do not.
             if not any(Path(frame.filename).name in ON_CPUS_ONLY for frame in stack):
                 caller = next(frame for frame in reversed(stack[:-1]) if "torch/" not in frame.filename)
                 self.names.append(f"{name} in {Path(caller.filename).name}:{caller.lineno}")
@@ -90,7 +90,7 @@ def waits_of_a_step(accumulation: int, arguments: list[str]) -> list[str]:
     micro_batches = on_device(
         iter([batches[i] for i in range((WARM_UP_STEPS + 1) * accumulation)]), run.process.device
     )
-    for index in range(WARM_UP_STEPS):  # states and buffers are made, and DeepSpeed's timers start
+    for index in range(WARM_UP_STEPS):  # allocates states and buffers, and starts DeepSpeed's timers
         step.take(index, micro_batches)
     counted = waits_for_the_gpu() if run.process.device.type == "cuda" else waits_of_operators()
     with counted as names:

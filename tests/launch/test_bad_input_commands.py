@@ -1,7 +1,7 @@
-"""Bad input to every command but launch/train.py: status 2, one line that names it, nothing created or changed.
+"""Bad input to every command except launch/train.py: status 2, one line that names it, nothing created or changed.
 
-Each case is a command line, given in the folder of malformed files that bad_inputs.py writes, the code of the error
-that it gets, and what the error's line must name.
+A case is a command line, the code of its error, and the names that the error's line must contain. The commands run in
+the folder of malformed files that bad_inputs.py writes.
 """
 
 import fcntl
@@ -237,7 +237,7 @@ EVALUATE_OPTIONS = [
         (f"--{role} other_vocabulary", "tokenizer-mismatch", f"{role} other_vocabulary")
         for role in ("teacher", "student", "baseline")
     ),
-    ("--teacher said_untied", "damaged-model", "said_untied", "cls.predictions.decoder.bias"),
+    ("--teacher config_untied", "damaged-model", "config_untied", "cls.predictions.decoder.bias"),
     ("--teacher decoder", "unsupported-model", "decoder", "is_decoder"),
     (
         "--baseline head_dropout --task tasks/good",
@@ -427,11 +427,11 @@ def inputs(
 
 @pytest.fixture(autouse=True)
 def _as_a_command(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """In the folder, without network; signal handlers as they were."""
+    """Run in the folder, without network; restore the signal handlers."""
     monkeypatch.chdir(inputs)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    # Called, these fail: what is refused is refused before anything is measured.
+    # These fail when called: bad input must be refused before anything is measured.
     monkeypatch.setattr("distilspeed.trainer.evaluation.comparison._measure", None)
     monkeypatch.setattr("distilspeed.trainer.throughput.measurement.compare", None)
     monkeypatch.setattr("distilspeed.kernels.profiling.profile.profile_kernels", None)
@@ -459,7 +459,7 @@ def test_a_command_refuses(
 
 @pytest.fixture
 def interrupted(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder of a build of half/corpus that Ctrl-C ended after its first rows; goes after the test."""
+    """The folder of a build of half/corpus that Ctrl-C ended after its first rows; removed after the test."""
     with monkeypatch.context() as patch:
         patch.setattr("distilspeed.trainer.corpus.pool.BATCH_CHARACTERS", 20_000)
         patch.setattr("distilspeed.trainer.corpus.unfinished.SECONDS_BETWEEN_RECORDS", 0.0)
@@ -506,7 +506,7 @@ def interrupted(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
         ("locked", "--resume", "locked", "half/corpus"),
     ],
 )
-def test_prepare_data_refuses_to_go_on(
+def test_prepare_data_refuses_to_continue(
     damage: str,
     arguments: str,
     code: str,
@@ -530,13 +530,13 @@ def test_prepare_data_refuses_to_go_on(
 
 # --- the shell scripts ----------------------------------------------------------------------------------
 
-# In a checkout without .venv, so that a script that refuses nothing installs nothing.
+# In a checkout without .venv, so that a script that accepts the input by mistake installs nothing.
 SCRIPTS = [
     ("quickstart.sh --nonsense", "unknown argument --nonsense;"),
     ("quickstart.sh $'two\\nlines'", "unknown argument two lines;"),
     ("quickstart.sh --output_dir", "--output_dir needs a value;"),
     ("quickstart.sh --teacher somebody/bert", "--teacher needs text;"),
-    ("quickstart.sh --dataset somebody/text", "--dataset and --text go with --teacher;"),
+    ("quickstart.sh --dataset somebody/text", "--dataset and --text need a --teacher;"),
     ("quickstart.sh --output_dir ../good.txt", "cannot make the folder ../good.txt;"),
     ("quickstart.sh --output_dir ../good.txt/run", "cannot make the folder ../good.txt/run;"),
     ("quickstart.sh --output_dir ../loop", "cannot make the folder ../loop;"),
@@ -571,8 +571,8 @@ SCRIPTS = [
     ("multi_node.sh --hostfile ../hosts_option --plan", "has the line '-oProxyCommand=touch"),
     ("multi_node.sh --hostfile ../hosts_quote --plan", "has the line 'ho\"st slots=1';"),
     ("multi_node.sh --hostfile ../hosts_binary --plan", "has the line "),
-    ("slurm.sbatch --plan", "this is no Slurm job;"),
-    ("SLURM_JOB_ID=7 slurm.sbatch --plan", "this is no Slurm job;"),
+    ("slurm.sbatch --plan", "this is not a Slurm job;"),
+    ("SLURM_JOB_ID=7 slurm.sbatch --plan", "this is not a Slurm job;"),
     (
         "SLURM_JOB_ID=7 SLURM_SUBMIT_DIR=/nowhere PATH=../bin:$PATH slurm.sbatch --plan",
         "/nowhere has no launch/job.sh;",
@@ -585,8 +585,8 @@ SCRIPTS = [
 ]
 
 
-@pytest.mark.parametrize(("command", "said"), SCRIPTS)
-def test_a_script_refuses(command: str, said: str, inputs: Path) -> None:
+@pytest.mark.parametrize(("command", "shown"), SCRIPTS)
+def test_a_script_refuses(command: str, shown: str, inputs: Path) -> None:
     command = re.sub(r"(\w+\.(sh|sbatch))", r"bash launch/\1", command, count=1)
     hidden = ("SLURM_", "MASTER_", "NUM_GPUS", "CUDA_VISIBLE_DEVICES")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
@@ -602,6 +602,6 @@ def test_a_script_refuses(command: str, said: str, inputs: Path) -> None:
     )
     lines = done.stderr.decode(errors="replace").splitlines()
     assert (done.returncode, done.stdout, len(lines)) == (2, b"", 1), (done.returncode, done.stdout, lines)
-    assert said in lines[0]
+    assert shown in lines[0]
     assert lines[0].startswith("error: ")
     assert snapshot(inputs) == before

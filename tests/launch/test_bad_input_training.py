@@ -1,4 +1,4 @@
-"""What launch/train.py refuses: every case ends with status 2 and one line, and leaves the folder as it was."""
+"""Bad input to launch/train.py: every case ends with status 2 and one line, and leaves the folder unchanged."""
 
 import json
 import os
@@ -27,14 +27,14 @@ Damage = Callable[[Path], None]
 
 @dataclass(frozen=True)
 class Inputs:
-    """A folder to work in, and a teacher and a corpus outside it that go together."""
+    """A work folder, and a matching teacher and corpus outside it."""
 
     folder: Path
     teacher: Path
     corpus: Path
 
     def command(self, *more: object, **changed: object) -> list[object]:
-        """A command line that would train, but for ``changed`` options and what follows them."""
+        """Return a valid command line with ``changed`` options and ``more`` arguments."""
         options = {
             "deepspeed_config": CPU_CONFIG,
             "teacher": self.teacher,
@@ -53,7 +53,7 @@ def inputs(tmp_path: Path, tiny_teacher_dir: Path, small_corpus_dir: Path) -> In
 def refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Callable[[list[object]], str]:
-    """Run the command and return its one line; it must come before any training."""
+    """Return a function that runs the command and returns its one line, which must come before any training."""
     monkeypatch.setattr(
         "distilspeed.trainer.training.loop.train", lambda run: pytest.fail("the training started")
     )
@@ -210,7 +210,7 @@ def test_a_config_file(inputs: Inputs, refused: Refused, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["absent.json", ".", "file/config.json", "loop"])
-def test_a_config_that_cannot_be_read(inputs: Inputs, refused: Refused, name: str) -> None:
+def test_an_unreadable_config(inputs: Inputs, refused: Refused, name: str) -> None:
     (inputs.folder / "file").touch()
     (inputs.folder / "loop").symlink_to("loop")
     path = inputs.folder / name
@@ -231,7 +231,7 @@ def zero(**values: object) -> dict[str, Any]:
 
 NVME = {"device": "nvme", "nvme_path": "/nowhere/nvme"}
 CONFIG_VALUES: dict[str, tuple[dict[str, Any], str, *tuple[str, ...]]] = {
-    # keys that nothing reads
+    # unknown keys
     "an unknown key": ({"nonsense": 1}, "unknown-config-key", '"nonsense"'),
     "a misspelt key": (
         {"gradient_cliping": 1.0},
@@ -325,11 +325,11 @@ CONFIG_VALUES: dict[str, tuple[dict[str, Any], str, *tuple[str, ...]]] = {
         "unknown-config-key",
         '"scheduler.warmup"',
     ),
-    # what DeepSpeed has no more
+    # features that DeepSpeed no longer has
     "amp": ({"amp": {"enabled": True}}, "bad-config", '"amp"'),
     "amp switched off": ({"amp": {"enabled": False}}, "bad-config", '"amp"'),
     "elastic training": ({"elasticity": {"enabled": True}}, "bad-config", '"elasticity"'),
-    # types of optimiser and schedule
+    # optimisers and schedules
     "a misspelt optimiser": (
         {"optimizer": {"type": "AdmaW"}},
         "unsupported-optimizer",
@@ -361,7 +361,7 @@ CONFIG_VALUES: dict[str, tuple[dict[str, Any], str, *tuple[str, ...]]] = {
         '"WarmupDecayLR"',
     ),
     "a schedule without a type": ({"scheduler": {"params": {}}}, "bad-config", '"type"'),
-    "a schedule that lacks a parameter": (
+    "a schedule without a parameter": (
         {"scheduler": {"type": "WarmupDecayLR"}},
         "bad-config",
         '"scheduler.params"',
@@ -533,7 +533,7 @@ def test_a_value_of_a_config(inputs: Inputs, refused: Refused, name: str) -> Non
 
 
 def without_package(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let importing a package fail, as where it is not installed."""
+    """Make the import of a package fail, as if it were not installed."""
     monkeypatch.setitem(sys.modules, name, None)
 
 
@@ -554,7 +554,7 @@ def test_a_monitor_without_its_package(
     line = refused(inputs.command(deepspeed_config=path))
     assert_names(line, "missing-package", f'"{monitor}"', named)
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)  # DeepSpeed makes monitors on rank 0 alone
+        monkeypatch.setenv(name, value)  # DeepSpeed makes monitors only on rank 0
     with pytest.raises(pytest.fail.Exception, match="the training started"):
         refused(inputs.command(deepspeed_config=path))
 
@@ -582,7 +582,7 @@ def test_fp16_on_a_device_without_it(
     assert_names(refused(inputs.command(deepspeed_config=path)), "unsupported-precision", "fp16", '"bf16"')
 
 
-def test_a_learning_rate_that_the_config_contradicts(inputs: Inputs, refused: Refused) -> None:
+def test_a_learning_rate_that_contradicts_the_config(inputs: Inputs, refused: Refused) -> None:
     path = inputs.folder / "config.json"
     path.write_text(json.dumps(adam(lr=1e-3)))
     line = refused(inputs.command("--learning_rate", "1e-4", deepspeed_config=path))
@@ -595,7 +595,7 @@ def test_a_learning_rate_that_the_config_contradicts(inputs: Inputs, refused: Re
 
 
 def flip(name: str) -> Damage:
-    """Change one bit in the middle of a file."""
+    """Return a function that changes one bit in the middle of a file."""
 
     def damage(folder: Path) -> None:
         content = bytearray((folder / name).read_bytes())
@@ -621,7 +621,7 @@ def with_text(name: str, text: str) -> Damage:
 
 
 def with_values(name: str, **values: object) -> Damage:
-    """Replace values at the top of a JSON file."""
+    """Return a function that replaces top-level values of a JSON file."""
 
     def damage(folder: Path) -> None:
         (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
@@ -630,7 +630,7 @@ def with_values(name: str, **values: object) -> Damage:
 
 
 def vouch(folder: Path) -> None:
-    """Make the manifest agree with the files as they are now."""
+    """Update the manifest to the present files."""
     manifest = json.loads((folder / "manifest.json").read_text())
     for record in manifest["files"]:
         content = (folder / record["path"]).read_bytes()
@@ -639,7 +639,7 @@ def vouch(folder: Path) -> None:
 
 
 def with_train_rows(change: Callable[[datasets.Dataset], datasets.Dataset]) -> Damage:
-    """Replace the training rows; the manifest vouches for the new ones."""
+    """Return a function that replaces the training rows and updates the manifest."""
 
     def damage(folder: Path) -> None:
         changed = change(datasets.load_from_disk(str(folder / "train"), keep_in_memory=True))
@@ -790,7 +790,7 @@ def test_a_corpus(inputs: Inputs, refused: Refused, name: str) -> None:
         ("empty", "not-a-corpus"),
     ],
 )
-def test_a_path_that_is_no_corpus(inputs: Inputs, refused: Refused, path: str, code: str) -> None:
+def test_a_path_that_is_not_a_corpus(inputs: Inputs, refused: Refused, path: str, code: str) -> None:
     (inputs.folder / "file").touch()
     (inputs.folder / "empty").mkdir()
     (inputs.folder / "loop").symlink_to("loop")
@@ -839,7 +839,7 @@ def with_another_token(folder: Path) -> None:
 
 
 def vocabulary_alone(folder: Path) -> None:
-    """Another tokenizer of the same size, in vocab.txt alone."""
+    """Replace the tokenizer by another one of the same size, only in vocab.txt."""
     vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
     pieces = sorted(vocabulary, key=vocabulary.__getitem__)
     pieces[-2:] = reversed(pieces[-2:])
@@ -945,7 +945,7 @@ TEACHERS: dict[str, tuple[Damage, str, *tuple[str, ...]]] = {
     "a tokenizer with a token more": (with_another_token, "tokenizer-mismatch", "--tokenizer"),
     "another tokenizer in vocab.txt alone": (vocabulary_alone, "tokenizer-mismatch", "--tokenizer"),
     "a tokenizer without its vocabulary": (without("tokenizer.json"), "unusable-tokenizer", "tokenizer.json"),
-    "tied weights that are said to be untied": (
+    "tied weights, untied in the config": (
         with_values("config.json", tie_word_embeddings=False),
         "damaged-model",
         "cls.predictions.decoder.bias",
@@ -977,7 +977,7 @@ def test_a_students_config(inputs: Inputs, refused: Refused, name: str) -> None:
 
 @pytest.mark.parametrize("path", ["absent", "file", "loop", "empty"])
 @pytest.mark.parametrize("role", ["teacher", "student_config"])
-def test_a_path_that_is_no_model(inputs: Inputs, refused: Refused, role: str, path: str) -> None:
+def test_a_path_that_is_not_a_model(inputs: Inputs, refused: Refused, role: str, path: str) -> None:
     (inputs.folder / "file").touch()
     (inputs.folder / "empty").mkdir()
     (inputs.folder / "loop").symlink_to("loop")
@@ -1000,7 +1000,7 @@ def test_a_path_that_is_no_model(inputs: Inputs, refused: Refused, role: str, pa
         ("dangling", "unwritable-output"),
     ],
 )
-def test_an_output_folder_that_is_taken(inputs: Inputs, refused: Refused, path: str, code: str) -> None:
+def test_an_occupied_output_folder(inputs: Inputs, refused: Refused, path: str, code: str) -> None:
     (inputs.folder / "file").touch()
     (inputs.folder / "loop").symlink_to("loop")
     (inputs.folder / "dangling").symlink_to("nowhere")
@@ -1012,15 +1012,15 @@ def test_an_output_folder_that_is_taken(inputs: Inputs, refused: Refused, path: 
 
 @pytest.mark.parametrize("role", ["teacher", "data_dir"])
 @pytest.mark.parametrize("below", [".", "run"])
-def test_an_output_folder_among_the_inputs(inputs: Inputs, refused: Refused, role: str, below: str) -> None:
+def test_an_output_folder_inside_an_input(inputs: Inputs, refused: Refused, role: str, below: str) -> None:
     folder = inputs.folder / role
     shutil.copytree(inputs.teacher if role == "teacher" else inputs.corpus, folder)
     line = refused(inputs.command("--resume", **{role: folder, "output_dir": folder / below}))
     assert_names(line, "output-inside-input", f"--{role}", str(folder))
 
 
-def test_an_output_folder_that_cannot_be_written(
+def test_an_unwritable_output_folder(
     inputs: Inputs, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: path != inputs.folder)  # root may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: path != inputs.folder)  # root may write anywhere
     assert_names(refused(inputs.command()), "unwritable-output", str(inputs.folder))

@@ -1,4 +1,4 @@
-"""launch/benchmark.py: both contestants run, in processes of their own, and what comes out."""
+"""launch/benchmark.py: both contestants run in separate processes; its output and errors."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_it_compares_measures_and_stores(
     assert_names(line, "output-exists", str(output))
 
 
-def test_a_contestant_that_cannot_start_ends_it_with_one_line(tmp_path: Path, small_corpus_dir: Path) -> None:
+def test_a_contestant_that_cannot_start_gives_one_line(tmp_path: Path, small_corpus_dir: Path) -> None:
     result = python(BENCHMARK, *arguments(tmp_path / "none", small_corpus_dir))
     assert result.returncode == 2
     (line,) = error_lines(result)

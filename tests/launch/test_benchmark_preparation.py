@@ -66,31 +66,31 @@ def test_both_prepare_all_of_the_text(
     ]
     [original], [ours] = comparison["original"], comparison["ours"]
     assert original["tokens"] == sum(lengths)
-    # Ours cuts to rows of 512, each piece with two special tokens, and drops those of up to eleven.
+    # Ours cuts to rows of 512, adds two special tokens to each piece, and drops pieces of up to eleven tokens.
     pieces = [min(510, length - 2 - start) + 2 for length in lengths for start in range(0, length - 2, 510)]
     assert ours["tokens"] == sum(piece for piece in pieces if piece > 11)
     assert comparison["ratio"] == pytest.approx(original["seconds"] / ours["seconds"])
     assert f"{original['tokens']:,}" in done.stdout
 
 
-def test_ratios_are_of_rounds_side_by_side(benchmark: ModuleType) -> None:
+def test_ratios_compare_the_same_round(benchmark: ModuleType) -> None:
     def rounds(*seconds: float, of_counting: float) -> list[object]:
         return [benchmark.Round(one, of_counting, 1, 1, "") for one in seconds]
 
-    # The second round was disturbed, for both alike.
+    # The second round was slow for both.
     compared = benchmark.Rounds(1, rounds(12, 60, 12, of_counting=2), rounds(2, 10, 4, of_counting=0))
     assert compared.ratio() == 6
     assert compared.ratio_without_counting() == 5
 
 
-def test_memory_is_that_of_all_processes_of_a_command(benchmark: ModuleType) -> None:
+def test_memory_includes_all_processes_of_a_command(benchmark: ModuleType) -> None:
     grandchild = "held = bytearray(b'x') * (200 << 20); import time; time.sleep(60)"
     child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"
     process = subprocess.Popen([sys.executable, "-c", child], start_new_session=True)
     deadline = time.monotonic() + PATIENCE
     try:
         while benchmark._memory_of_tree(process.pid) < 200 << 20:
-            assert time.monotonic() < deadline, "waited in vain"
+            assert time.monotonic() < deadline, "the processes did not start"
             time.sleep(0.05)
         assert benchmark._memory_of_tree(process.pid) < 260 << 20
     finally:
@@ -98,7 +98,7 @@ def test_memory_is_that_of_all_processes_of_a_command(benchmark: ModuleType) -> 
         process.wait()
 
 
-def test_a_text_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_text_is_refused(tmp_path: Path) -> None:
     done = run("--text", tmp_path / "nowhere.txt", "--tokenizer", "any")
     assert done.returncode == 2
     [line] = done.stderr.splitlines()

@@ -1,7 +1,7 @@
-"""kill -9 at random moments of a run, and --resume: the end is that of a run that nobody killed.
+"""kill -9 at random moments of a run, then --resume: the result equals that of an uninterrupted run.
 
-The moments follow from a seed. Two runs with a few kills are in every test run, the campaign is marked ``chaos``; with
-DISTILSPEED_CHAOS_REPORT=FILE what each kill did is added to FILE, a line of JSON a kill.
+The moments are derived from a seed. Two runs with a few kills are part of every test run; the campaign is marked
+``chaos``. With DISTILSPEED_CHAOS_REPORT=FILE every kill appends a line of JSON to FILE.
 """
 
 import hashlib
@@ -31,13 +31,13 @@ RUNS_OF_CAMPAIGN = 8
 
 @dataclass(frozen=True)
 class Kill:
-    """What was killed, when, and what came of it."""
+    """A kill: its victim, its moment and its outcome."""
 
     victim: str
     moment: str
-    step: int  # that had been reported
-    status: int  # of the deepspeed command
-    seconds: float  # until nothing was left of the job
+    step: int  # the last reported step
+    status: int  # exit status of the deepspeed command
+    seconds: float  # until no process of the job was left
 
 
 def last_step(run: Path) -> int:
@@ -48,7 +48,7 @@ def last_step(run: Path) -> int:
 
 
 def wait_for_moment(moment: str, run: Path, job: Job, chance: random.Random) -> None:
-    """Wait for it, or for the job's end."""
+    """Wait for the moment, or for the job's end."""
     if moment == "startup":
         wait_until(lambda: "rank 1" in processes_of(run), job)
         time.sleep(chance.uniform(0, 8))
@@ -66,7 +66,7 @@ def wait_for_moment(moment: str, run: Path, job: Job, chance: random.Random) -> 
 
 
 def kill_once(training: Training, moment: str, chance: random.Random) -> Kill | None:
-    """Start or go on with the training and kill; None where it has ended before."""
+    """Start or resume the training and kill it; None if it ended before the kill."""
     run, job = training.run, training.start("--logging_steps", 1, "--ddp_timeout", SECONDS_TO_END)
     victim = chance.choice(VICTIMS)
     wait_for_moment(moment, run, job, chance)
@@ -82,7 +82,7 @@ def kill_once(training: Training, moment: str, chance: random.Random) -> Kill | 
     wait_until(lambda: not processes_of(run), seconds=SECONDS_TO_END)
     seconds = time.monotonic() - began
     status, _, errors = finish(job)
-    # `deepspeed` says 0 where its launcher was killed: it passes statuses above 0 on, and that one is -9.
+    # `deepspeed` returns 0 if its launcher was killed: it returns only statuses above 0, and that one is -9.
     assert status != 0 or victim == "launcher" or (run / "student").exists(), errors[-3000:]
     return Kill(victim, moment, step, status, round(seconds, 2))
 
@@ -95,7 +95,7 @@ def report(kills: list[Kill]) -> None:
 
 @pytest.fixture
 def bystander(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process of somebody else's, whose command looks like ours."""
+    """Another user's process with a command line similar to ours."""
     program = "import time; time.sleep(3600)"
     process = subprocess.Popen(
         [sys.executable, "-c", program, "deepspeed.launcher.launch", "launch/train.py"]
@@ -145,7 +145,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def kill_and_prepare(seed: int, kills: int, text: Path, tokenizer: Path, folder: Path) -> None:
-    """Kill the preparation of a corpus, or one of its workers, and go on until it is whole."""
+    """Kill the preparation of a corpus, or one of its workers, and resume until the corpus is complete."""
     chance = random.Random(f"{SEED} {seed} preparation")
     long_text = folder / "long.txt"
     long_text.write_text(text.read_text(encoding="utf-8") * 5, encoding="utf-8")
@@ -161,7 +161,7 @@ def kill_and_prepare(seed: int, kills: int, text: Path, tokenizer: Path, folder:
     assert status == 0, errors
     done: list[Kill] = []
     while len(done) < kills:
-        shutil.rmtree(folder / "killed", ignore_errors=True)  # of a build that was faster than its kill
+        shutil.rmtree(folder / "killed", ignore_errors=True)  # from a build that ended before its kill
         victim = chance.choice(("everything", "main process", "worker"))
         job = start(command(folder / "killed"), cpu_environment(), folder)
         time.sleep(chance.uniform(0.1, 0.8) * whole_took)
@@ -176,10 +176,10 @@ def kill_and_prepare(seed: int, kills: int, text: Path, tokenizer: Path, folder:
         else:
             (family[-1] if victim == "worker" else main).kill()
         status = finish(job)[0]
-        # Zombies that wait for init are no processes any more.
+        # Zombies that wait for init do not count.
         wait_until(lambda family=family: not any(map(is_alive, family)), seconds=SECONDS_TO_END)
         done.append(Kill(victim, "preparation", 0, status, round(time.monotonic() - began, 2)))
-        assert status != 0 or (folder / "killed").exists()  # of a worker that had nothing to do any more
+        assert status != 0 or (folder / "killed").exists()  # 0 if the killed worker had no work left
     if not (folder / "killed").exists():
         assert finish(start(command(folder / "killed"), cpu_environment(), folder))[0] == 0
     assert contents(folder / "killed") == contents(folder / "whole")

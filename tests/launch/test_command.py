@@ -1,4 +1,4 @@
-"""The command ``distilspeed``: it finds its scripts, starts DeepSpeed's launcher, and says what is missing."""
+"""The command ``distilspeed``: it finds its scripts, starts DeepSpeed's launcher, and names missing packages."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ from distilspeed.launch.command import COMMANDS, LAUNCHER_OPTIONS, LAUNCHER_SWIT
 from distilspeed.launch.train import build_parser
 
 DISTILSPEED = [sys.executable, "-m", "distilspeed.launch.command"]
-# Runs the command as where the packages of the first argument are not installed; says whether torch was imported.
+# Runs the command as if the packages of the first argument were not installed; prints whether torch was imported.
 WITHOUT = """
 import sys
 sys.modules |= dict.fromkeys(sys.argv.pop(1).split(","))
@@ -32,7 +32,7 @@ try:
 finally:
     print("torch" if "torch" in sys.modules else "no torch")
 """
-# The extra [train], but for what torch's profiler and compiler take where it is there: packaging and tqdm.
+# The extra [train], except packaging and tqdm, which torch's profiler and compiler use if installed.
 OF_THE_TRAINER = [
     *("deepspeed", "transformers", "datasets", "huggingface_hub", "psutil", "pydantic", "tokenizers"),
     *("safetensors", "numpy", "pyarrow", "matplotlib"),
@@ -54,7 +54,7 @@ def run(command: list[object], folder: Path) -> subprocess.CompletedProcess[str]
     )
 
 
-def test_version_and_help_take_no_torch(tmp_path: Path) -> None:
+def test_version_and_help_do_not_import_torch(tmp_path: Path) -> None:
     version = without(OF_THE_TRAINER, "--version", folder=tmp_path)
     assert (version.returncode, version.stdout) == (0, f"distilspeed {distilspeed.__version__}\nno torch\n")
     printed = without(OF_THE_TRAINER, "--help", folder=tmp_path)
@@ -82,7 +82,7 @@ def test_an_unknown_command_is_one_line(arguments: list[str], code: str) -> None
 def test_a_wrong_option_is_one_line_that_names_the_command(command: str, tmp_path: Path) -> None:
     result = distilspeed_command(command, "--output_dir", "~/x", "--wrong", folder=tmp_path)
     assert result.returncode == 2
-    (line,) = result.stderr.splitlines()  # train has started no launcher, which would say more
+    (line,) = result.stderr.splitlines()  # train has not started the launcher, which would print more
     assert line.startswith("error: ")
     code = "bad-argument" if command in ("prepare", "profile") else "missing-argument"  # others need more
     assert_names(line, code, f"distilspeed {command} --help")
@@ -125,7 +125,7 @@ FOLDERS = ["--teacher", "teacher", "--data_dir", "corpus", "--deepspeed_config",
     ],
     ids=["train", "plan", "prepare", "evaluate", "benchmark", "profile"],
 )
-def test_without_the_trainers_packages_one_line_says_what_to_install(
+def test_without_the_trainers_packages_one_line_names_what_to_install(
     arguments: list[str], named: tuple[str, ...], tmp_path: Path
 ) -> None:
     result = without(OF_THE_TRAINER, *arguments, folder=tmp_path)
@@ -137,7 +137,7 @@ def test_without_the_trainers_packages_one_line_says_what_to_install(
 
 
 @pytest.mark.full
-def test_the_losses_are_profiled_with_torch_and_triton_alone(tmp_path: Path) -> None:
+def test_profiling_needs_only_torch_and_triton(tmp_path: Path) -> None:
     size = ["--tokens", 32, "--vocab_size", 100, "--hidden_size", 16, "--device", "cpu", "--repeats", 1]
     result = without(OF_THE_TRAINER, "profile", *size, "--peers", "none", folder=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -167,7 +167,7 @@ def test_the_launchers_options_are_found_anywhere() -> None:
         for_launcher.split(),
         ["--teacher", "t", "--resume", "--seed", "3"],
     )
-    assert split_options(["--num_gpus"]) == (["--num_gpus"], [])  # DeepSpeed says what is wrong
+    assert split_options(["--num_gpus"]) == (["--num_gpus"], [])  # DeepSpeed reports the error
 
 
 def start_training(folder: Path, arguments: list[str]) -> Job:
@@ -207,7 +207,7 @@ def test_a_signal_ends_the_job_as_under_deepspeed(
 
 
 @pytest.mark.full
-def test_it_trains_on_two_ranks_and_keeps_the_status_of_bad_input(
+def test_it_trains_on_two_ranks_and_returns_the_status_of_bad_input(
     tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
 ) -> None:
     arguments = [
@@ -221,7 +221,7 @@ def test_it_trains_on_two_ranks_and_keeps_the_status_of_bad_input(
     arguments += ["--deepspeed_config", "cpu", "--max_steps", "2"]
     status, output, errors = finish(start_training(tmp_path, arguments))
     assert status == 0, errors[-3000:]
-    assert "Setting accelerator to CPU" not in output + errors  # DeepSpeed's warning where it is not told
+    assert "Setting accelerator to CPU" not in output + errors  # DeepSpeed's warning without DS_ACCELERATOR
     record = json.loads((tmp_path / "run" / "train_config.json").read_text())
     assert record["identity"]["train_batch_size"] == 16  # micro-batches of 8 on two ranks
     assert record["arguments"]["deepspeed_config"] == "cpu"

@@ -1,4 +1,4 @@
-"""With --full_determinism a run that was interrupted ends with the same bits, on a GPU as on a CPU."""
+"""With --full_determinism an interrupted and resumed run is bitwise equal, on a GPU as on a CPU."""
 
 import os
 import shutil
@@ -12,12 +12,12 @@ from training import CPU_HAS_FP16, FAULTY, STEPS, Training
 from distilspeed.trainer.job.environment import prepare_environment
 from distilspeed.trainer.training.metrics import read_metrics
 
-# Of one run's 24 updates and 2 batches left out: the second is after the checkpoint of step 22, and 23 batches.
+# A run of 24 updates and 2 skipped batches. The second is skipped after the checkpoint of step 22, after 23 batches.
 OVERFLOWS = (7, 24)
 
 
 @pytest.mark.full
-def test_resumed_among_overflows_of_fp16_it_ends_with_the_same_bits(
+def test_a_run_with_fp16_overflows_resumes_bitwise(
     dropout_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path, device: str
 ) -> None:
     if device == "cpu" and not CPU_HAS_FP16:
@@ -49,7 +49,7 @@ def test_resumed_among_overflows_of_fp16_it_ends_with_the_same_bits(
     assert_same_end(training.run, straight)
 
 
-def test_cublas_is_told_before_torch_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cublas_is_configured_before_torch_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     environment: dict[str, str] = {}
     monkeypatch.setattr(os, "environ", environment)
     prepare_environment()

@@ -1,4 +1,4 @@
-"""How the ranks of a job leave it: with the status of what has happened, and nothing else to be seen."""
+"""How the ranks of a job end: with the right status, and without other output."""
 
 import json
 import sys
@@ -26,7 +26,7 @@ def ranks(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[list[Job]]
 
 
 @pytest.mark.parametrize("ranks", ["success"], indirect=True)
-def test_ranks_agree_on_the_optimizer_that_all_can_build_and_leave_in_peace(
+def test_ranks_agree_on_the_optimizer_that_all_can_build_and_end_cleanly(
     ranks: list[Job],
 ) -> None:
     (first, second) = [finish(rank) for rank in ranks]
@@ -39,7 +39,7 @@ def test_ranks_agree_on_the_optimizer_that_all_can_build_and_leave_in_peace(
 
 
 @pytest.mark.parametrize("ranks", ["error"], indirect=True)
-def test_an_error_of_one_rank_ends_all_with_its_status_and_its_line(
+def test_an_error_of_one_rank_ends_all_ranks_with_its_status_and_line(
     ranks: list[Job],
 ) -> None:
     ends = [finish(rank) for rank in ranks]
@@ -47,11 +47,11 @@ def test_an_error_of_one_rank_ends_all_with_its_status_and_its_line(
 
 
 @pytest.mark.parametrize("ranks", ["fault"], indirect=True)
-def test_a_rank_that_fails_does_not_wait_for_what_its_peer_never_does(
+def test_a_failed_rank_does_not_wait_for_its_peer(
     ranks: list[Job],
 ) -> None:
     status, _, errors = finish(ranks[1])
     assert status == 1
     assert errors.endswith("ValueError: a fault\n"), errors
-    assert INTERPRETERS_END not in errors  # which can abort where the process groups are left
+    assert INTERPRETERS_END not in errors  # the interpreter's end may abort if process groups are left
     assert ranks[0].poll() is None

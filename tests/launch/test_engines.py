@@ -1,4 +1,4 @@
-"""What happens inside the engines of student and teacher, seen in a real job of two ranks."""
+"""The engines of student and teacher, observed in a real job of two ranks."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ RANKS = 2
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory, small_corpus_dir: Path) -> list[dict[str, Any]]:
-    """What each rank saw."""
+    """The observations of each rank."""
     folder = tmp_path_factory.mktemp("engines")
     result = deepspeed(Path(__file__).with_name("engines_job.py"), small_corpus_dir, folder, ranks=RANKS)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -23,7 +23,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory, small_corpus_dir: Path) -> li
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1])
-def test_ranks_are_silent_between_accumulation_boundaries(
+def test_ranks_do_not_communicate_between_accumulation_boundaries(
     seen: list[dict[str, Any]], stage: int, precision: str
 ) -> None:
     # Two optimiser steps of three micro-steps.
@@ -34,13 +34,13 @@ def test_ranks_are_silent_between_accumulation_boundaries(
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_higher_stages_communicate_at_every_micro_step(seen: list[dict[str, Any]], stage: int) -> None:
-    # The reason for the shipped configs' stage 1; when DeepSpeed changes it, the README is wrong.
+    # The reason for the shipped configs' stage 1; if DeepSpeed changes this, docs/configuration.md is wrong.
     for rank in seen:
         assert all(rank["collectives"][f"zero{stage}_fp32"])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_sharded_teacher_is_half_as_large_on_two_ranks_and_says_the_same(
+def test_a_sharded_teacher_is_half_as_large_on_two_ranks_with_the_same_outputs(
     seen: list[dict[str, Any]], precision: str
 ) -> None:
     for rank in seen:
@@ -51,8 +51,8 @@ def test_a_sharded_teacher_is_half_as_large_on_two_ranks_and_says_the_same(
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "Lamb"])
-def test_an_optimizer_in_half_precision_without_zero_starts_untouched(
+def test_a_half_precision_optimizer_without_zero_starts_without_state(
     seen: list[dict[str, Any]], optimizer: str
 ) -> None:
-    # DeepSpeed steps once with zero gradients: counted by the optimiser, and with weight decay the weights move.
+    # DeepSpeed makes one step with zero gradients: the optimiser counts it, and weight decay would change the weights.
     assert all(rank["starts_untouched"][optimizer] for rank in seen)

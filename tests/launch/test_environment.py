@@ -1,4 +1,4 @@
-"""Every command sets what makes torch fast before torch is imported, and takes ``~`` for the home folder."""
+"""Every command sets torch's environment before torch is imported, and expands ``~`` to the home folder."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from launcher import ROOT
 from distilspeed.trainer.job.command import PlainParser
 from distilspeed.trainer.job.environment import SETTINGS, prepare_environment, unprepared_environment
 
-# Runs a command until it imports torch, and prints the environment of that moment.
+# Runs a command until it imports torch, and prints the environment at that moment.
 PROBE = """
 import json, os, runpy, sys
 
@@ -41,7 +41,7 @@ COMMANDS = {
 WITHOUT_TORCH = {"command.py", "prepare_data.py", "quickstart_data.py"}
 
 
-def test_every_command_is_looked_at() -> None:
+def test_every_command_is_tested() -> None:
     launch = ROOT / "launch"
     found = {
         str(path.relative_to(launch)) for path in (*launch.glob("*.py"), *launch.glob("benchmarks/*.py"))
@@ -50,7 +50,7 @@ def test_every_command_is_looked_at() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_torch_finds_its_settings_when_it_is_imported(command: str, tmp_path: Path) -> None:
+def test_torchs_settings_are_set_before_it_is_imported(command: str, tmp_path: Path) -> None:
     unset = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     own = {"OMP_WAIT_POLICY": "ACTIVE"}
     for given, expected in (({}, SETTINGS), (own, SETTINGS | own)):
@@ -67,8 +67,8 @@ def test_torch_finds_its_settings_when_it_is_imported(command: str, tmp_path: Pa
         assert {name: found.get(name) for name in SETTINGS} == expected
 
 
-def test_what_a_command_has_set_can_be_left_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The eager recipe, which launch/benchmark.py compares with, is run as by people who set nothing."""
+def test_settings_of_a_command_can_be_removed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """launch/benchmark.py runs the eager recipe without this project's settings."""
     monkeypatch.setattr(os, "environ", {"OMP_WAIT_POLICY": "ACTIVE", "HOME": "/home/me"})
     prepare_environment()
     assert os.environ.keys() > unprepared_environment().keys()
@@ -91,7 +91,7 @@ def test_every_parser_of_a_command_is_ours() -> None:
         ({"action": "append"}, ["/home/me/x"]),
     ],
 )
-def test_home_is_found_behind_an_equals_sign(
+def test_home_is_expanded_after_an_equals_sign(
     options: dict[str, object], expected: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", "/home/me")
@@ -100,7 +100,7 @@ def test_home_is_found_behind_an_equals_sign(
     assert parser.parse_args(["--path=~/x"]).path == expected
 
 
-def test_home_is_found_in_groups_of_arguments_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_is_expanded_in_argument_groups_and_only_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     parser = PlainParser()
     parser.add_mutually_exclusive_group().add_argument("--path", type=Path, default=Path("a"))

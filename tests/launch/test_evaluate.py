@@ -1,4 +1,4 @@
-"""The command itself: its files, its table, its exit status, its one line of error."""
+"""launch/evaluate.py: its files, table, exit status and error line."""
 
 import json
 import os
@@ -15,7 +15,7 @@ COMMAND = Path(__file__).parents[2] / "launch" / "evaluate.py"
 
 
 def run_evaluate(*options: object) -> subprocess.CompletedProcess[str]:
-    # Nothing may reach for the hub; and two threads on tiny models cost more than they save.
+    # No access to the hub; on tiny models two threads cost more than they save.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(COMMAND), *map(str, options)]
     return subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment)
@@ -54,7 +54,7 @@ def test_the_command_writes_a_report_and_prints_its_table(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation", "words"]
 
 
-def test_a_mistake_is_one_line_and_status_2(
+def test_bad_input_is_one_line_and_status_2(
     tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
 ) -> None:
     models = ("--teacher", tiny_teacher_dir, "--student", "nowhere")

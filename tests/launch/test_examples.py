@@ -1,7 +1,7 @@
-"""The examples for other trainers: each distils when run as a person does, and takes the reference's step.
+"""The examples for other trainers: each distils when run as a user does, and its step equals the reference's.
 
-The step is compared under plain SGD, because its update is proportional to the gradient: Adam's would hide a
-gradient that is scaled wrongly. Dropout is 0: its draws depend on the split.
+The step is compared under plain SGD, whose update is proportional to the gradient: Adam would hide a wrongly scaled
+gradient. Dropout is 0, because its random numbers depend on the split.
 """
 
 import copy
@@ -24,7 +24,7 @@ from distilspeed.trainer.models.loading import load_teacher, make_student
 
 EXAMPLES = ROOT / "launch" / "examples"
 LINES, STEPS = 40, 30
-# Lengths and label counts that differ from row to row, so that a mean of means is another loss.
+# Lengths and label counts differ from row to row, so that a mean of means gives another loss.
 ROW_LENGTHS = (4, 60, 9, 33, 17, 50, 6, 25)
 LEARNING_RATE = 0.01
 TOLERANCE = 1e-5  # of the update's norm
@@ -93,7 +93,7 @@ def soft_loss(student: Model, teacher: Model, lines: list[str], tokenizer: Any) 
         ),
     ],
 )
-def test_an_example_brings_the_student_nearer_to_its_teacher(
+def test_an_example_moves_the_student_towards_its_teacher(
     name: str,
     options: tuple[object, ...],
     tiny_teacher_dir: Path,
@@ -123,7 +123,7 @@ def test_an_example_has_at_most_60_lines(path: Path) -> None:
 
 
 def rows_of_unequal_length(vocab_size: int) -> list[Row]:
-    """Row i has a label on every (i + 2)-th token, the last row none."""
+    """Return rows: row i has a label on every (i + 2)-th token, the last row has none."""
     random = torch.Generator().manual_seed(0)
     rows = []
     for i, length in enumerate(ROW_LENGTHS):
@@ -168,7 +168,7 @@ def hf_trainer(
         use_cpu=True,
         **options,
     )
-    student.accepts_loss_kwargs = False  # as Trainer finds a model whose forward takes no **kwargs
+    student.accepts_loss_kwargs = False  # as for a model whose forward takes no **kwargs
     optimizers = sgd(student), None
     return example.DistillationTrainer(
         student, settings, collate, rows, rows, teacher=teacher, optimizers=optimizers
@@ -220,7 +220,7 @@ def reference_loss(student: Model, teacher: Model, rows: list[Row], alpha_cos: f
         ),
     ],
 )
-def test_a_step_is_the_references_on_the_whole_batch(
+def test_a_step_equals_the_references_step_on_the_whole_batch(
     name: str,
     step: Step,
     alpha_cos: float,
@@ -230,7 +230,7 @@ def test_a_step_is_the_references_on_the_whole_batch(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # for what trainers write beside the weights
+    monkeypatch.chdir(tmp_path)  # trainers write files beside the weights
     teacher = load_teacher(str(tiny_teacher_dir))
     student = AutoModelForMaskedLM.from_pretrained(student_dir)
     start, expected = copy.deepcopy(student), copy.deepcopy(student)
@@ -249,7 +249,7 @@ def test_a_step_is_the_references_on_the_whole_batch(
 
 @pytest.mark.full
 @needs("accelerate")
-def test_the_trainers_evaluation_is_the_references_loss(
+def test_the_trainers_evaluation_equals_the_references_loss(
     tiny_teacher_dir: Path, student_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -277,7 +277,7 @@ def test_the_trainers_teacher_runs_in_the_precision_of_the_run(
         load_example("hf_trainer"), student, teacher, rows, micro_batches=4, bf16=precision == "bf16"
     )
     computed = []
-    for name in ("query", "value"):  # as wide as the products are computed, whatever autocast does
+    for name in ("query", "value"):  # their outputs have the dtype of the products
         layer = getattr(trainer.teacher.bert.encoder.layer[0].attention.self, name)
         layer.register_forward_hook(lambda module, inputs, output: computed.append(output.dtype))
     before = student.state_dict()["vocab_transform.weight"].clone()

@@ -1,4 +1,4 @@
-"""What ends a run, and that it can be resumed: signals, ranks that hang, NaN losses, full disks."""
+"""Events that end a run, after which it can be resumed: signals, hanging ranks, NaN losses, full disks."""
 
 import itertools
 import os
@@ -21,7 +21,7 @@ from distilspeed.trainer.data.batch_equation import BatchEquation
 from distilspeed.trainer.data.batches import MicroBatches
 from distilspeed.trainer.training.metrics import read_metrics
 
-# Runs a command in a terminal of its own, which is closed when this program ends.
+# Runs a command in its own terminal, which is closed when this program ends.
 TERMINAL = """
 import os, pty, sys
 process, terminal = pty.fork()
@@ -40,7 +40,7 @@ def chaos(*values: object) -> ParameterSet:
     return pytest.param(*values, marks=pytest.mark.chaos)
 
 
-def said(errors: str, label: str = "error") -> list[str]:
+def lines_with(errors: str, label: str = "error") -> list[str]:
     return [line for line in errors.splitlines() if line.startswith(f"{label}: ")]
 
 
@@ -49,7 +49,7 @@ def said(errors: str, label: str = "error") -> list[str]:
     [
         full("rank 1", signal.SIGTERM, {75}, "SIGTERM"),
         chaos("rank 0", signal.SIGINT, {75}, "SIGINT"),
-        # These two end by themselves, DeepSpeed's launcher with a status of its own, and the ranks after them.
+        # These two processes end on the signal (DeepSpeed's launcher with its own status), and the ranks after them.
         chaos("launcher", signal.SIGTERM, {1}, "SIGTERM"),
         ("deepspeed", signal.SIGTERM, {-signal.SIGTERM}, "the end of the deepspeed command"),
     ],
@@ -62,14 +62,14 @@ def test_a_signal_saves_the_step_and_ends_the_run(
     statuses: set[int],
     reason: str,
 ) -> None:
-    job = training.start("--dataloader_num_workers", 1)  # processes that the launcher ends, too
+    job = training.start("--dataloader_num_workers", 1)  # the launcher ends workers, too
     wait_for_checkpoint(training.run, job)
     processes_of(training.run)[victim].send_signal(sent)
     training.assert_nothing_is_left()
     status, _, errors = finish(job)
     assert status in statuses, errors[-3000:]
-    assert not said(errors), errors
-    (line,) = said(errors, "stopped")
+    assert not lines_with(errors), errors
+    (line,) = lines_with(errors, "stopped")
     assert_names(line, "stopped", reason, f"step {training.newest().progress.step}")
     assert not (training.run / "student").exists()
     if victim == "deepspeed":
@@ -78,8 +78,8 @@ def test_a_signal_saves_the_step_and_ends_the_run(
 
 
 @pytest.mark.full
-def test_a_closed_terminal_saves_the_step_and_ends_the_run(training: Training) -> None:
-    """As where an ssh session breaks off: the job hears it, and can write to its terminal no more."""
+def test_closing_the_terminal_saves_the_step_and_ends_the_run(training: Training) -> None:
+    """As when an ssh session ends: the job gets SIGHUP and can no longer write to its terminal."""
     endless = ("--max_steps", 100_000, "--save_steps", 100_000, "--dataloader_num_workers", 1)
     terminal = training.start(*endless, prefix=[sys.executable, "-c", TERMINAL])
     wait_until((training.run / "metrics.jsonl").is_file, terminal)
@@ -107,22 +107,22 @@ def test_a_rank_that_stops_answering_is_named_and_ends_the_job(training: Trainin
     stopped.send_signal(signal.SIGSTOP)
     status, _, errors = finish(job)
     assert status > 0
-    assert len(said(errors)) == 1, errors
-    assert_names(said(errors)[0], "lost-rank", f"rank {rank}", str(stopped.pid), f"{timeout} seconds")
+    assert len(lines_with(errors)) == 1, errors
+    assert_names(lines_with(errors)[0], "lost-rank", f"rank {rank}", str(stopped.pid), f"{timeout} seconds")
     training.assert_nothing_is_left()
 
 
 @pytest.mark.parametrize("script", [TRAIN, chaos(FORKSERVER)], ids=["fork", "forkserver"])
 def test_a_rank_that_dies_is_named_and_ends_the_job(training: Training, script: Path) -> None:
-    # Forked workers hold copies of its connections.
+    # Forked workers hold copies of the dead rank's connections.
     job = training.start("--dataloader_num_workers", 1, script=script)
     wait_for_checkpoint(training.run, job)
     killed = processes_of(training.run)["rank 1"]
     killed.kill()
     status, _, errors = finish(job)
     assert status > 0
-    assert len(said(errors)) == 1, errors
-    assert_names(said(errors)[0], "lost-rank", "rank 1", str(killed.pid))
+    assert len(lines_with(errors)) == 1, errors
+    assert_names(lines_with(errors)[0], "lost-rank", "rank 1", str(killed.pid))
     assert "Traceback" not in errors
     training.assert_nothing_is_left()
 
@@ -131,13 +131,13 @@ def test_a_rank_that_dies_is_named_and_ends_the_job(training: Training, script: 
     ("kind", "what"),
     [("logits", "loss"), full("gradient", "gradient"), chaos("weight gradient", "gradient")],
 )
-def test_a_number_that_is_none_ends_the_run_and_names_its_rows(
+def test_a_nan_ends_the_run_and_names_its_rows(
     training: Training, uninterrupted: Path, kind: str, what: str
 ) -> None:
     job = training.start(script=FAULTY, FAULT_KIND=kind, FAULT_RANK=1, FAULT_BATCHES="5,6")
     status, _, errors = finish(job)
     assert status == 3, errors[-3000:]
-    (line,) = said(errors)
+    (line,) = lines_with(errors)
     corpus = open_corpus(training.corpus)
     batches = MicroBatches(corpus, BatchEquation(BATCH, MICRO_BATCH, 2, 2), rank=1, seed=0)
     rows = batches.global_batch(5)[1].tolist() if kind == "weight gradient" else batches.rows_of(5, 1)
@@ -151,8 +151,8 @@ def test_a_number_that_is_none_ends_the_run_and_names_its_rows(
 
 
 @pytest.mark.full
-def test_what_is_not_finite_in_bf16_is_no_overflow(training: Training) -> None:
-    # DeepSpeed's optimiser for bf16 at ZeRO stage 1 leaves such steps out, as it does those that overflow fp16.
+def test_a_non_finite_gradient_in_bf16_is_not_an_overflow(training: Training) -> None:
+    # DeepSpeed's bf16 optimiser at ZeRO stage 1 skips such steps, like fp16 overflows.
     training.config = write_config(training.run.parent / "bf16.json", {"bf16": {"enabled": True}})
     many = ",".join(map(str, range(4, STEPS)))
     job = training.start(
@@ -160,13 +160,13 @@ def test_what_is_not_finite_in_bf16_is_no_overflow(training: Training) -> None:
     )
     status, _, errors = finish(job)
     assert status == 3, errors[-3000:]
-    (line,) = said(errors)
+    (line,) = lines_with(errors)
     assert_names(line, "not-finite", "step 5", "gradient")
 
 
 @needs_fp16
 @pytest.mark.full
-def test_overflows_of_fp16_are_counted_and_are_no_steps(training: Training) -> None:
+def test_fp16_overflows_are_counted_and_are_not_steps(training: Training) -> None:
     scale = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}
     training.config = write_config(training.run.parent / "fp16.json", {"fp16": scale})
     job = training.start(script=FAULTY, FAULT_KIND="gradient", FAULT_RANK=1, FAULT_BATCHES="2,7,8")
@@ -176,7 +176,7 @@ def test_overflows_of_fp16_are_counted_and_are_no_steps(training: Training) -> N
     assert [line.step for line in lines] == list(range(1, STEPS + 1))
     assert [line.skipped for line in lines] == [0] * 2 + [1] * 4 + [3] * (STEPS - 6)
     assert [line.loss_scale for line in lines] == [256] * 2 + [128] * 4 + [32] * (STEPS - 6)
-    # The schedule has seen the updates alone: after its warm-up it falls by as much each step.
+    # The schedule counts only updates: after the warm-up it falls by the same amount at each step.
     falls = [before.lr - after.lr for before, after in itertools.pairwise(lines[4:])]
     assert falls == pytest.approx([lines[-1].lr] * len(falls), rel=1e-6)
     assert training.newest().progress.batches == STEPS + 3
@@ -191,7 +191,7 @@ def test_a_loss_scale_that_cannot_fall_ends_the_run(training: Training, scaling:
     job = training.start(script=FAULTY, FAULT_KIND="gradient", FAULT_RANK=0, FAULT_BATCHES=faults)
     status, _, errors = finish(job)
     assert status == 3, errors[-3000:]
-    (line,) = said(errors)
+    (line,) = lines_with(errors)
     assert_names(line, "fp16-overflow", "loss scale")
     assert training.newest().progress.step == 4
 
@@ -207,24 +207,24 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", disk], check=True)
 
 
-def test_a_full_disk_is_one_line_and_costs_no_checkpoint(
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoints(
     tiny_teacher_dir: Path, small_corpus_dir: Path, small_disk: Path, uninterrupted: Path
 ) -> None:
     training = Training(tiny_teacher_dir, small_corpus_dir, small_disk / "run")
     status, _, errors = finish(training.start("--save_total_limit", 100))
     assert status == 2, errors[-3000:]
-    (line,) = said(errors)
+    (line,) = lines_with(errors)
     assert_names(line, "unwritable-output", str(small_disk))
     step = training.newest().progress.step
     assert 0 < step < STEPS
     subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
     training.finish()
-    # Until then the rank that failed last may have left some.
+    # Until then the rank that failed last may have left unfinished files.
     assert not list(small_disk.rglob("*.incomplete"))
     assert_same_end(training.run, uninterrupted)
 
 
-def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
     training: Training, uninterrupted: Path
 ) -> None:
     shutil.copytree(uninterrupted, training.run)
@@ -234,7 +234,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(
     os.truncate(state, state.stat().st_size - 1)
     status, _, errors = finish(training.start())
     assert status == 0, errors[-3000:]
-    lines = said(errors, "warning")
+    lines = lines_with(errors, "warning")
     assert str(newest) in lines[0]
     assert state.name in lines[0]
     assert "step_000000022" in lines[1]

@@ -1,4 +1,4 @@
-"""launch/gpu_check.sh in small, where there is no GPU; that its parts can fail is tested in test_checks.py."""
+"""launch/gpu_check.sh with --smoke, without a GPU; test_checks.py tests failing parts."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def test_every_part_runs(tiny_teacher_dir: Path, reference_text: Path, tmp_path:
     assert job.returncode == 0, (printed, errors[-3000:])
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     parts = {part["name"]: part for part in report["parts"]}
-    # The sanitizer comes with CUDA.
+    # The sanitizer is part of CUDA.
     assert parts.pop("memcheck of the kernels")["status"] in ("not installed", "passed")
     assert {name: part["status"] for name, part in parts.items()} == dict.fromkeys(
         (
@@ -63,7 +63,7 @@ def test_every_part_runs(tiny_teacher_dir: Path, reference_text: Path, tmp_path:
     assert "of eager" in printed, "the benchmark's table"
 
 
-def test_its_own_teacher_and_text_do_for_the_longest_rows(tmp_path: Path) -> None:
+def test_the_generated_teacher_and_text_are_enough_for_the_longest_rows(tmp_path: Path) -> None:
     gpu_check = runpy.run_path(str(ROOT / "launch" / "gpu_check.py"))
     sizes = replace(gpu_check["Sizes"](), measured=gpu_check["SMOKE"].measured)
     arguments = gpu_check["GpuCheckArguments"](output_dir=tmp_path)
@@ -79,7 +79,7 @@ def test_its_own_teacher_and_text_do_for_the_longest_rows(tmp_path: Path) -> Non
     assert manifest["counts"]["train_rows"] > 500
 
 
-def test_terminated_it_leaves_nothing_running(
+def test_when_terminated_it_leaves_no_process_running(
     tiny_teacher_dir: Path, reference_text: Path, tmp_path: Path
 ) -> None:
     job = check(tiny_teacher_dir, reference_text, tmp_path / "out", "--parts", "distillation", "tests")

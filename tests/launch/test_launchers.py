@@ -1,4 +1,4 @@
-"""torchrun and accelerate start ranks, too; bad input is one line there, and the launcher's own report."""
+"""torchrun and accelerate start ranks, too; bad input prints one line and the launcher's own report."""
 
 import json
 import sys

@@ -1,7 +1,7 @@
-"""The linear distillation loss under DeepSpeed takes the step of plain PyTorch on logits held whole.
+"""With the linear distillation loss under DeepSpeed a step equals that of plain PyTorch on whole logits.
 
-Under ZeRO stage 3 the vocabulary projection's weight lies in pieces on the ranks, and the loss reads it outside
-of the projection's own forward. SGD, because its update is proportional to the gradient.
+Under ZeRO stage 3 the vocabulary projection's weight is sharded over the ranks, and the loss reads it outside the
+projection's own forward. SGD, because its update is proportional to the gradient.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ STAGES = (1, 3)
 
 @pytest.fixture(scope="module")
 def expected() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The parameters before and after, with no code of this project."""
+    """The parameters before and after the steps, computed without this project's code."""
     student = make_student()
     start = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
     optimizer = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
@@ -45,7 +45,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_step_is_that_of_plain_pytorch(
+def test_step_equals_that_of_plain_pytorch(
     stage: int, trained: Path, expected: tuple[dict[str, Tensor], dict[str, Tensor]]
 ) -> None:
     start, after = expected

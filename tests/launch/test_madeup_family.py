@@ -1,4 +1,4 @@
-"""A new family is one class and one line in the registry; everything else trains it."""
+"""A new family is one class and one entry in the registry; the rest of the project trains it unchanged."""
 
 import shutil
 from pathlib import Path
@@ -38,7 +38,7 @@ def is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def teacher_dir(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path) -> Path:
-    """The tiny teacher's sizes, with two positions more, which are not used."""
+    """A model of the tiny teacher's sizes, with two unused positions more."""
     folder = tmp_path_factory.mktemp("madeup_teacher")
     sizes = BertConfig.from_pretrained(tiny_teacher_dir).to_dict()
     torch.manual_seed(0)
@@ -107,10 +107,10 @@ def test_packed_documents_get_the_logits_that_transformers_gives_each_alone(
 
 
 @pytest.mark.usefixtures("is_registered")
-def test_its_attention_is_measured(teacher_dir: Path, corpus: Corpus) -> None:
+def test_its_attention_is_timed(teacher_dir: Path, corpus: Corpus) -> None:
     model = load_teacher(str(teacher_dir))
     ids = MicroBatches(corpus, BatchEquation(4, 4, 1, 1), rank=0, seed=0)[0].document_ids
-    twice = (SDPA, SDPA)  # of one candidate nothing is measured
+    twice = (SDPA, SDPA)  # a single candidate is not timed
     choice = choose_attention(
         model, ids, torch.float32, torch.device("cpu"), is_trained=True, candidates=twice
     )
@@ -118,7 +118,7 @@ def test_its_attention_is_measured(teacher_dir: Path, corpus: Corpus) -> None:
 
 
 @pytest.mark.usefixtures("is_registered")
-def test_it_says_how_long_rows_may_be(teacher_dir: Path, corpus: Corpus) -> None:
+def test_it_limits_the_length_of_rows(teacher_dir: Path, corpus: Corpus) -> None:
     model = load_teacher(str(teacher_dir))
     check_fits_corpus("teacher", str(teacher_dir), model, corpus)
     model.config.max_position_embeddings = 65
@@ -136,7 +136,7 @@ def test_the_trained_student_loads_and_is_evaluated(run: Path, teacher_dir: Path
     assert after.loss < before.loss
 
 
-def test_it_resumes_to_the_bit(run: Path, teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path) -> None:
+def test_it_resumes_bitwise(run: Path, teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path) -> None:
     resumed = tmp_path / "run"
     shutil.copytree(run, resumed)
     shutil.rmtree(resumed / "student")
@@ -148,7 +148,7 @@ def test_it_resumes_to_the_bit(run: Path, teacher_dir: Path, small_corpus_dir: P
     assert again == first, "its times differ: the first step was taken again"
 
 
-def test_without_its_line_in_the_registry_it_is_refused(
+def test_without_its_entry_in_the_registry_it_is_refused(
     teacher_dir: Path,
     small_corpus_dir: Path,
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""The memory that --plan estimates is what a training run measures, and a plan over the card's memory is refused."""
+"""--plan's estimate of memory agrees with the measured peak, and a plan that exceeds the card's memory is refused."""
 
 import json
 import re
@@ -21,7 +21,7 @@ MIB = 2**20
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path) -> Path:
-    """Large enough that weights, activations and logits each count, with dropout."""
+    """A teacher with dropout, large enough that weights, activations and logits all matter."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_teacher_dir)
     config = BertConfig(
         vocab_size=max(4000, len(tokenizer)),
@@ -90,7 +90,7 @@ def test_the_estimate_is_within_8_percent_of_the_measured_peak(
     assert estimate == pytest.approx(footprint["peak"], rel=0.08), (estimate / MIB, footprint["peak"] / MIB)
 
 
-def test_a_plan_over_the_cards_memory_is_refused_and_names_what_fits(
+def test_a_plan_over_the_cards_memory_is_refused_with_the_micro_batch_that_fits(
     tmp_path: Path, tiny_teacher_dir: Path, small_corpus_dir: Path
 ) -> None:
     def plan(gib: float) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""launch/multi_node.sh: what reaches the hosts, how it ends, and a training over two hosts."""
+"""launch/multi_node.sh: the arguments and environment on the hosts, its end, and a training over two hosts."""
 
 import json
 import os
@@ -30,16 +30,16 @@ from user_errors import assert_names
 SCRIPT = ROOT / "launch" / "multi_node.sh"
 TOOLS = ("ip", "ssh", "ssh-keygen", "sshd", "unshare")
 
-# Stands in for ssh: every host is this machine. The words are joined and given to a shell, as sshd does, which no
-# signal at this machine's terminal reaches.
+# A stand-in for ssh: every host is this machine. It joins the words and passes them to a shell, as sshd does. Signals
+# of this machine's terminal do not reach that shell.
 SSH = """#!/bin/bash
 while [ "${1#-}" != "$1" ]; do [ "$1" != -o ] || shift; shift; done
 host=$1; shift
 [ "$host" != unreachable ] || { echo "ssh: connect to host unreachable: No route to host" >&2; exit 255; }
 exec setsid env --default-signal=INT,TERM,HUP HOST="$host" sh -c "$*"
 """
-# Stands in for the Python that would start DeepSpeed's launcher: says what it was given, then waits as a rank would,
-# except on the host "failing".
+# A stand-in for the Python that starts DeepSpeed's launcher: records its arguments and environment, then waits like a
+# rank, except on the host "failing".
 PYTHON = """#!/bin/bash
 [ "$1" != -c ] || { echo "$0"; exit; }
 exec {real} -c '
@@ -62,7 +62,7 @@ time.sleep(0 if host.startswith("quick") else 1000)
 
 @dataclass(frozen=True)
 class StandIns:
-    """A folder with the stand-ins for ssh and Python, from which the script is started."""
+    """A folder with the stand-ins for ssh and Python; the script is started there."""
 
     folder: Path
 
@@ -79,7 +79,7 @@ class StandIns:
         return start(command, cpu_environment(**stand_ins, **environment), self.folder)
 
     def given(self, host: str) -> tuple[list[str], dict[str, str]]:
-        """Arguments and environment of the launcher on a host."""
+        """Return arguments and environment of the launcher on a host."""
         arguments, environment = json.loads((self.folder / f"{host}.json").read_text())
         return arguments, environment
 
@@ -87,7 +87,7 @@ class StandIns:
         return (self.folder / f"{host}.json").exists()
 
     def ended(self, host: str) -> bool:
-        """The launcher on a host has ended its ranks."""
+        """Return whether the launcher on a host has ended its ranks."""
         return (self.folder / f"{host}.ended").exists()
 
     def running(self) -> list[Path]:
@@ -134,7 +134,7 @@ def test_arguments_and_environment_reach_every_host_unchanged(stand_ins: StandIn
         assert environment["NCCL_DEBUG"] == "WARN"  # the file's, as DeepSpeed's launcher does it
 
 
-def test_no_token_stands_in_a_command_line(stand_ins: StandIns) -> None:
+def test_no_token_is_in_a_command_line(stand_ins: StandIns) -> None:
     job = stand_ins.start(["host1"], HF_TOKEN="hf_in_nobodys_sight")
     wait_until(lambda: stand_ins.started("host1"), job)
     assert not list(processes_naming("hf_in_nobodys_sight"))
@@ -143,21 +143,21 @@ def test_no_token_stands_in_a_command_line(stand_ins: StandIns) -> None:
 
 
 @pytest.mark.parametrize(
-    ("host", "fail_with", "status", "said"),
+    ("host", "fail_with", "status", "shown"),
     [
         ("failing", 7, 7, "error: failing ended with status 7"),
-        ("failing", 3, 3, ""),  # the trainer has said why
+        ("failing", 3, 3, ""),  # the trainer has printed its error
         ("unreachable", 0, 255, "error: the connection to unreachable failed"),
     ],
 )
 def test_a_host_that_fails_ends_the_others(
-    stand_ins: StandIns, host: str, fail_with: int, status: int, said: str
+    stand_ins: StandIns, host: str, fail_with: int, status: int, shown: str
 ) -> None:
     ended, _, errors = finish(stand_ins.start(["host1", host, "host3"], FAIL_WITH=fail_with))
     assert ended == status
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert len(lines) == bool(said)
-    assert said in errors
+    assert len(lines) == bool(shown)
+    assert shown in errors
     assert not stand_ins.running()
 
 
@@ -186,16 +186,16 @@ def test_the_hosts_end_even_when_the_script_is_killed(stand_ins: StandIns) -> No
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "said"),
+    ("arguments", "status", "shown"),
     [
         ([], 2, "--hostfile FILE"),
         (["--help"], 0, "--hostfile FILE"),
     ],
 )
-def test_it_explains_itself(arguments: list[str], status: int, said: str, tmp_path: Path) -> None:
+def test_help_and_bad_input(arguments: list[str], status: int, shown: str, tmp_path: Path) -> None:
     ended, output, errors = finish(start(["bash", SCRIPT, *arguments], cpu_environment(), tmp_path))
     assert ended == status
-    assert said in (errors if status else output)
+    assert shown in (errors if status else output)
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ class TwoHosts:
         return subprocess.Popen(ssh, stdin=subprocess.DEVNULL)
 
     def processes(self, text: str) -> list[Path]:
-        """Those of this folder's trainings with the text in their command lines."""
+        """Return the processes of this folder's trainings with the text in their command lines."""
         return [process for process in processes_naming(text) if works_in(process, self.folder)]
 
     def host_of(self, process: Path) -> str:
@@ -251,7 +251,7 @@ def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PATH": path},
-        start_new_session=True,  # a Ctrl-C at pytest reaches it as the end of its input, not in the middle of its work
+        start_new_session=True,  # Ctrl-C at pytest closes its input and does not interrupt its cleanup
     )
     assert script.stdin is not None
     assert script.stdout is not None
@@ -269,12 +269,12 @@ def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
 
 @pytest.mark.full
 @pytest.mark.multihost
-def test_two_hosts_train_as_one_and_go_on_after_ctrl_c(
+def test_two_hosts_train_like_one_host_and_resume_after_ctrl_c(
     two_hosts: TwoHosts, uninterrupted_run: Path, tiny_teacher_dir: Path, small_corpus_dir: Path
 ) -> None:
     run = two_hosts.folder / "a run"
     arguments = training(tiny_teacher_dir, small_corpus_dir, Path("a run"))
-    # Another job of this Python on the second host, which DeepSpeed's own launcher would end at Ctrl-C.
+    # Another job of this Python on the second host; DeepSpeed's own launcher would end it on Ctrl-C.
     alike = f"exec -a '{sys.executable} -u -m deepspeed.launcher.launch --node_rank=0' sleep 1000"
     other = two_hosts.start_on_second(alike)
 
@@ -298,7 +298,7 @@ def test_two_hosts_train_as_one_and_go_on_after_ctrl_c(
 
 
 @pytest.mark.multihost
-def test_two_hosts_give_a_refusal_once(
+def test_two_hosts_print_a_refusal_once(
     two_hosts: TwoHosts, tiny_teacher_dir: Path, small_corpus_dir: Path
 ) -> None:
     arguments = training(tiny_teacher_dir, small_corpus_dir, Path("refused"))

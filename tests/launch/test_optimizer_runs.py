@@ -1,4 +1,4 @@
-"""Training with LAMB, with a sharded teacher and with offload: real runs on two ranks."""
+"""Training with LAMB, a sharded teacher or offload: real runs on two ranks."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.full
 STEPS, SAVE_STEPS, BATCH, LAYERS, LEARNING_RATE = 4, 2, 8, (0, 3), 0.01
 LAMB = {"optimizer": {"type": "Lamb", "params": {"lr": LEARNING_RATE, "betas": [0.9, 0.98], "eps": 1e-6}}}
 PRECISIONS = ["fp32", "bf16", *(["fp16"] if get_accelerator().is_fp16_supported() else [])]
-# ZeRO stage of the student, precision. Stage 3 last: from then on DeepSpeed's linear layer serves the whole process.
+# ZeRO stage of the student, precision. Stage 3 last: after it the whole process uses DeepSpeed's linear layer.
 TEACHER_CASES = [(0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
 
 
@@ -67,7 +67,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, sm
 
 @pytest.fixture(scope="module")
 def resumed(trained: Path) -> Path:
-    """The LAMB runs again, from the middle."""
+    """The LAMB runs, resumed from the middle."""
     folder = trained / "resumed"
     folder.mkdir()
     runs = []
@@ -85,23 +85,23 @@ def resumed(trained: Path) -> Path:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_lambs_first_step_moves_each_tensor_by_the_learning_rate_of_its_norm(
+def test_lambs_first_step_changes_each_tensor_by_learning_rate_times_its_norm(
     trained: Path, tiny_teacher_dir: Path, precision: str
 ) -> None:
-    # The trust ratio makes it so for any gradient, where a step for all tensors joined together would not.
+    # This holds for any gradient because of the trust ratio per tensor; one ratio for all tensors would not give it.
     student = make_student(load_teacher(str(tiny_teacher_dir)), LAYERS)
     end = load_file(trained / f"lamb_{precision}_one_step" / "student" / "model.safetensors")
     for name, parameter in student.named_parameters():
         start = parameter.detach().to(DTYPES[precision]).float()
         moved = (end[name] - start).norm() / start.norm()
         if start.norm() > 0:
-            # Half-precision weights are exported rounded: to 8 and 11 bits, of which a step of 1 % fills 1 and 4.
+            # Half-precision weights are exported rounded to 8 and 11 bits; a step of 1 % changes 1 and 4 of them.
             tolerance = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.5}[precision]
             assert moved == pytest.approx(LEARNING_RATE, rel=tolerance), name
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_resumed_lamb_run_ends_as_the_uninterrupted_one(
+def test_a_resumed_lamb_run_equals_the_uninterrupted_one(
     trained: Path, resumed: Path, precision: str
 ) -> None:
     straight, again = (
@@ -126,8 +126,8 @@ def test_offloaded_states_train_the_same_student(trained: Path) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_the_optimizer_that_runs_is_said_once(trained: Path) -> None:
-    said = [line for line in (trained / "printed.txt").read_text().splitlines() if "optimiser:" in line]
-    assert len(said) == 2 * len(PRECISIONS) + 2 * len(TEACHER_CASES) + 1
-    assert said[0].endswith("optimiser: distilspeed Lamb, ZeRO-0; layer norms: torch LayerNorm")
-    assert said[-1].endswith("optimiser: torch AdamW, fused, ZeRO-3; layer norms: torch LayerNorm")
+def test_the_optimizer_is_logged_once(trained: Path) -> None:
+    shown = [line for line in (trained / "printed.txt").read_text().splitlines() if "optimiser:" in line]
+    assert len(shown) == 2 * len(PRECISIONS) + 2 * len(TEACHER_CASES) + 1
+    assert shown[0].endswith("optimiser: distilspeed Lamb, ZeRO-0; layer norms: torch LayerNorm")
+    assert shown[-1].endswith("optimiser: torch AdamW, fused, ZeRO-3; layer norms: torch LayerNorm")

@@ -1,4 +1,4 @@
-"""A task that a user adds: a class and its place in the registry give it all that the project's own have."""
+"""A user's own task: a class and an entry in the registry give it all features of the project's own tasks."""
 
 import json
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ JOB = Path(__file__).with_name("similarity_job.py")
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Here and in what is started: threads that wait for each other slow so small a model down on a busy machine."""
+    """One thread here and in child processes: on a busy machine waiting threads slow down so small a model."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patched:
@@ -32,7 +32,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def task_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first sentence's noun decides the number."""
+    """A task whose number depends on the first sentence's noun."""
     folder = tmp_path_factory.mktemp("tasks") / "alike"
     folder.mkdir()
     nouns = ("list", "class", "name")
@@ -84,7 +84,7 @@ def test_its_metrics_are_reported_and_the_first_decides_retention(
     assert "| alike pearson / within_one (retention) |" in (evaluation / "report.md").read_text()
 
 
-def test_its_defaults_hold_where_no_flag_is_given(evaluation: Path, report: dict[str, Any]) -> None:
+def test_its_defaults_apply_without_flags(evaluation: Path, report: dict[str, Any]) -> None:
     (task,) = report["conditions"]["tasks"]
     assert task["fine_tuning"] == {"epochs": 2, "learning_rate": 3e-5, "batch_size": 8, "max_length": 64}
     line = (
@@ -94,12 +94,12 @@ def test_its_defaults_hold_where_no_flag_is_given(evaluation: Path, report: dict
     assert line in (evaluation / "report.md").read_text().splitlines()
 
 
-def test_nothing_is_said_of_it_that_it_does_not_have(report: dict[str, Any]) -> None:
+def test_the_report_has_only_its_own_entries(report: dict[str, Any]) -> None:
     (task,) = report["conditions"]["tasks"]
     assert set(task) == {"name", "metrics", "train_examples", "dev_examples", "fine_tuning"}
 
 
-def test_it_is_learned(tiny_teacher_dir: Path, small_tokenizer_dir: Path, task_dir: Path) -> None:
+def test_fine_tuning_learns_it(tiny_teacher_dir: Path, small_tokenizer_dir: Path, task_dir: Path) -> None:
     settings = FineTuning(epochs=6, learning_rate=2e-3, batch_size=16, max_length=32)
     tokenizer = AutoTokenizer.from_pretrained(small_tokenizer_dir)
     task = Similarity.read(str(task_dir))
@@ -108,16 +108,14 @@ def test_it_is_learned(tiny_teacher_dir: Path, small_tokenizer_dir: Path, task_d
     assert scores["within_one"] > 0.8
 
 
-def test_it_is_found_wherever_it_stands_in_the_registry(
-    task_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_its_place_in_the_registry_does_not_matter(task_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for kinds in ([*registry.TASKS, Similarity], [Similarity, *registry.TASKS]):
         monkeypatch.setattr(registry, "TASKS", kinds)
         (task,) = registry.read_tasks([str(task_dir)])
         assert isinstance(task, Similarity)
 
 
-def test_without_its_line_in_the_registry_it_is_refused(
+def test_without_its_entry_in_the_registry_it_is_refused(
     tiny_teacher_dir: Path,
     small_corpus_dir: Path,
     task_dir: Path,
@@ -130,7 +128,7 @@ def test_without_its_line_in_the_registry_it_is_refused(
     assert "a task is a folder with train.jsonl and dev.jsonl" in line
 
 
-def test_the_page_shows_this_very_task() -> None:
+def test_the_docs_show_this_task() -> None:
     page = (ROOT / "docs" / "add_a_task.md").read_text()
     code = page.split("```python\n")[1].split("```")[0]
     assert code in JOB.read_text()

@@ -1,4 +1,4 @@
-"""A loss that a user adds: a class and its place in the registry give it all that the trainer's own losses have."""
+"""A user's own loss: a class and an entry in the registry give it all features of the trainer's own losses."""
 
 import json
 import shutil
@@ -54,12 +54,12 @@ def measured(run: Path) -> list[tuple[object, ...]]:
 
 
 def saved(run: Path, step: int) -> dict[str, Any]:
-    """The weights of the wrapped module in a checkpoint."""
+    """Return the weights of the wrapped module in a checkpoint."""
     folder = run / "checkpoints" / f"step_{step:09d}"
     return torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)["module"]
 
 
-def test_its_loss_is_measured_counts_in_the_sum_and_falls(run: Path) -> None:
+def test_its_loss_is_logged_added_to_the_sum_and_falls(run: Path) -> None:
     lines = read_metrics(run / "metrics.jsonl")
     keys = list(json.loads((run / "metrics.jsonl").read_text().splitlines()[0]))
     assert keys[3:9] == ["loss", "loss_ce", "loss_mlm", "loss_cos", "loss_middle", "lr"]
@@ -84,7 +84,7 @@ def test_its_weight_is_in_the_runs_identity(
     for more, now in ((["--alpha_middle", 3], "3.0"), ([], "none")):
         line = refusal("train.py", [*same, *more, "--resume"], run, monkeypatch, capfd)
         assert_names(line, "changed-run", f"alpha_middle {WEIGHT}", now)
-    monkeypatch.undo()  # as for a trainer that does not have the term
+    monkeypatch.undo()  # as for a trainer without the term
     line = refusal("train.py", [*same, "--resume"], run, monkeypatch, capfd)
     assert_names(line, "changed-run", f"alpha_middle {WEIGHT}", "none")
 
@@ -116,7 +116,7 @@ def test_its_parameters_are_trained_and_saved_and_not_exported(run: Path, dropou
     )
 
 
-def test_a_resumed_run_ends_with_the_same_bits(
+def test_a_resumed_run_is_bitwise_equal(
     run: Path, dropout_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
 ) -> None:
     resumed = tmp_path / "run"
@@ -131,10 +131,10 @@ def test_a_resumed_run_ends_with_the_same_bits(
 
 
 @pytest.mark.full
-def test_with_all_weights_in_pieces_on_two_ranks_it_is_the_same_loss(
+def test_the_loss_is_the_same_with_all_weights_sharded_over_two_ranks(
     tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
 ) -> None:
-    """ZeRO-3 of student and teacher against the other extreme."""
+    """Compare ZeRO-3 of student and teacher with a run without sharding."""
     found: list[list[StepMetrics]] = []
     for stage, ranks, more in ((0, 1, []), (3, 2, ["--teacher_zero3"])):
         config = write_config(tmp_path / f"{stage}.json", {"zero_optimization": {"stage": stage}})

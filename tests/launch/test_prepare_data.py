@@ -1,4 +1,4 @@
-"""The command launch/prepare_data.py, as a person runs it."""
+"""The command launch/prepare_data.py, as a user runs it."""
 
 import gzip
 import os
@@ -39,7 +39,7 @@ def run(*arguments: object) -> tuple[int, str, str]:
 def wait_until(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, f"not within {PATIENCE:.0f} seconds"
         time.sleep(0.05)
 
 
@@ -48,7 +48,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def workers_of(pid: int) -> list[int]:
-    """The tokenising processes that have begun to start."""
+    """Return the tokenising processes, also those that are starting."""
     return [
         child for child in children_of(pid) if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
     ]
@@ -127,7 +127,7 @@ def test_shards_are_prepared_and_merged(
     assert f"{counts.documents:,} documents" in output
 
 
-def test_a_mistake_is_one_line_and_status_2(small_tokenizer_dir: Path, tmp_path: Path) -> None:
+def test_bad_input_is_one_line_and_status_2(small_tokenizer_dir: Path, tmp_path: Path) -> None:
     options = ["--text", "nowhere.txt", "--tokenizer", small_tokenizer_dir]
     status, output, errors = run(*options, "--output_dir", tmp_path / "out" / "corpus")
     assert (status, output) == (2, "")
@@ -138,12 +138,12 @@ def test_a_mistake_is_one_line_and_status_2(small_tokenizer_dir: Path, tmp_path:
 
 
 @pytest.mark.parametrize("stop", STOP_SIGNALS)
-def test_stopping_it_leaves_nothing(
+def test_stopping_it_leaves_no_files_and_no_processes(
     long_text: Path, small_tokenizer_dir: Path, tmp_path: Path, stop: signal.Signals
 ) -> None:
     process = start_and_wait_for_rows(long_text, small_tokenizer_dir, tmp_path / "out" / "corpus")
     workers = children_of(process.pid)
-    os.killpg(process.pid, stop)  # as Ctrl-C and a batch system do: the workers hear it too
+    os.killpg(process.pid, stop)  # as Ctrl-C and a batch system do: the workers get it, too
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + stop
     assert "Traceback" not in errors
@@ -152,7 +152,7 @@ def test_stopping_it_leaves_nothing(
 
 
 @pytest.mark.parametrize("stop", STOP_SIGNALS)
-def test_stopping_it_as_its_processes_start_is_quiet(
+def test_stopping_it_while_its_processes_start_prints_no_traceback(
     reference_text: Path, small_tokenizer_dir: Path, tmp_path: Path, stop: signal.Signals
 ) -> None:
     options = ["--text", reference_text, "--tokenizer", small_tokenizer_dir, "--num_proc", 3]

@@ -1,4 +1,4 @@
-"""The command itself: its table, its files, its exit status, its one line of error."""
+"""launch/profile_kernels.py: its table, files, exit status and error line."""
 
 import json
 import os
@@ -38,7 +38,7 @@ COMPILED_CASES = {
 
 
 def run_profile(*options: object) -> subprocess.CompletedProcess[str]:
-    # Two threads on tiny tensors cost more than they save.
+    # On tiny tensors two threads cost more than they save.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, COMMAND, *SMALL, *options]
     return subprocess.run(
@@ -47,7 +47,7 @@ def run_profile(*options: object) -> subprocess.CompletedProcess[str]:
 
 
 def check_complete(profile: dict[str, Any], table: str, expected: dict[str, set[str]]) -> None:
-    """Every case is in the table once and in the profile, with figures or with a reason why not."""
+    """Check that every case is in the table once and in the profile, with figures or a reason for skipping it."""
     assert [group["name"] for group in profile["groups"]] == list(expected)
     cells = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")]
     for group in profile["groups"]:
@@ -99,7 +99,7 @@ def test_all_peers(tmp_path: Path) -> None:
     check_complete(profile, done.stdout, {name: CASES[name] | COMPILED_CASES[name] for name in CASES})
 
 
-def test_a_mistake_is_one_line_and_status_2(tmp_path: Path) -> None:
+def test_bad_input_is_one_line_and_status_2(tmp_path: Path) -> None:
     done = run_profile("--tokens", 0, "--output_dir", tmp_path / "runs" / "profile")
     assert (done.returncode, done.stdout) == (2, "")
     [line] = done.stderr.splitlines()

@@ -1,4 +1,4 @@
-"""Promises of --push_to_hub: the finished student is uploaded, and an upload that fails takes nothing away."""
+"""--push_to_hub uploads the finished student; a failed upload leaves the run as it is."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ REPOSITORY = "somebody/small-student"
 
 @dataclass(frozen=True)
 class Pushed:
-    """A run of one step on two ranks, of which the student was uploaded."""
+    """A run of one step on two ranks whose student was uploaded."""
 
     arguments: list[object]
     run: Path
@@ -27,7 +27,7 @@ class Pushed:
 
     @property
     def student(self) -> dict[tuple[str, str], bytes]:
-        """What the hub should have."""
+        """Return the files that the hub should have."""
         return {(REPOSITORY, path.name): path.read_bytes() for path in (self.run / "student").iterdir()}
 
 
@@ -85,7 +85,7 @@ def test_a_failed_upload_names_the_student_and_how_to_upload_it(
 
 
 @pytest.mark.parametrize(
-    ("repository", "token", "offline", "said"),
+    ("repository", "token", "offline", "shown"),
     [
         (REPOSITORY, None, False, "hf auth login"),
         (REPOSITORY, TOKEN, True, "HF_HUB_OFFLINE"),
@@ -93,11 +93,11 @@ def test_a_failed_upload_names_the_student_and_how_to_upload_it(
         ("small student", TOKEN, False, "OWNER/NAME"),
     ],
 )
-def test_what_cannot_succeed_is_refused_before_training(
+def test_an_upload_that_must_fail_is_refused_before_training(
     repository: str,
     token: str | None,
     offline: bool,
-    said: str,
+    shown: str,
     tiny_teacher_dir: Path,
     small_corpus_dir: Path,
     tmp_path: Path,
@@ -113,4 +113,4 @@ def test_what_cannot_succeed_is_refused_before_training(
     options = {"deepspeed_config": CPU_CONFIG, "teacher": tiny_teacher_dir, "data_dir": small_corpus_dir}
     options |= {"output_dir": tmp_path / "run", "push_to_hub": repository}
     arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
-    assert said in refusal("train.py", arguments, tmp_path, monkeypatch, capfd)
+    assert shown in refusal("train.py", arguments, tmp_path, monkeypatch, capfd)

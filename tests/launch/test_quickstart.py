@@ -1,4 +1,4 @@
-"""The quickstart's text is prose, each paragraph once; its script refuses what it cannot do."""
+"""The quickstart's text is prose without duplicate paragraphs; its tokenizer and config match."""
 
 import json
 import runpy
@@ -24,7 +24,7 @@ and no error has been raised by the object itself.
 Too short."""
 
 
-def test_of_a_docstring_the_paragraphs_of_prose_are_kept() -> None:
+def test_only_a_docstrings_paragraphs_of_prose_are_kept() -> None:
     prose = runpy.run_path(str(ROOT / "launch" / "quickstart_data.py"))["prose_paragraphs"]
     assert list(prose(DOCSTRING)) == [
         "Return the value of the named attribute of the given object, or the default.",
@@ -32,7 +32,7 @@ def test_of_a_docstring_the_paragraphs_of_prose_are_kept() -> None:
     ]
 
 
-def test_text_tokenizer_and_config_go_together(tmp_path: Path) -> None:
+def test_text_tokenizer_and_config_match(tmp_path: Path) -> None:
     result = python(ROOT / "launch" / "quickstart_data.py", "--output_dir", tmp_path / "data")
     assert result.returncode == 0, result.stderr
     lines = (tmp_path / "data" / "text.txt").read_text(encoding="utf-8").splitlines()

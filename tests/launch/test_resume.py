@@ -1,4 +1,4 @@
-"""A run that was interrupted ends as one that was not: bit for bit on as many ranks, within rounding on others."""
+"""A resumed run equals an uninterrupted one: bitwise on the same number of ranks, within rounding on another."""
 
 import shutil
 from pathlib import Path
@@ -20,7 +20,7 @@ from distilspeed.trainer.training.metrics import read_metrics
 
 STEPS, SAVE_STEPS, BATCH, MICRO_BATCH = 6, 2, 24, 4
 CHARACTERS = 17_000  # about 80 rows: an epoch ends in the fourth step
-# ZeRO stage, precision, ranks that it is resumed on. fp16 is slow on CPUs.
+# ZeRO stage, precision, ranks after the resume. fp16 is slow on CPUs.
 CASES = [
     (stage, precision, ranks)
     for ranks in (1, 2)
@@ -30,7 +30,7 @@ CASES = [
     ]
 ]
 STRONG_RESUMES, STRONG_MOVES = {(2, "bf16", 2)}, {(1, "fp32", 1)}
-# Of the way that the weights have come: Adam divides by the size of gradients, and so amplifies their rounding.
+# Relative to the weights' total change. Adam divides by the size of gradients, and so amplifies their rounding.
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1, "fp16": 0.02}
 # In the first epoch, and after its end.
 INTERRUPTED_AT = {"fp32": (2,), "bf16": (4,), "fp16": (2, 4)}
@@ -55,7 +55,7 @@ def settings(output: Path, teacher: Path, corpus: Path, stage: int, precision: s
 
 
 def interrupted(run: dict[str, Any], folder: Path, at: int) -> dict[str, Any]:
-    """A copy of a finished run as it was after step ``at``, and the arguments that go on with it."""
+    """Copy a finished run as it was after step ``at``; return the arguments that resume the copy."""
     copy = folder / f"{Path(run['output_dir']).name}_at_{at}"
     shutil.copytree(run["output_dir"], copy)
     shutil.rmtree(copy / "student")
@@ -76,7 +76,7 @@ def runs(
     dropout_teacher_dir: Path,
     reference_text: Path,
 ) -> Path:
-    """Folders named by ranks, holding all runs: whole, resumed, and resumed of the other number's."""
+    """Folders named by number of ranks, with all runs: uninterrupted, resumed, and resumed from the other number."""
     folder, teacher = tmp_path_factory.mktemp("resume"), dropout_teacher_dir
     corpus = folder / "corpus"
     text = folder / "text.txt"
@@ -89,12 +89,12 @@ def runs(
         output = folder / str(ranks) / f"zero{stage}_{precision}"
         return settings(output, teacher, corpus, stage, precision)
 
-    # By ZeRO stage: after the first run at stage 3 DeepSpeed's linear layer serves the whole process.
+    # Ordered by ZeRO stage: after the first run at stage 3 the whole process uses DeepSpeed's linear layer.
     same, moved = (
         sorted(chosen(request, test.__name__, "stage", "precision", "ranks"))
         for test in (
-            test_on_as_many_ranks_not_a_bit_differs,
-            test_on_another_number_of_ranks_rounding_differs,
+            test_on_the_same_number_of_ranks_resume_is_bitwise_equal,
+            test_on_another_number_of_ranks_resume_differs_by_rounding,
         )
     )
     whole = sorted({*same, *((stage, precision, 3 - ranks) for stage, precision, ranks in moved)})
@@ -122,7 +122,7 @@ def runs(
 
 
 def weights(run: Path) -> torch.Tensor:
-    """All weights of a run's student, one after the other."""
+    """Return all weights of a run's student in one vector."""
     student = load_file(run / "student" / "model.safetensors")
     return torch.cat([student[name].flatten() for name in sorted(student)])
 
@@ -138,7 +138,9 @@ def curve(run: Path) -> list[tuple[object, ...]]:
 
 
 @pytest.mark.parametrize(("stage", "precision", "ranks"), cases(STRONG_RESUMES))
-def test_on_as_many_ranks_not_a_bit_differs(runs: Path, stage: int, precision: str, ranks: int) -> None:
+def test_on_the_same_number_of_ranks_resume_is_bitwise_equal(
+    runs: Path, stage: int, precision: str, ranks: int
+) -> None:
     straight = runs / str(ranks) / f"zero{stage}_{precision}"
     for at in INTERRUPTED_AT[precision]:
         resumed = straight.with_name(f"{straight.name}_at_{at}")
@@ -147,7 +149,7 @@ def test_on_as_many_ranks_not_a_bit_differs(runs: Path, stage: int, precision: s
 
 
 @pytest.mark.parametrize(("stage", "precision", "ranks"), cases(STRONG_MOVES))
-def test_on_another_number_of_ranks_rounding_differs(
+def test_on_another_number_of_ranks_resume_differs_by_rounding(
     runs: Path, dropout_teacher_dir: Path, stage: int, precision: str, ranks: int
 ) -> None:
     name = f"zero{stage}_{precision}"

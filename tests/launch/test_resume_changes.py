@@ -1,7 +1,7 @@
-"""What --resume changes: other settings of the optimiser, more steps; and that what is used is what is recorded.
+"""The changes that --resume accepts: other settings of the optimiser, more steps. Recorded settings are those in use.
 
-Plain SGD, because its update is proportional to learning rate and gradient: the third step is taken from the same
-weights with the same rows each time, and differs by its settings alone.
+Plain SGD, because its update is proportional to learning rate and gradient. The third step always starts from the same
+weights and rows, and differs only by its settings.
 """
 
 import json
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.full
 BATCH, MICRO_BATCH, STEPS, LEARNING_RATE = 8, 4, 2, 0.01
 SECONDS = 1200
 LOWER = 0.1 * LEARNING_RATE
-# Stages 2 and 3 have one optimiser each for all precisions; half precision is slow on CPUs.
+# Stages 2 and 3 use the same optimiser in all precisions; half precision is slow on CPUs.
 CASES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (0, "bf16"), (1, "bf16"), (3, "fp32")]
 if CPU_HAS_FP16:
     CASES.insert(5, (1, "fp16"))
@@ -55,7 +55,7 @@ DECAY, CLIPPING = 0.5, 1e-3
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, small_corpus_dir: Path) -> Path:
-    """All runs: two steps, then from copies of them a third with the same settings, and with others."""
+    """All runs: two steps, then copies that take a third step, with the same settings and with others."""
     folder = tmp_path_factory.mktemp("changes")
     first: list[dict[str, Any]] = []
     again: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
@@ -103,7 +103,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, sma
         }
         first.append(run(kind, config, STEPS, learning_rate=LEARNING_RATE))
         first.append(run(f"{kind}_straight", config, STEPS + 1, learning_rate=LEARNING_RATE))
-        extended(kind, "same", config)  # "auto" is what it was
+        extended(kind, "same", config)  # "auto" keeps its value
         lower = {**config, "scheduler": {"type": kind, "params": params | changed}}
         extended(kind, "lower", lower, learning_rate=LOWER)
     adam = {"lr": LEARNING_RATE, "torch_adam": True, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
@@ -129,8 +129,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, sma
     for run_again in (*again[1], *again[2]):
         shutil.copytree(folder / run_again.pop("copied_from"), run_again["output_dir"])
     for ranks in (1, 2):
-        said = train_all(folder, again[ranks], ranks, SECONDS).stdout
-        (folder / f"said_{ranks}.txt").write_text(said)
+        shown = train_all(folder, again[ranks], ranks, SECONDS).stdout
+        (folder / f"printed_{ranks}.txt").write_text(shown)
     return folder
 
 
@@ -148,10 +148,10 @@ def off_by(ours: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(("stage", "precision"), CASES)
-def test_a_lower_learning_rate_is_that_of_the_next_step(folder: Path, stage: int, precision: str) -> None:
+def test_the_next_step_uses_a_lower_learning_rate(folder: Path, stage: int, precision: str) -> None:
     name = f"zero{stage}_{precision}"
     lower, same = last_update(folder, name, "lower"), last_update(folder, name, "same")
-    if stage == 0 and precision != "fp32":  # where the rounded weights are exported, which hardly move
+    if stage == 0 and precision != "fp32":  # stage 0 exports rounded weights, which hardly change
         assert lower.norm() < 0.7 * same.norm()
     else:
         assert off_by(lower, LOWER / LEARNING_RATE * same) < 1e-3
@@ -163,13 +163,13 @@ def test_a_lower_learning_rate_is_that_of_the_next_step(folder: Path, stage: int
 
 
 @pytest.mark.parametrize("stage", MOVED)
-def test_so_it_is_on_another_number_of_ranks(folder: Path, stage: int) -> None:
+def test_the_next_step_uses_it_on_another_number_of_ranks(folder: Path, stage: int) -> None:
     moved, same = (last_update(folder, f"adam{stage}", resumed) for resumed in ("moved", "same"))
     assert off_by(moved, LOWER / LEARNING_RATE * same) < 1e-3
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_weight_decay_and_clipping_are_those_of_the_config(folder: Path, stage: int) -> None:
+def test_weight_decay_and_clipping_come_from_the_new_config(folder: Path, stage: int) -> None:
     name = f"zero{stage}_fp32"
     same = last_update(folder, name, "same")
     norm = read_metrics(folder / f"{name}_same" / "metrics.jsonl")[-1].grad_norm
@@ -178,16 +178,16 @@ def test_weight_decay_and_clipping_are_those_of_the_config(folder: Path, stage: 
     assert off_by(last_update(folder, name, "changed"), expected) < 1e-3
 
 
-def test_adams_betas_are_those_of_the_config(folder: Path) -> None:
-    # With betas of 0 Adam keeps nothing of earlier steps, and moves every weight by the learning rate.
+def test_adams_betas_come_from_the_new_config(folder: Path) -> None:
+    # With betas of 0 Adam forgets earlier steps, and changes every weight by the learning rate.
     update = last_update(folder, "adam1", "betas").abs()
-    # Those of tokens that the batch lacks stay where they are.
+    # Embeddings of tokens that are not in the batch do not change.
     assert update[update > 0].median().item() == pytest.approx(LEARNING_RATE, rel=1e-3)
     assert update.max().item() <= LEARNING_RATE * 1.001
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
-def test_a_schedule_goes_on_from_its_new_peak(folder: Path, kind: str) -> None:
+def test_a_schedule_continues_with_its_new_peak(folder: Path, kind: str) -> None:
     record = read_record(folder / f"{kind}_lower")
     assert record
     expected = list(learning_rates(record.started.deepspeed_config, STEPS + 1))
@@ -203,7 +203,7 @@ def test_a_schedule_goes_on_from_its_new_peak(folder: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
-def test_a_finished_run_that_is_extended_ends_as_one_of_as_many_steps(folder: Path, kind: str) -> None:
+def test_an_extended_run_equals_one_of_as_many_steps(folder: Path, kind: str) -> None:
     extended, straight = folder / f"{kind}_same", folder / f"{kind}_straight"
     assert torch.equal(weights(extended), weights(straight))
     ours, theirs = (read_metrics(run / "metrics.jsonl") for run in (extended, straight))
@@ -213,19 +213,19 @@ def test_a_finished_run_that_is_extended_ends_as_one_of_as_many_steps(folder: Pa
     ]
 
 
-def test_what_is_changed_is_said_once_recorded_and_in_the_model_card(folder: Path) -> None:
+def test_changes_are_printed_once_recorded_and_in_the_model_card(folder: Path) -> None:
     run = folder / "zero1_fp32_lower"
-    said = f"after step 2: optimizer.params.lr {LEARNING_RATE} -> {LOWER}, total_steps 2 -> 3"
-    assert (folder / "said_1.txt").read_text().count(f"changed {said}\n") == len(CASES) + 1
+    shown = f"after step 2: optimizer.params.lr {LEARNING_RATE} -> {LOWER}, total_steps 2 -> 3"
+    assert (folder / "printed_1.txt").read_text().count(f"changed {shown}\n") == len(CASES) + 1
     content = json.loads((run / "train_config.json").read_text())
     assert content["changes"] == [
         {"after_step": 2, "changed": {"optimizer.params.lr": [LEARNING_RATE, LOWER], "total_steps": [2, 3]}}
     ]
-    # What it was started with stays.
+    # The record of the start is unchanged.
     assert content["deepspeed_config"]["optimizer"]["params"]["lr"] == LEARNING_RATE
     assert (content["identity"]["total_steps"], content["student_step"]) == (2, 3)
     card = (run / "student" / "README.md").read_text()
     assert f"| Optimiser | SGD {{'lr': {LOWER}}} |" in card
-    assert f"| Changed | {said} |" in card
+    assert f"| Changed | {shown} |" in card
     assert "in 3 steps" in card
     assert not list(run.glob("student.*"))

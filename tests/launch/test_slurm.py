@@ -1,6 +1,6 @@
-"""Under stand-ins for Slurm's and Open MPI's commands: launch/slurm.sbatch, and launch/train.py as it is.
+"""launch/slurm.sbatch and launch/train.py under stand-ins for Slurm's and Open MPI's commands.
 
-Slurm's two nodes of one task each are this machine.
+This machine is both of Slurm's nodes, with one task each.
 """
 
 import os
@@ -39,7 +39,7 @@ for _ in "${tasks[@]}"; do
   wait -n || { status=$?; kill "${tasks[@]}" 2>/dev/null; wait; exit $status; }
 done
 """
-# srun -n 2 COMMAND and mpirun -n 2 COMMAND, in a person's shell.
+# srun -n 2 COMMAND and mpirun -n 2 COMMAND, in a user's shell.
 START_TASKS = """#!/usr/bin/env bash
 [ "$1 $2" = "-n 2" ] || exit 64
 shift 2
@@ -75,14 +75,14 @@ esac
 
 
 @pytest.mark.full
-def test_requeued_before_its_time_limit_it_ends_as_an_uninterrupted_run(
+def test_requeued_before_its_time_limit_it_equals_an_uninterrupted_run(
     uninterrupted_run: Path, tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "a run"
     arguments = training(tiny_teacher_dir, small_corpus_dir, Path("a run"))
     job = submit(tmp_path, arguments)
     wait_for_checkpoint(run, job)
-    job.send_signal(signal.SIGUSR1)  # the USR1 that --signal asks for, to the batch shell alone
+    job.send_signal(signal.SIGUSR1)  # the USR1 of --signal, which only the batch shell gets
     status, _, errors = finish(job)
     assert status == 75, errors[-3000:]
     assert (tmp_path / "requeued").exists()
@@ -96,7 +96,7 @@ def test_requeued_before_its_time_limit_it_ends_as_an_uninterrupted_run(
 
 
 @pytest.mark.full
-def test_a_refusal_of_the_trainer_is_one_line_and_the_jobs_status(
+def test_bad_input_is_one_line_and_the_jobs_status(
     tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
 ) -> None:
     arguments = [*training(tiny_teacher_dir, small_corpus_dir, Path("run")), "--train_batch_size", "129"]
@@ -124,18 +124,18 @@ def test_tasks_are_the_ranks_of_one_job(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "said"), [(["--help"], 0, "sbatch"), (["--plan"], 2, "no Slurm job")]
+    ("arguments", "status", "shown"), [(["--help"], 0, "sbatch"), (["--plan"], 2, "not a Slurm job")]
 )
-def test_outside_slurm_it_explains_itself(
-    arguments: list[str], status: int, said: str, tmp_path: Path
+def test_outside_slurm_it_prints_help_or_an_error(
+    arguments: list[str], status: int, shown: str, tmp_path: Path
 ) -> None:
     ended, output, errors = finish(start(["bash", SCRIPT, *arguments], cpu_environment(), tmp_path))
     assert ended == status
-    assert said in output + errors
+    assert shown in output + errors
 
 
 def submit(folder: Path, arguments: list[str]) -> Job:
-    """What ``sbatch launch/slurm.sbatch ARGUMENTS`` in the folder leads to: a copy of the script runs there."""
+    """Run a copy of the script in the folder, as ``sbatch launch/slurm.sbatch ARGUMENTS`` does."""
     commands = folder / "bin"
     commands.mkdir(exist_ok=True)
     for name, text in {"srun": SRUN, "scancel": SCANCEL, "scontrol": SCONTROL}.items():
@@ -156,7 +156,7 @@ def submit(folder: Path, arguments: list[str]) -> Job:
 
 
 def _job_number() -> int:
-    """A job's number whose port is free on this machine."""
+    """Return a job number whose port is free on this machine."""
     number = 4_000_000 + os.getpid()
     while True:
         with socket.socket() as probe:

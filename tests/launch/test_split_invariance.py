@@ -1,7 +1,7 @@
-"""One global batch gives the same parameters after a step, however it is split, and those of plain PyTorch.
+"""A step gives the parameters of plain PyTorch, however the global batch is split.
 
-Plain SGD, because its update is proportional to the gradient: Adam's would hide a gradient that is
-scaled wrongly. Dropout is 0: its draws depend on the split.
+Plain SGD, because its update is proportional to the gradient: Adam would hide a wrongly scaled gradient. Dropout is 0,
+because its random numbers depend on the split.
 """
 
 from pathlib import Path
@@ -74,10 +74,10 @@ CASES = [
         ]
     ),
 ]
-# With so many accumulation steps that their sum has to be in fp32.
+# So many accumulation steps that gradients must be summed in fp32.
 LONG_BATCH = 128
 HAS_FP16 = get_accelerator().is_fp16_supported()
-# Of the update's norm. bf16 keeps 8 bits of each weight and gradient, fp16 11.
+# Relative to the update's norm. bf16 has 8 bits for each weight and gradient, fp16 11.
 LONG_TOLERANCE = 0.01
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.02, "fp16": 0.005}
 
@@ -91,16 +91,16 @@ def start(tiny_teacher_dir: Path) -> dict[str, torch.Tensor]:
 def expected(
     tiny_teacher_dir: Path, small_corpus_dir: Path, start: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, list[float]]:
-    """What two steps change, and the norms of their gradients."""
+    """The weights' change in two steps, and the norms of the gradients."""
     return plain_steps(tiny_teacher_dir, small_corpus_dir, BATCH, [LEARNING_RATE] * STEPS, start)
 
 
 def plain_steps(
     teacher_dir: Path, corpus_dir: Path, batch_size: int, rates: list[float], start: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, list[float]]:
-    """Steps of a plain PyTorch loop over whole global batches: what they change, and the norms of the gradients.
+    """Return the weights' change and the gradients' norms of steps in a plain PyTorch loop over whole global batches.
 
-    No code of the trainer's step.
+    It uses no code of the trainer's step.
     """
     teacher = load_teacher(str(teacher_dir))
     student = make_student(teacher, LAYERS)
@@ -132,9 +132,9 @@ def trained(
     tiny_teacher_dir: Path,
     small_corpus_dir: Path,
 ) -> Path:
-    """The runs of the cases, those of a number of ranks in one job; a folder per run."""
+    """The runs of the cases, one job per number of ranks, one folder per run."""
     folder = tmp_path_factory.mktemp("split")
-    # By ZeRO stage: after the first run at stage 3 DeepSpeed's linear layer serves the whole process.
+    # Ordered by ZeRO stage: after the first run at stage 3 the whole process uses DeepSpeed's linear layer.
     cases = sorted(
         chosen(
             request,
@@ -168,7 +168,7 @@ def trained(
 def others_trained(
     tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, small_corpus_dir: Path
 ) -> Path:
-    """Runs with many accumulation steps, with a schedule, and with Adam; a folder per run."""
+    """Runs with many accumulation steps, with a schedule, and with Adam; one folder per run."""
     folder = tmp_path_factory.mktemp("others")
 
     def run(name: str, settings: dict[str, Any], micro: int = BATCH, **more: object) -> dict[str, Any]:
@@ -204,14 +204,14 @@ def test_same_step_however_the_batch_is_split(
     update = _update(student, start)
     expected_update, expected_norms = expected
     error = (update - expected_update).norm() / expected_update.norm()
-    # What is exported at stage 0 is the rounded weights.
+    # Stage 0 exports the rounded weights.
     assert error < (3 if precision == "fp16" and stage == 0 else 1) * TOLERANCE[precision]
     norms = [line.grad_norm for line in read_metrics(trained / name / "metrics.jsonl")]
     assert norms == pytest.approx(expected_norms, rel=TOLERANCE[precision])
 
 
 @pytest.mark.full
-def test_128_accumulation_steps_in_bf16_lose_nothing(
+def test_128_accumulation_steps_in_bf16_lose_no_precision(
     others_trained: Path,
     tiny_teacher_dir: Path,
     small_corpus_dir: Path,
@@ -226,7 +226,7 @@ def test_128_accumulation_steps_in_bf16_lose_nothing(
 
 
 @pytest.mark.full
-def test_the_steps_of_a_filled_schedule_are_taken_with_the_rates_that_the_metrics_say(
+def test_steps_of_an_auto_schedule_use_the_learning_rates_in_the_metrics(
     others_trained: Path, tiny_teacher_dir: Path, small_corpus_dir: Path, start: dict[str, torch.Tensor]
 ) -> None:
     # Two steps: half of the peak, and the peak.
@@ -242,7 +242,7 @@ def test_the_steps_of_a_filled_schedule_are_taken_with_the_rates_that_the_metric
 def test_adams_first_updates_are_as_large_without_zero(
     others_trained: Path, start: dict[str, torch.Tensor]
 ) -> None:
-    # DeepSpeed's optimiser for half precision without ZeRO counts a step of its own before the first.
+    # DeepSpeed's half-precision optimiser without ZeRO counts an extra step before the first.
     start = {name: weight.bfloat16().float() for name, weight in start.items()}
     without, with_zero = (
         _update(load_file(others_trained / f"adam_zero{stage}" / "student" / "model.safetensors"), start)

@@ -1,4 +1,4 @@
-"""The training step as the launcher starts it: what it waits for, and its other forms."""
+"""The training step under the launcher: waits for the device, compilation, workers."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ STEP_JOB = Path(__file__).with_name("step_job.py")
 STEPS = 3
 
 
-def test_nothing_waits_for_the_device_between_optimiser_steps(
+def test_the_host_does_not_wait_for_the_device_between_optimiser_steps(
     tmp_path: Path, tiny_teacher_dir: Path, small_corpus_dir: Path, device: str
 ) -> None:
     result = python(STEP_JOB, CPU_CONFIG, tiny_teacher_dir, small_corpus_dir, tmp_path / "run", device=device)
@@ -21,9 +21,9 @@ def test_nothing_waits_for_the_device_between_optimiser_steps(
     for of_a_step in waits.values():
         assert "step_job.py" in of_a_step.pop(), "a wait is not noticed"
     assert waits["4"] == waits["1"], "a micro-step waits"
-    if device == "cuda":  # where the warning names a line of torch's
+    if device == "cuda":  # the warning names a line of torch
         return
-    # DeepSpeed's own look at the gradient's norm, once an optimiser step.
+    # DeepSpeed's own reading of the gradient's norm, once per optimiser step.
     assert {wait.partition(" in ")[2].partition(":")[0] for wait in waits["1"]} <= {"utils.py"}
 
 
@@ -36,7 +36,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.full
-def test_it_ends_with_workers_though_nobody_looks_for_reference_cycles(
+def test_it_ends_with_workers_without_garbage_collection(
     tmp_path: Path, tiny_teacher_dir: Path, small_corpus_dir: Path
 ) -> None:
     arguments = arguments_of(tmp_path / "run", tiny_teacher_dir, small_corpus_dir)
@@ -66,7 +66,7 @@ def metrics_of(output: Path, teacher: Path, corpus: Path, device: str, *flags: o
 
 
 @pytest.mark.full
-def test_compiled_and_loaded_by_workers_the_step_is_the_same(
+def test_with_compile_and_workers_the_step_is_the_same(
     tmp_path: Path, tiny_teacher_dir: Path, small_corpus_dir: Path, device: str
 ) -> None:
     plain = metrics_of(tmp_path / "plain", tiny_teacher_dir, small_corpus_dir, device)

@@ -1,4 +1,4 @@
-"""Training through the real launcher: what it writes, that it resumes, and how it refuses."""
+"""Training with the real launcher: its files, resuming, and refusals."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def command(teacher: Path, corpus: Path, output: Path, config: Path = CPU_CONFIG
 def finished(
     tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, small_corpus_dir: Path
 ) -> Path:
-    """A run of 12 steps on 2 ranks, with dropout in the student and DeepSpeed's CSV monitor."""
+    """A finished run of 12 steps on 2 ranks, with dropout in the student and DeepSpeed's CSV monitor."""
     folder = tmp_path_factory.mktemp("finished")
     teacher = folder / "teacher"
     shutil.copytree(tiny_teacher_dir, teacher)
@@ -91,14 +91,12 @@ def test_the_student_folder_is_complete(finished: Path) -> None:
     assert model.vocab_projector.weight is model.distilbert.embeddings.word_embeddings.weight
     assert {weight.dtype for weight in load_file(student / "model.safetensors").values()} == {torch.float32}
     card = (student / "README.md").read_text()
-    for said in ("| Teacher | teacher |", "temperature 2", "reference.txt", "Held-out rows", "AdamW"):
-        assert said in card
+    for shown in ("| Teacher | teacher |", "temperature 2", "reference.txt", "Held-out rows", "AdamW"):
+        assert shown in card
     assert str(finished) not in card
 
 
-def test_the_model_card_gives_the_results_that_the_student_has(
-    finished: Path, small_corpus_dir: Path
-) -> None:
+def test_the_model_card_has_the_students_results(finished: Path, small_corpus_dir: Path) -> None:
     student = finished / "run" / "student"
     accuracy, loss = ModelCard.load(student / "README.md").data.eval_results
     model = load_masked_language_model("student", str(student))
@@ -107,10 +105,10 @@ def test_the_model_card_gives_the_results_that_the_student_has(
     assert loss.metric_value == pytest.approx(quality.loss)
 
 
-def test_the_students_tokenizer_gives_the_students_inputs_and_is_still_the_corpus_tokenizer(
+def test_the_students_tokenizer_returns_the_students_inputs_and_matches_the_corpus(
     finished: Path, small_corpus_dir: Path
 ) -> None:
-    """transformers before 5 passes all that a tokenizer gives to the model, and DistilBERT takes no token types."""
+    """transformers before 5 passes all outputs of a tokenizer to the model, and DistilBERT takes no token types."""
     student = finished / "run" / "student"
     saved = json.loads((student / "tokenizer_config.json").read_text())
     assert saved["model_input_names"] == ["input_ids", "attention_mask"]
@@ -118,7 +116,7 @@ def test_the_students_tokenizer_gives_the_students_inputs_and_is_still_the_corpu
     assert list(tokenizer("the list")) == ["input_ids", "attention_mask"]
     corpus = open_corpus(small_corpus_dir)
     assert tokenizer_hash(tokenizer) == corpus.manifest.tokenizer_hash
-    # As the teacher of a next round would be.
+    # As for a teacher of the next distillation.
     check_fits_corpus("teacher", str(student), load_masked_language_model("teacher", str(student)), corpus)
 
 
@@ -141,12 +139,12 @@ def test_deepspeeds_monitors_get_the_metrics(finished: Path) -> None:
     assert len(rows) == 1 + STEPS
 
 
-def test_the_last_checkpoints_are_kept(finished: Path) -> None:
+def test_the_newest_checkpoints_are_kept(finished: Path) -> None:
     kept = sorted(path.name for path in (finished / "run" / "checkpoints").glob("step_*"))
     assert kept == ["step_000000008", "step_000000012"]
 
 
-def test_a_resume_as_another_run_is_refused_and_changes_nothing(
+def test_a_resume_with_other_settings_is_refused_and_changes_nothing(
     finished: Path,
     small_corpus_dir: Path,
     tmp_path: Path,
@@ -259,7 +257,7 @@ def test_a_resume_as_another_run_is_refused_and_changes_nothing(
         assert_names(line, code, *named)
 
 
-def test_a_finished_run_is_compared_before_it_is_called_complete(
+def test_a_finished_run_is_compared_before_it_is_reported_complete(
     finished: Path,
     small_corpus_dir: Path,
     tmp_path: Path,
@@ -297,7 +295,7 @@ def test_checkpoints_without_the_runs_record_are_refused(
 
 
 @pytest.mark.full
-def test_a_student_that_was_being_replaced_when_a_process_was_killed_is_there_again(
+def test_a_student_whose_replacement_was_killed_is_restored(
     finished: Path, small_corpus_dir: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -319,7 +317,7 @@ def test_a_student_that_was_being_replaced_when_a_process_was_killed_is_there_ag
         pytest.param({"resume": True, "seed": 1}, "changed-run", "seed 0", marks=pytest.mark.full),
     ],
 )
-def test_of_two_jobs_started_at_once_in_a_new_folder_the_second_takes_nothing_of_the_first(
+def test_the_second_of_two_jobs_in_one_new_folder_does_not_use_the_firsts_files(
     tiny_teacher_dir: Path,
     small_corpus_dir: Path,
     tmp_path: Path,
@@ -375,7 +373,7 @@ def test_the_plan_is_printed_and_nothing_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_bad_input_on_two_ranks_is_said_by_rank_0_alone(
+def test_bad_input_on_two_ranks_is_printed_by_rank_0_only(
     tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
 ) -> None:
     arguments = [*command(tiny_teacher_dir, small_corpus_dir, tmp_path / "run"), "--train_batch_size", 18]

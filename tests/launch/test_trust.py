@@ -1,4 +1,4 @@
-"""What the commands do not do: run what they are given, reach for the network, tell secrets, widen permissions."""
+"""The commands never run code of their input, use the network, print secrets or widen permissions."""
 
 import json
 import re
@@ -24,7 +24,7 @@ SECRETS = {
 }
 UMASK = 0o027
 
-# In every Python process of a command, as sitecustomize.py: a connection that leaves the machine is noted and fails.
+# sitecustomize.py of every Python process of a command: a connection that leaves the machine is recorded and fails.
 GUARD = """
 import os, socket
 
@@ -48,7 +48,7 @@ for name in ("connect", "connect_ex"):
 
 
 def run_guarded(folder: Path, *arguments: object) -> str:
-    """Run a command with secrets in its environment; what it printed. Checks that it told none and stayed inside."""
+    """Run a command with secrets in its environment; check that it prints none and stays offline; return its output."""
     (folder / "sitecustomize.py").write_text(GUARD)
     log = folder / "network.log"
     done = subprocess.run(
@@ -67,7 +67,7 @@ def run_guarded(folder: Path, *arguments: object) -> str:
 
 
 def check_files(folder: Path) -> None:
-    """No file holds a secret; modes follow the mask, but for the scripts that DeepSpeed puts among its checkpoints."""
+    """Check that no file has a secret, and that modes follow the umask, except DeepSpeed's scripts in checkpoints."""
     paths = [folder, *folder.rglob("*")]
     assert len(paths) > 2
     for path in paths:
@@ -78,7 +78,7 @@ def check_files(folder: Path) -> None:
             assert mode == (0o777 if path.is_dir() else 0o666) & ~UMASK, (path, oct(mode))
 
 
-def test_the_guard_notes_a_connection(tmp_path: Path) -> None:
+def test_the_guard_records_a_connection(tmp_path: Path) -> None:
     for reach in (
         "socket.create_connection(('192.0.2.1', 80))",
         "socket.socket().connect(('192.0.2.1', 80))",
@@ -88,7 +88,7 @@ def test_the_guard_notes_a_connection(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_no_command_reaches_out_or_tells_a_secret_and_files_follow_the_umask(
+def test_commands_use_no_network_print_no_secrets_and_follow_the_umask(
     reference_text: Path, small_tokenizer_dir: Path, tiny_teacher_dir: Path, tmp_path: Path
 ) -> None:
     guard = tmp_path / "guard"
@@ -117,9 +117,7 @@ def test_no_command_reaches_out_or_tells_a_secret_and_files_follow_the_umask(
     check_files(tmp_path / "profile")
 
 
-def test_code_that_comes_with_a_model_is_not_run_whatever_is_answered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_that_comes_with_a_model_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     executed = tmp_path / "executed"
@@ -128,7 +126,7 @@ def test_code_that_comes_with_a_model_is_not_run_whatever_is_answered(
         ("config.json", json.dumps({"model_type": "their_own", "auto_map": code})),
         ("tokenizer_config.json", json.dumps({"auto_map": {"AutoTokenizer": ["code.T", "code.T"]}})),
         ("code.py", f"open({str(executed)!r}, 'w')"),
-        (f"{tmp_path.name}.py", f"open({str(executed)!r}, 'w')"),  # what a script of a dataset was called
+        (f"{tmp_path.name}.py", f"open({str(executed)!r}, 'w')"),  # the name of a dataset's script
     ):
         (tmp_path / name).write_text(content)
     loads: list[tuple[UserErrorCode, Callable[[], object]]] = [
@@ -143,8 +141,8 @@ def test_code_that_comes_with_a_model_is_not_run_whatever_is_answered(
     assert not executed.exists()
 
 
-def test_nothing_is_unpickled_but_by_the_benchmark_of_the_original() -> None:
-    """DeepSpeed's checkpoints are pickles too: the README says so."""
+def test_only_the_benchmark_of_the_original_unpickles() -> None:
+    """DeepSpeed's checkpoints are pickles, too; docs/operations.md says so."""
     loads = re.compile(
         r"pickle\.load|torch\.load\(|allow_pickle=True|trust_remote_code=True|weights_only=False"
     )

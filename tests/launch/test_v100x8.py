@@ -1,4 +1,4 @@
-"""launch/v100x8.sh, as far as a machine without its GPUs can run it."""
+"""launch/v100x8.sh on a machine without GPUs."""
 
 import base64
 import json
@@ -26,8 +26,8 @@ from distilspeed.trainer.engine.config_file import read_deepspeed_config
 SCRIPT = ROOT / "launch" / "v100x8.sh"
 CONFIG = ROOT / "ds_configs" / "v100x8_fp16.json"
 
-# Stand in for torch, with as many GPUs of one kind as a test says and the architectures that the build has code for,
-# and for DeepSpeed's launcher, which says what it was given.
+# Stand-ins for torch, with a test's number and kind of GPUs and the architectures of the build, and for DeepSpeed's
+# launcher, which prints its arguments.
 TORCH = """
 __version__ = "2.13.0"
 class cuda:
@@ -40,11 +40,11 @@ LAUNCHER = "import json, sys; print(json.dumps(sys.argv[1:]))"
 
 
 @pytest.mark.full
-def test_terminated_and_run_again_it_ends_as_an_uninterrupted_run(
+def test_terminated_and_run_again_it_equals_an_uninterrupted_run(
     uninterrupted_run: Path, tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "a run"
-    # From a folder of the user's own, to which the paths are relative.
+    # From a user's folder, with paths relative to it.
     command = ["bash", SCRIPT, *training(tiny_teacher_dir, small_corpus_dir, Path("a run"))]
     environment = cpu_environment(NUM_GPUS=2)
     job = start(command, environment, tmp_path)
@@ -60,7 +60,7 @@ def test_terminated_and_run_again_it_ends_as_an_uninterrupted_run(
 
 
 @pytest.mark.parametrize("gpus", [8, 16, 32, 64])
-def test_its_config_makes_4096_rows_in_fp16_on_every_power_of_two(gpus: int) -> None:
+def test_its_config_gives_4096_rows_in_fp16_on_every_power_of_two(gpus: int) -> None:
     config = read_deepspeed_config(CONFIG)
     assert resolve_batch_equation(config, gpus).train_batch_size == 4096
     assert config.precision == "fp16"
@@ -88,20 +88,20 @@ def test_a_number_of_gpus_that_does_not_divide_4096_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize(
-    ("gpus", "capability", "architectures", "said"),
+    ("gpus", "capability", "architectures", "shown"),
     [
-        (4, (7, 0), ["sm_70"], "8 GPUs are needed and torch sees 4"),
+        (4, (7, 0), ["sm_70"], "8 GPUs are needed and torch finds 4"),
         (8, (7, 0), ["sm_75", "sm_80", "sm_90", "compute_90"], "no code for Tesla V100-SXM2-32GB (sm_70)"),
         (8, (12, 1), ["sm_90", "sm_100"], "(sm_121)"),
     ],
 )
-def test_gpus_that_are_too_few_or_unknown_to_torch_are_refused(
-    gpus: int, capability: tuple[int, int], architectures: list[str], said: str, tmp_path: Path
+def test_too_few_gpus_or_gpus_unknown_to_torch_are_refused(
+    gpus: int, capability: tuple[int, int], architectures: list[str], shown: str, tmp_path: Path
 ) -> None:
     result = with_torch(tmp_path, gpus, capability, architectures)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
-    assert said in error_lines(result)[0]
+    assert shown in error_lines(result)[0]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_gpus_that_are_too_few_or_unknown_to_torch_are_refused(
         ((9, 0), ["sm_90a"]),
     ],
 )
-def test_gpus_that_torch_has_code_for_are_used_in_the_order_that_is_visible(
+def test_supported_gpus_are_used_in_their_visible_order(
     capability: tuple[int, int], architectures: list[str], tmp_path: Path
 ) -> None:
     result = with_torch(tmp_path, 8, capability, architectures, CUDA_VISIBLE_DEVICES="7,6,5,4,3,2,1,0,9")

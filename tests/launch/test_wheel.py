@@ -1,4 +1,4 @@
-"""The wheel trains where there is no checkout."""
+"""The wheel trains without a checkout."""
 
 import subprocess
 import sys
@@ -29,10 +29,10 @@ def run(*command: object, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of an environment that has the wheel, and of the checkout's environment all but the checkout."""
+    """The Python of an environment with the wheel and the checkout's packages, without the checkout."""
     folder = tmp_path_factory.mktemp("wheel")
     (folder / "source").mkdir()
-    # Built from a copy, because setuptools leaves a folder build/ beside setup.py.
+    # Built from a copy, because setuptools creates a folder build/ beside setup.py.
     parts = ("setup.py", "pyproject.toml", "README.md", "LICENSE", *PACKAGE)
     run("cp", "-a", *(ROOT / part for part in parts), "source", folder=folder)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
@@ -41,7 +41,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv.create(folder / "environment")
     python = folder / "environment" / "bin" / "python"
     run(*pip, "--python", python, "install", "--no-deps", wheel, folder=folder)
-    # A folder named in a .pth file is searched, but its own .pth files, such as the checkout's, are not read.
+    # Python searches a folder named in a .pth file, but does not read that folder's own .pth files (the checkout's).
     packages = sysconfig.get_path("purelib")
     (own,) = (folder / "environment" / "lib").glob("python*/site-packages")
     (own / "checkout.pth").write_text(f"{packages}\n")

@@ -12,7 +12,7 @@ from launcher import DEEPSPEED, ROOT, free_port, write_config
 from distilspeed.trainer.engine.checkpoint import Checkpoint
 
 STEPS, SAVE_STEPS, BATCH, MICRO_BATCH = 24, 2, 64, 16
-SECONDS_TO_END = 300  # in which nothing may be left of a job; a machine with other work is ten times slower
+SECONDS_TO_END = 300  # until no process of a job may be left; a busy machine is ten times slower
 TRAIN = ROOT / "launch" / "train.py"
 FAULTY = Path(__file__).with_name("fault_job.py")
 FORKSERVER = Path(__file__).with_name("forkserver_job.py")
@@ -21,7 +21,7 @@ needs_fp16 = pytest.mark.skipif(not CPU_HAS_FP16, reason="this CPU has no fp16")
 
 
 class Training:
-    """One training, which is started again and again."""
+    """One training that can be started repeatedly."""
 
     def __init__(self, teacher: Path, corpus: Path, run: Path, ranks: int = 2) -> None:
         self.run = run
@@ -33,9 +33,12 @@ class Training:
     def start(
         self, *more: object, script: Path = TRAIN, prefix: Sequence[object] = (), **environment: object
     ) -> Job:
-        """Start it, or go on with it; ``more``: further arguments; ``environment``: further variables.
+        """Start or resume the training.
 
-        ``prefix``: a command that starts another one, as nohup does.
+        Args:
+            more: further arguments.
+            prefix: a command that starts another command, for example nohup.
+            environment: further variables.
         """
         options = {
             "--deepspeed_config": self.config,
@@ -61,7 +64,7 @@ class Training:
         assert status == 0, errors[-3000:]
 
     def newest(self) -> Checkpoint:
-        """The newest checkpoint, which is whole."""
+        """Return the newest checkpoint; check that it is undamaged."""
         checkpoint = Checkpoint.read(max((self.run / "checkpoints").glob("step_*[0-9]")))
         assert checkpoint.damage() is None
         return checkpoint
@@ -71,7 +74,7 @@ class Training:
 
 
 def processes_of(run: Path) -> dict[str, psutil.Process]:
-    """The processes of a job, by what they are: "deepspeed", "launcher", "rank 0", "rank 1"."""
+    """Return the processes of a job by role: "deepspeed", "launcher", "rank 0", "rank 1"."""
     found: dict[str, psutil.Process] = {}
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or []
@@ -84,5 +87,5 @@ def processes_of(run: Path) -> dict[str, psutil.Process]:
         else:
             ranks = [part.partition("=")[2] for part in command if part.startswith("--local_rank=")]
             name = f"rank {ranks[0]}" if ranks else f"process {process.pid}"
-        found.setdefault(name, process)  # a rank's data workers, forked, come after it
+        found.setdefault(name, process)  # a rank's forked data workers come after it
     return found

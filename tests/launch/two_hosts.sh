@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# Two hosts on one machine, for as long as standard input is open:  two_hosts.sh FOLDER NAME
+# Run two hosts on one machine while standard input is open:  two_hosts.sh FOLDER NAME
 #
-# The hosts NAME1 and NAME2 are network namespaces with addresses, process numbers, host names and an sshd of their own.
-# They share this machine's files, as hosts of a cluster share a file system. FOLDER gets the keys and `ssh`, which
-# reaches the hosts by name from inside them:  ip netns exec NAME1 FOLDER/ssh NAME2 hostname
+# The hosts NAME1 and NAME2 are network namespaces, each with its own addresses, process ids, host name and sshd. They
+# share this machine's files, as hosts of a cluster share a file system. FOLDER gets the keys and `ssh`, which connects
+# to the hosts by name from inside them:  ip netns exec NAME1 FOLDER/ssh NAME2 hostname
 #
-# Needs root, iproute2, openssh and util-linux. Prints "up" when both hosts answer. When standard input ends, and be it
-# because the reader was killed, everything ends and is removed. Nothing outside the two namespaces can reach them or be
-# reached from them: both ends of the cable between them are made inside. ~/.ssh and /etc/ssh are not used.
+# Needs root, iproute2, openssh and util-linux. Prints "up" when both hosts answer. When standard input ends, also
+# because its writer was killed, the hosts end and are removed. They have no connection to anything outside the two
+# namespaces: both ends of the cable between them are made inside. ~/.ssh and /etc/ssh are not used.
 set -euo pipefail
 folder=$1
 hosts=("${2}1" "${2}2")
-addresses=(10.77.0.1 10.77.0.2) # in namespaces of their own, so two of these scripts may run at once
+addresses=(10.77.0.1 10.77.0.2) # private to the namespaces, so two of these scripts may run at once
 
 sshd_pids=()
 down() {
   local i
   for i in 0 1; do
-    # An unshare --kill-child, and with it every process of that host.
+    # unshare --kill-child: this ends every process of the host.
     [ -z "${sshd_pids[i]:-}" ] || { kill -9 "${sshd_pids[i]}" && wait "${sshd_pids[i]}"; } 2>/dev/null || true
     ip netns del "${hosts[i]}" 2>/dev/null || true
     rm -rf "/etc/netns/${hosts[i]}"
@@ -27,7 +27,7 @@ down() {
 trap down EXIT
 trap 'exit 1' INT TERM HUP
 
-mkdir -p "$folder" /run/sshd # sshd insists on the latter
+mkdir -p "$folder" /run/sshd # sshd needs /run/sshd
 ssh-keygen -q -t ed25519 -N '' -f "$folder/key"
 ip netns add "${hosts[0]}"
 ip netns add "${hosts[1]}"
@@ -36,7 +36,7 @@ for i in 0 1; do
   ip -n "${hosts[i]}" link set lo up
   ip -n "${hosts[i]}" addr add "${addresses[i]}/24" dev eth0
   ip -n "${hosts[i]}" link set eth0 up
-  # `ip netns exec` puts this file in the place of /etc/hosts.
+  # `ip netns exec` replaces /etc/hosts by this file.
   mkdir -p "/etc/netns/${hosts[i]}"
   printf '127.0.0.1 localhost\n%s %s\n%s %s\n' "${addresses[0]}" "${hosts[0]}" "${addresses[1]}" "${hosts[1]}" \
     >"/etc/netns/${hosts[i]}/hosts"
