@@ -74,10 +74,10 @@ def waits_of_a_step(accumulation: int, arguments: list[str]) -> list[str]:
     config, teacher, corpus, output = arguments
     run = prepare_run(
         TrainArguments(
-            Path(config),
-            teacher,
-            Path(corpus),
-            Path(output),
+            deepspeed_config=Path(config),
+            teacher=teacher,
+            data_dir=Path(corpus),
+            output_dir=Path(output),
             max_steps=10,
             train_batch_size=MICRO_BATCH * accumulation,
             per_device_train_batch_size=MICRO_BATCH,
