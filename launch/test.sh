@@ -13,6 +13,6 @@ if [ "${1:-}" = --full ]; then
 fi
 setup_venv "[test]"
 choose_accelerator
-# Two files at a time: most tests wait for processes to start, and tests of one file share costly fixtures.
+# Three files at a time, also on 2 cores: most tests wait for processes to start, and tests of one file share costly fixtures.
 # The caller's arguments come last and override these.
-exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$selection" "$@"
+exec .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "$selection" "$@"

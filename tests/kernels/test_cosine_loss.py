@@ -231,7 +231,7 @@ def test_same_bits_from_run_to_run_and_under_autocast(dtype: torch.dtype, device
         assert torch.equal(gradient, runs[0][1])
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
 @pytest.mark.parametrize("with_mask", [False, True])
 def test_torch_compile_needs_no_graph_break(with_mask: bool, backend: str, device: str) -> None:
     student, teacher = (states.float().to(device) for states in hidden_states(3, 7, 24))

@@ -121,7 +121,7 @@ def kill_and_resume(seed: int, moments: tuple[str, ...], training: Training, ref
 
 @pytest.mark.usefixtures("bystander")
 def test_a_few_kills(training: Training, uninterrupted: Path) -> None:
-    kill_and_resume(0, ("step", "save", "export"), training, uninterrupted)
+    kill_and_resume(0, ("save", "export"), training, uninterrupted)
 
 
 @pytest.mark.chaos

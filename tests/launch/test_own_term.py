@@ -116,6 +116,7 @@ def test_its_parameters_are_trained_and_saved_and_not_exported(run: Path, dropou
     )
 
 
+@pytest.mark.full
 def test_a_resumed_run_is_bitwise_equal(
     run: Path, dropout_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
 ) -> None:
