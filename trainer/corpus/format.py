@@ -222,7 +222,7 @@ def _read_manifest(data_dir: Path) -> Manifest:
         ) from error
     raise UserError(
         "unsupported-format",
-        f"{data_dir} has corpus format {found}, and this version reads {FORMAT_VERSION}; "
+        f"{data_dir} has corpus format {found!r}, and this version reads {FORMAT_VERSION}; "
         "prepare it again with launch/prepare_data.py",
     )
 

@@ -163,6 +163,8 @@ def _column_of(record: Any, text_column: str, where: str) -> Any:
 
 
 def _no_column(where: str, text_column: str, columns: Any) -> str:
+    if not columns:
+        return f"{where} has no fields; give records with a field {text_column!r}"
     return f"{where} has no field {text_column!r}, only {', '.join(columns)}; choose one with --text_column"
 
 
