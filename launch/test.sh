@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the tests: bash launch/test.sh [--full] [pytest arguments]
 #
-# One strong case of every promise, in about 8 minutes on 2 idle cores. With --full every case, in about 25 minutes.
+# One strong case of every promise, in about 9 minutes on 2 idle cores. With --full every case, in about 30 minutes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/setup_venv.sh
@@ -13,6 +13,6 @@ if [ "${1:-}" = --full ]; then
 fi
 setup_venv "[test]"
 choose_accelerator
-# Three files at a time, also on 2 cores: most tests wait for processes to start, and tests of one file share costly fixtures.
+# Two files at a time: most tests wait for processes to start, and tests of one file share costly fixtures.
 # The caller's arguments come last and override these.
-exec .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "$selection" "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$selection" "$@"
