@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from distilspeed.trainer.corpus.format import Corpus, read_rows
 from distilspeed.trainer.data.batch_equation import BatchEquation
-from distilspeed.trainer.data.masking import MaskingRule, masked_token_count, masking_rule, philox
-from distilspeed.trainer.data.micro_batch import MicroBatch, masked_micro_batch
+from distilspeed.trainer.data.masking import MaskingRule, masking_rule, philox
+from distilspeed.trainer.data.micro_batch import MicroBatch, masked_micro_batch, row_token_counts
 from distilspeed.trainer.job.processes import STOP_SIGNALS, children_deaf_to
 
 # Random streams besides the masking stream, 0.
@@ -71,9 +71,7 @@ class MicroBatches(Dataset[MicroBatch]):
         self.rows = corpus.train
         self.row_length = corpus.manifest.seq_length
         self.rule = corpus_masking_rule(corpus)
-        self.real_tokens = self.rows.data.column("real_tokens").to_numpy()
-        maskable_tokens = self.rows.data.column("maskable_tokens").to_numpy()
-        self.masked_tokens = masked_token_count(self.real_tokens, maskable_tokens)
+        self.real_tokens, self.masked_tokens = row_token_counts(self.rows)
         self.batch = batch
         self.rank = rank
         self.seed = seed

@@ -3,12 +3,19 @@
 import math
 from typing import NamedTuple
 
+import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from distilspeed.trainer.corpus.format import RowBatch
-from distilspeed.trainer.data.masking import IGNORE_INDEX, MASKED_FRACTION, MaskingRule, mask_row
+from distilspeed.trainer.data.masking import (
+    IGNORE_INDEX,
+    MASKED_FRACTION,
+    MaskingRule,
+    mask_row,
+    masked_token_count,
+)
 
 PADDING_DOCUMENT = -1
 
@@ -71,6 +78,14 @@ def masked_places(labels: NDArray[np.int64]) -> NDArray[np.int64]:
     is_masked = labels.ravel() != IGNORE_INDEX
     masked = np.flatnonzero(is_masked)
     return np.concatenate([masked, np.flatnonzero(~is_masked)[: most - len(masked)]])
+
+
+def row_token_counts(rows: datasets.Dataset) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
+    """Return the real tokens of each row, and how many of them are masked."""
+    real_tokens, maskable_tokens = (
+        rows.data.column(name).to_numpy() for name in ("real_tokens", "maskable_tokens")
+    )
+    return real_tokens, masked_token_count(real_tokens, maskable_tokens)
 
 
 def masked_micro_batch(
