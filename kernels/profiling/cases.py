@@ -46,7 +46,7 @@ from distilspeed.kernels.profiling.problem import (
     leaf,
     non_leaf,
     random_labels,
-    random_normal,
+    random_pair,
     shown,
     single_launch_floor_bytes,
 )
@@ -77,12 +77,10 @@ class LogitInputs:
     @classmethod
     def random(cls, problem: Problem, generator: torch.Generator) -> "LogitInputs":
         shape = (problem.tokens, problem.vocab_size)
-        exact = LOGIT_SCALE * random_normal(problem, generator, *shape)
-        student = exact.to(problem.dtype, copy=True)
-        exact += random_normal(problem, generator, *shape)
+        student, teacher = random_pair(problem, generator, *shape, scale=LOGIT_SCALE, noise=1.0)
         labels = random_labels(problem, generator)
         every_row = torch.ones_like(labels, dtype=torch.bool)
-        return cls(student, exact.to(problem.dtype), labels, every_row, problem.temperature)
+        return cls(student, teacher, labels, every_row, problem.temperature)
 
     def fresh(self) -> Tensors:
         return (leaf(self.student),)
@@ -199,10 +197,7 @@ def peer_logit_cases(inputs: LogitInputs, floor: Floor) -> tuple[Case, ...]:
 
 def cosine_group(problem: Problem, generator: torch.Generator) -> Group:
     shape = (problem.tokens, problem.hidden_size)
-    exact = random_normal(problem, generator, *shape)
-    student = exact.to(problem.dtype, copy=True)
-    exact += random_normal(problem, generator, *shape)
-    teacher = exact.to(problem.dtype)
+    student, teacher = random_pair(problem, generator, *shape, scale=1.0, noise=1.0)
     every_row = torch.ones(problem.tokens, dtype=torch.bool, device=problem.device)
 
     def fresh() -> Tensors:

@@ -30,6 +30,7 @@ from distilspeed.kernels.profiling.problem import (
     projection_flops,
     random_labels,
     random_normal,
+    random_pair,
     shown,
 )
 
@@ -50,10 +51,9 @@ class LinearInputs:
     def random(cls, problem: Problem, generator: torch.Generator) -> "LinearInputs":
         weight_shape = (problem.vocab_size, problem.hidden_size)
         one_logit = 1 / math.sqrt(problem.hidden_size)  # weights scaled by this give standard normal logits
-        exact = LOGIT_SCALE * one_logit * random_normal(problem, generator, *weight_shape)
-        student_weight = exact.to(problem.dtype, copy=True)
-        exact += one_logit * random_normal(problem, generator, *weight_shape)
-        teacher_weight = exact.to(problem.dtype)
+        student_weight, teacher_weight = random_pair(
+            problem, generator, *weight_shape, scale=LOGIT_SCALE * one_logit, noise=one_logit
+        )
         hidden = random_normal(problem, generator, problem.tokens, problem.hidden_size).to(problem.dtype)
         labels = random_labels(problem, generator)
         return cls(

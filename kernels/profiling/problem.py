@@ -67,6 +67,16 @@ def random_normal(problem: Problem, generator: torch.Generator, *shape: int) -> 
     return torch.randn(shape, generator=generator, device=problem.device)
 
 
+def random_pair(
+    problem: Problem, generator: torch.Generator, *shape: int, scale: float, noise: float
+) -> tuple[Tensor, Tensor]:
+    """Return ``scale`` times normal values, and these plus ``noise`` times others: a student's and a teacher's."""
+    exact = scale * random_normal(problem, generator, *shape)
+    student = exact.to(problem.dtype, copy=True)
+    exact += noise * random_normal(problem, generator, *shape)
+    return student, exact.to(problem.dtype)
+
+
 def random_labels(problem: Problem, generator: torch.Generator) -> Tensor:
     """Return labels [tokens] int64: random classes in 15 % of the rows (at least one), -100 in the others."""
     labels = torch.full((problem.tokens,), IGNORE_INDEX, device=problem.device)
