@@ -125,16 +125,12 @@ def _measure(run: "Run", arguments: BenchmarkArguments) -> "BenchmarkReport":
 
 
 def _keep(report: "BenchmarkReport", arguments: BenchmarkArguments) -> None:
-    from distilspeed.trainer.files import write_text
+    from distilspeed.trainer.files import write_text, writing
     from distilspeed.trainer.throughput.report import check_against
 
     if arguments.output:
-        try:
+        with writing(arguments.output):
             write_text(arguments.output, report.to_json())
-        except OSError as error:
-            raise UserError(
-                "unwritable-output", f"cannot write {arguments.output}: {error.strerror}; check --output"
-            ) from error
     if arguments.check:
         check_against(arguments.check, report)
 
