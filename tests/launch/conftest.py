@@ -1,4 +1,4 @@
-"""Makes ``launcher`` and ``jobs`` importable; fixtures of runs that other runs are compared with."""
+"""Makes ``launcher`` and ``jobs`` importable; fixtures that several files use."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from refusals import Inputs, Refused
     from training import Training
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -45,3 +46,21 @@ def uninterrupted(
     training = Training(tiny_teacher_dir, small_corpus_dir, tmp_path_factory.mktemp("uninterrupted") / "run")
     training.finish()
     return training.run
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, tiny_teacher_dir: Path, small_corpus_dir: Path) -> "Inputs":
+    from refusals import Inputs
+
+    return Inputs(tmp_path, tiny_teacher_dir, small_corpus_dir)
+
+
+@pytest.fixture
+def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> "Refused":
+    """Return a function that runs the command and returns its one line, which must come before any training."""
+    from refusals import refusal
+
+    monkeypatch.setattr(
+        "distilspeed.trainer.training.loop.train", lambda run: pytest.fail("the training started")
+    )
+    return lambda arguments: refusal("train.py", arguments, tmp_path, monkeypatch, capfd)

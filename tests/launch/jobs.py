@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from launcher import CPU_CONFIG
+from launcher import training_flags
 from safetensors.torch import load_file
 
 # Long enough that a kill after the first checkpoint comes before the end: 4 seconds on 2 idle cores.
@@ -24,17 +24,16 @@ Job = subprocess.Popen[str]
 
 def training(teacher: Path, corpus: Path, output: Path) -> list[str]:
     """Return arguments for launch/train.py on the CPU."""
-    options = {
-        "--deepspeed_config": CPU_CONFIG,
-        "--teacher": teacher,
-        "--data_dir": corpus,
-        "--output_dir": output,
-        "--max_steps": STEPS,
-        "--train_batch_size": BATCH,
-        "--per_device_train_batch_size": MICRO_BATCH,
-        "--save_steps": SAVE_STEPS,
-    }
-    return [str(part) for pair in options.items() for part in pair]
+    flags = training_flags(
+        teacher,
+        corpus,
+        output,
+        max_steps=STEPS,
+        train_batch_size=BATCH,
+        per_device_train_batch_size=MICRO_BATCH,
+        save_steps=SAVE_STEPS,
+    )
+    return [str(part) for part in flags]
 
 
 def cpu_environment(**more: object) -> dict[str, str]:

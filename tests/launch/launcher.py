@@ -43,6 +43,19 @@ def error_lines(result: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in result.stderr.splitlines() if line.startswith("error: ")]
 
 
+def training_flags(teacher: Path, data_dir: Path, output_dir: Path, **more: object) -> list[object]:
+    """Return the flags of a small training: ``more`` adds to them by name, and replaces them."""
+    given = {
+        "deepspeed_config": CPU_CONFIG,
+        "teacher": teacher,
+        "data_dir": data_dir,
+        "output_dir": output_dir,
+        "train_batch_size": 16,
+        "per_device_train_batch_size": 4,
+    } | more
+    return [part for name, value in given.items() for part in (f"--{name}", value)]
+
+
 def write_config(path: Path, changes: Mapping[str, Any], remove: tuple[str, ...] = ()) -> Path:
     """Write ``ds_configs/cpu.json`` with top-level keys replaced or removed."""
     config = {**json.loads(CPU_CONFIG.read_text()), **changes}

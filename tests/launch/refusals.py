@@ -2,10 +2,12 @@
 
 import runpy
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from launcher import ROOT
+from launcher import CPU_CONFIG, ROOT
 
 
 def refusal(
@@ -41,3 +43,26 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int, int]]:
         size_and_time = (0, 0) if path.is_dir() else (about.st_size, about.st_mtime_ns)
         found[str(path)] = (about.st_mode, *size_and_time)
     return found
+
+
+# Runs launch/train.py with arguments and returns its line, see the fixture ``refused``.
+Refused = Callable[[list[object]], str]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A work folder, and a matching teacher and corpus outside it."""
+
+    folder: Path
+    teacher: Path
+    corpus: Path
+
+    def command(self, *more: object, **changed: object) -> list[object]:
+        """Return a valid command line with ``changed`` options and ``more`` arguments."""
+        options = {
+            "deepspeed_config": CPU_CONFIG,
+            "teacher": self.teacher,
+            "data_dir": self.corpus,
+            "output_dir": self.folder / "run",
+        } | changed
+        return [part for name, value in options.items() for part in (f"--{name}", value)] + [*more]

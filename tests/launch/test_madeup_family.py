@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from jobs import assert_same_end
-from launcher import CPU_CONFIG, python
+from launcher import python, training_flags
 from madeup_family import MadeUpConfig, MadeUpFamily, MadeUpForMaskedLM
 from refusals import refusal
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig
@@ -54,18 +54,8 @@ def corpus(small_corpus_dir: Path) -> Corpus:
 
 
 def arguments(teacher: Path, corpus: Path, output: Path) -> list[object]:
-    options = {
-        "--deepspeed_config": CPU_CONFIG,
-        "--teacher": teacher,
-        "--data_dir": corpus,
-        "--output_dir": output,
-        "--student_layers": ",".join(map(str, LAYERS)),
-        "--max_steps": STEPS,
-        "--train_batch_size": 16,
-        "--per_device_train_batch_size": 4,
-        "--save_steps": 1,
-    }
-    return [part for pair in options.items() for part in pair]
+    layers = ",".join(map(str, LAYERS))
+    return training_flags(teacher, corpus, output, student_layers=layers, max_steps=STEPS, save_steps=1)
 
 
 @pytest.fixture(scope="module")

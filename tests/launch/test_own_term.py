@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from launcher import CPU_CONFIG, deepspeed, python, write_config
+from launcher import CPU_CONFIG, deepspeed, python, training_flags, write_config
 from middle_layers_job import MiddleLayers
 from refusals import refusal
 from safetensors.torch import load_file
@@ -25,19 +25,16 @@ OWN = ("own.middle.weight", "own.middle.bias")
 
 
 def options(teacher: Path, corpus: Path, output: Path, config: Path = CPU_CONFIG) -> list[object]:
-    given = {
-        "--deepspeed_config": config,
-        "--teacher": teacher,
-        "--data_dir": corpus,
-        "--output_dir": output,
-        "--max_steps": STEPS,
-        "--train_batch_size": 16,
-        "--per_device_train_batch_size": 4,
-        "--save_steps": SAVE_STEPS,
-        "--learning_rate": 1e-2,
-        "--alpha_middle": WEIGHT,
-    }
-    return [part for pair in given.items() for part in pair]
+    return training_flags(
+        teacher,
+        corpus,
+        output,
+        deepspeed_config=config,
+        max_steps=STEPS,
+        save_steps=SAVE_STEPS,
+        learning_rate=1e-2,
+        alpha_middle=WEIGHT,
+    )
 
 
 @pytest.fixture(scope="module")

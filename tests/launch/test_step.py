@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from launcher import CPU_CONFIG, ROOT, deepspeed, python
+from launcher import CPU_CONFIG, ROOT, deepspeed, python, training_flags
 
 from distilspeed.trainer.training.metrics import StepMetrics, read_metrics
 
@@ -46,16 +46,7 @@ def test_it_ends_with_workers_without_garbage_collection(
 
 
 def arguments_of(output: Path, teacher: Path, corpus: Path) -> list[object]:
-    options = {
-        "--deepspeed_config": CPU_CONFIG,
-        "--teacher": teacher,
-        "--data_dir": corpus,
-        "--output_dir": output,
-        "--max_steps": STEPS,
-        "--train_batch_size": 16,
-        "--per_device_train_batch_size": 4,
-    }
-    return [part for pair in options.items() for part in pair]
+    return training_flags(teacher, corpus, output, max_steps=STEPS)
 
 
 def metrics_of(output: Path, teacher: Path, corpus: Path, device: str, *flags: object) -> list[StepMetrics]:

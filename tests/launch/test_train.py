@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from launcher import CPU_CONFIG, ROOT, deepspeed, error_lines, python, write_config
+from launcher import CPU_CONFIG, ROOT, deepspeed, error_lines, python, training_flags, write_config
 from refusals import refusal, snapshot
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM
@@ -30,19 +30,18 @@ MEASURED = ("time", "tokens_per_s", "mfu")
 
 
 def command(teacher: Path, corpus: Path, output: Path, config: Path = CPU_CONFIG) -> list[object]:
-    options = {
-        "--deepspeed_config": config,
-        "--teacher": teacher,
-        "--data_dir": corpus,
-        "--output_dir": output,
-        "--max_steps": STEPS,
-        "--train_batch_size": BATCH,
-        "--per_device_train_batch_size": 4,
-        "--save_steps": SAVE_STEPS,
-        "--save_total_limit": 2,
-        "--logging_steps": 3,
-    }
-    return [TRAIN, *(part for pair in options.items() for part in pair)]
+    flags = training_flags(
+        teacher,
+        corpus,
+        output,
+        deepspeed_config=config,
+        max_steps=STEPS,
+        train_batch_size=BATCH,
+        save_steps=SAVE_STEPS,
+        save_total_limit=2,
+        logging_steps=3,
+    )
+    return [TRAIN, *flags]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import psutil
 import pytest
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from jobs import Job, cpu_environment, finish, start, wait_until
-from launcher import DEEPSPEED, ROOT, free_port, write_config
+from launcher import DEEPSPEED, ROOT, free_port, training_flags, write_config
 
 from distilspeed.trainer.engine.checkpoint import Checkpoint
 
@@ -40,19 +40,18 @@ class Training:
             prefix: a command that starts another command, for example nohup.
             environment: further variables.
         """
-        options = {
-            "--deepspeed_config": self.config,
-            "--teacher": self.teacher,
-            "--data_dir": self.corpus,
-            "--output_dir": self.run,
-            "--max_steps": STEPS,
-            "--train_batch_size": BATCH,
-            "--per_device_train_batch_size": MICRO_BATCH,
-            "--save_steps": SAVE_STEPS,
-            "--logging_steps": 4,
-        }
         launcher = [DEEPSPEED, "--num_gpus", self.ranks, "--master_port", free_port(), script]
-        arguments = [part for pair in options.items() for part in pair]
+        arguments = training_flags(
+            self.teacher,
+            self.corpus,
+            self.run,
+            deepspeed_config=self.config,
+            max_steps=STEPS,
+            train_batch_size=BATCH,
+            per_device_train_batch_size=MICRO_BATCH,
+            save_steps=SAVE_STEPS,
+            logging_steps=4,
+        )
         return start(
             [*prefix, *launcher, *arguments, "--resume", *more],
             cpu_environment(**environment),
