@@ -1,7 +1,6 @@
 """A user's own task: a class and an entry in the registry give it all features of the project's own tasks."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,9 @@ from distilspeed.trainer.evaluation.fine_tuning import fine_tune
 from distilspeed.trainer.evaluation.tasks import registry
 from distilspeed.trainer.evaluation.tasks.task import FineTuning
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 JOB = Path(__file__).with_name("similarity_job.py")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """One thread here and in child processes: on a busy machine waiting threads slow down so small a model."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """The task protocol supports a task unlike classification: text spans in long contexts, split into windows."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,8 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTraine
 from distilspeed.trainer.evaluation.fine_tuning import fine_tune
 from distilspeed.trainer.evaluation.tasks.task import Feature, FineTuning, Predictions, Scores, Task
 from distilspeed.trainer.models.loading import Head
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SETTINGS = FineTuning(epochs=8, learning_rate=2e-3, batch_size=16, max_length=24)
 STRIDE = 6
@@ -88,15 +90,6 @@ def questions(count: int, seed: int) -> list[Question]:
         words.insert(int(torch.randint(len(words), (1,), generator=draws)), answer)
         found.append(Question("which?", " ".join(words), answer))
     return found
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy machine, threads that wait for each other make training of this small model 20 times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_answers_are_found_in_windows_and_scored_as_text(

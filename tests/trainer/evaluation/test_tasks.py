@@ -3,7 +3,7 @@
 import inspect
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,18 +34,11 @@ from distilspeed.trainer.models.loading import (
     make_student,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 SINGLE = {"text": "the list is empty", "label": 0}
 OTHER = {"text": "a function returns", "label": 1}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy machine, threads that wait for each other make training of this small model 20 times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def write_task(folder: Path, train: Sequence[object], dev: Sequence[object]) -> Path:
