@@ -17,15 +17,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 def uninterrupted_run(
     tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, small_corpus_dir: Path
 ) -> Path:
-    """The finished run of the training of ``jobs`` on two ranks of this machine, started by ``deepspeed``."""
-    from jobs import cpu_environment, finish, start, training
-    from launcher import DEEPSPEED, ROOT, free_port
+    """The finished run of the training of ``jobs`` on two ranks of this machine."""
+    from jobs import training
+    from launcher import ROOT, ranks_alone
 
     folder = tmp_path_factory.mktemp("uninterrupted")
     arguments = training(tiny_teacher_dir, small_corpus_dir, folder / "run")
-    launcher = [DEEPSPEED, "--num_gpus", 2, "--master_port", free_port(), ROOT / "launch" / "train.py"]
-    status, _, errors = finish(start([*launcher, *arguments], cpu_environment(), folder))
-    assert status == 0, errors[-3000:]
+    result = ranks_alone(ROOT / "launch" / "train.py", *arguments, ranks=2)
+    assert result.returncode == 0, result.stderr[-3000:]
     return folder / "run"
 
 

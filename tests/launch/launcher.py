@@ -1,4 +1,4 @@
-"""Start the project's commands as a user does: with the real ``deepspeed`` launcher and real processes."""
+"""Start the project's commands as a user does, with the real ``deepspeed`` launcher; or the ranks of a job alone."""
 
 import json
 import os
@@ -8,6 +8,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from rank_server import run_ranks
 
 ROOT = Path(__file__).parents[2]
 DEEPSPEED = Path(sys.executable).with_name("deepspeed")
@@ -28,13 +30,34 @@ def python(*arguments: object, device: str = "cpu") -> subprocess.CompletedProce
     return _run([sys.executable, *arguments], device=device)
 
 
+def ranks_alone(
+    *arguments: object, ranks: int, seconds: float = SECONDS, folder: Path = ROOT, **variables: object
+) -> subprocess.CompletedProcess[str]:
+    """Run a script and its arguments on CPU ranks without a launcher, which takes a third of the time.
+
+    The ranks get the environment variables that DeepSpeed's launcher sets, and ``variables``.
+    """
+    job = {
+        **environment(),
+        **{name: str(value) for name, value in variables.items()},
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "CROSS_RANK": "0",
+        "CROSS_SIZE": "1",
+    }
+    each = [{**job, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    return run_ranks([str(part) for part in arguments], each, folder, seconds)
+
+
 def train_all(
     folder: Path, runs: list[dict[str, Any]], ranks: int, seconds: float = SECONDS
 ) -> subprocess.CompletedProcess[str]:
     """Train with each set of arguments, in one job; see many_runs_job.py."""
     job = folder / "job.json"
     job.write_text(json.dumps(runs))
-    result = deepspeed(Path(__file__).with_name("many_runs_job.py"), job, ranks=ranks, seconds=seconds)
+    result = ranks_alone(Path(__file__).with_name("many_runs_job.py"), job, ranks=ranks, seconds=seconds)
     assert result.returncode == 0, result.stderr[-3000:]
     return result
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launcher import deepspeed
+from launcher import ranks_alone
 
 pytestmark = pytest.mark.full
 
@@ -16,7 +16,7 @@ RANKS = 2
 def seen(tmp_path_factory: pytest.TempPathFactory, small_corpus_dir: Path) -> list[dict[str, Any]]:
     """The observations of each rank."""
     folder = tmp_path_factory.mktemp("engines")
-    result = deepspeed(Path(__file__).with_name("engines_job.py"), small_corpus_dir, folder, ranks=RANKS)
+    result = ranks_alone(Path(__file__).with_name("engines_job.py"), small_corpus_dir, folder, ranks=RANKS)
     assert result.returncode == 0, result.stderr[-3000:]
     return [json.loads((folder / f"seen{rank}.json").read_text()) for rank in range(RANKS)]
 

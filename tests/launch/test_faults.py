@@ -134,10 +134,9 @@ def test_a_rank_that_dies_is_named_and_ends_the_job(training: Training, script: 
 def test_a_nan_ends_the_run_and_names_its_rows(
     training: Training, uninterrupted: Path, kind: str, what: str
 ) -> None:
-    job = training.start(script=FAULTY, FAULT_KIND=kind, FAULT_RANK=1, FAULT_BATCHES="5,6")
-    status, _, errors = finish(job)
-    assert status == 3, errors[-3000:]
-    (line,) = lines_with(errors)
+    result = training.run_alone(script=FAULTY, FAULT_KIND=kind, FAULT_RANK=1, FAULT_BATCHES="5,6")
+    assert result.returncode == 3, result.stderr[-3000:]
+    (line,) = lines_with(result.stderr)
     corpus = open_corpus(training.corpus)
     batches = MicroBatches(corpus, BatchEquation(BATCH, MICRO_BATCH, 2, 2), rank=1, seed=0)
     rows = batches.global_batch(5)[1].tolist() if kind == "weight gradient" else batches.rows_of(5, 1)
@@ -155,12 +154,11 @@ def test_a_non_finite_gradient_in_bf16_is_not_an_overflow(training: Training) ->
     # DeepSpeed's bf16 optimiser at ZeRO stage 1 skips such steps, like fp16 overflows.
     training.config = write_config(training.run.parent / "bf16.json", {"bf16": {"enabled": True}})
     many = ",".join(map(str, range(4, STEPS)))
-    job = training.start(
+    result = training.run_alone(
         "--logging_steps", STEPS, script=FAULTY, FAULT_KIND="gradient", FAULT_BATCHES=many, FAULT_RANK=1
     )
-    status, _, errors = finish(job)
-    assert status == 3, errors[-3000:]
-    (line,) = lines_with(errors)
+    assert result.returncode == 3, result.stderr[-3000:]
+    (line,) = lines_with(result.stderr)
     assert_names(line, "not-finite", "step 5", "gradient")
 
 
@@ -169,9 +167,8 @@ def test_a_non_finite_gradient_in_bf16_is_not_an_overflow(training: Training) ->
 def test_fp16_overflows_are_counted_and_are_not_steps(training: Training) -> None:
     scale = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}
     training.config = write_config(training.run.parent / "fp16.json", {"fp16": scale})
-    job = training.start(script=FAULTY, FAULT_KIND="gradient", FAULT_RANK=1, FAULT_BATCHES="2,7,8")
-    status, _, errors = finish(job)
-    assert status == 0, errors[-3000:]
+    result = training.run_alone(script=FAULTY, FAULT_KIND="gradient", FAULT_RANK=1, FAULT_BATCHES="2,7,8")
+    assert result.returncode == 0, result.stderr[-3000:]
     lines = read_metrics(training.run / "metrics.jsonl")
     assert [line.step for line in lines] == list(range(1, STEPS + 1))
     assert [line.skipped for line in lines] == [0] * 2 + [1] * 4 + [3] * (STEPS - 6)
@@ -188,10 +185,9 @@ def test_fp16_overflows_are_counted_and_are_not_steps(training: Training) -> Non
 def test_a_loss_scale_that_cannot_fall_ends_the_run(training: Training, scaling: dict[str, int]) -> None:
     training.config = write_config(training.run.parent / "fp16.json", {"fp16": {"enabled": True, **scaling}})
     faults = ",".join(map(str, range(4, 4 + STEPS)))
-    job = training.start(script=FAULTY, FAULT_KIND="gradient", FAULT_RANK=0, FAULT_BATCHES=faults)
-    status, _, errors = finish(job)
-    assert status == 3, errors[-3000:]
-    (line,) = lines_with(errors)
+    result = training.run_alone(script=FAULTY, FAULT_KIND="gradient", FAULT_RANK=0, FAULT_BATCHES=faults)
+    assert result.returncode == 3, result.stderr[-3000:]
+    (line,) = lines_with(result.stderr)
     assert_names(line, "fp16-overflow", "loss scale")
     assert training.newest().progress.step == 4
 
@@ -211,9 +207,9 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoints(
     tiny_teacher_dir: Path, small_corpus_dir: Path, small_disk: Path, uninterrupted: Path
 ) -> None:
     training = Training(tiny_teacher_dir, small_corpus_dir, small_disk / "run")
-    status, _, errors = finish(training.start("--save_total_limit", 100))
-    assert status == 2, errors[-3000:]
-    (line,) = lines_with(errors)
+    result = training.run_alone("--save_total_limit", 100)
+    assert result.returncode == 2, result.stderr[-3000:]
+    (line,) = lines_with(result.stderr)
     assert_names(line, "unwritable-output", str(small_disk))
     step = training.newest().progress.step
     assert 0 < step < STEPS
@@ -232,9 +228,9 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
     newest = training.newest().path
     state = next(newest.glob("*optim_states.pt"))
     os.truncate(state, state.stat().st_size - 1)
-    status, _, errors = finish(training.start())
-    assert status == 0, errors[-3000:]
-    lines = lines_with(errors, "warning")
+    result = training.run_alone()
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = lines_with(result.stderr, "warning")
     assert str(newest) in lines[0]
     assert state.name in lines[0]
     assert "step_000000022" in lines[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launcher import deepspeed
+from launcher import ranks_alone
 from linear_loss_zero3_job import LEARNING_RATE, STEPS, global_batch, make_student
 from safetensors.torch import load_file
 from torch import Tensor
@@ -39,7 +39,7 @@ def expected() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("linear")
-    result = deepspeed(Path(__file__).with_name("linear_loss_zero3_job.py"), folder, *STAGES, ranks=2)
+    result = ranks_alone(Path(__file__).with_name("linear_loss_zero3_job.py"), folder, *STAGES, ranks=2)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder
 

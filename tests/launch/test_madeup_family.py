@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from jobs import assert_same_end
-from launcher import python, training_flags
+from launcher import ranks_alone, training_flags
 from madeup_family import MadeUpConfig, MadeUpFamily, MadeUpForMaskedLM
 from refusals import refusal
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig
@@ -61,7 +61,7 @@ def arguments(teacher: Path, corpus: Path, output: Path) -> list[object]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path, small_corpus_dir: Path) -> Path:
     folder = tmp_path_factory.mktemp("madeup_run") / "run"
-    result = python(JOB, "train.py", *arguments(teacher_dir, small_corpus_dir, folder))
+    result = ranks_alone(JOB, "train.py", *arguments(teacher_dir, small_corpus_dir, folder), ranks=1)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder
 
@@ -131,7 +131,9 @@ def test_it_resumes_bitwise(run: Path, teacher_dir: Path, small_corpus_dir: Path
     shutil.copytree(run, resumed)
     shutil.rmtree(resumed / "student")
     shutil.rmtree(max((resumed / "checkpoints").glob("step_*")))
-    result = python(JOB, "train.py", *arguments(teacher_dir, small_corpus_dir, resumed), "--resume")
+    result = ranks_alone(
+        JOB, "train.py", *arguments(teacher_dir, small_corpus_dir, resumed), "--resume", ranks=1
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert_same_end(resumed, run)
     first, again = ((folder / "metrics.jsonl").read_text().splitlines()[0] for folder in (run, resumed))

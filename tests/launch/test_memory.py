@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launcher import ROOT, environment, error_lines, python, write_config
+from launcher import ROOT, environment, error_lines, ranks_alone, write_config
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 from user_errors import assert_names
 
@@ -94,7 +94,7 @@ def test_a_plan_over_the_cards_memory_is_refused_with_the_micro_batch_that_fits(
     tmp_path: Path, tiny_teacher_dir: Path, small_corpus_dir: Path
 ) -> None:
     def plan(gib: float) -> subprocess.CompletedProcess[str]:
-        return python(
+        return ranks_alone(
             ROOT / "launch" / "train.py",
             *("--plan", "--gpu_memory", gib, "--deepspeed_config", ROOT / "ds_configs" / "cpu.json"),
             *(
@@ -106,6 +106,7 @@ def test_a_plan_over_the_cards_memory_is_refused_with_the_micro_batch_that_fits(
                 tmp_path / "run",
             ),
             *("--train_batch_size", 4096, "--per_device_train_batch_size", 4096),
+            ranks=1,
         )
 
     refused = plan(2.0)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from launcher import ROOT, python
+from launcher import ROOT, ranks_alone
 from refusals import refusal
 from similarity_job import Similarity
 from transformers import AutoTokenizer
@@ -52,7 +52,7 @@ def evaluation(
     tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, small_corpus_dir: Path, task_dir: Path
 ) -> Path:
     folder = tmp_path_factory.mktemp("own_task") / "evaluation"
-    result = python(JOB, *options(tiny_teacher_dir, small_corpus_dir, task_dir, folder))
+    result = ranks_alone(JOB, *options(tiny_teacher_dir, small_corpus_dir, task_dir, folder), ranks=1)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from launcher import CPU_CONFIG, deepspeed, python, training_flags, write_config
+from launcher import CPU_CONFIG, python, ranks_alone, training_flags, write_config
 from middle_layers_job import MiddleLayers
 from refusals import refusal
 from safetensors.torch import load_file
@@ -40,7 +40,7 @@ def options(teacher: Path, corpus: Path, output: Path, config: Path = CPU_CONFIG
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, dropout_teacher_dir: Path, small_corpus_dir: Path) -> Path:
     folder = tmp_path_factory.mktemp("own_term") / "run"
-    result = deepspeed(JOB, *options(dropout_teacher_dir, small_corpus_dir, folder), ranks=1)
+    result = ranks_alone(JOB, *options(dropout_teacher_dir, small_corpus_dir, folder), ranks=1)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder
 
@@ -121,7 +121,7 @@ def test_a_resumed_run_is_bitwise_equal(
     shutil.copytree(run, resumed)
     shutil.rmtree(resumed / "student")
     shutil.rmtree(resumed / "checkpoints" / f"step_{STEPS:09d}")
-    result = deepspeed(JOB, *options(dropout_teacher_dir, small_corpus_dir, resumed), "--resume", ranks=1)
+    result = ranks_alone(JOB, *options(dropout_teacher_dir, small_corpus_dir, resumed), "--resume", ranks=1)
     assert result.returncode == 0, result.stderr[-3000:]
     assert measured(resumed) == measured(run)
     ours, theirs = saved(resumed, STEPS), saved(run, STEPS)
@@ -137,7 +137,7 @@ def test_the_loss_is_the_same_with_all_weights_sharded_over_two_ranks(
     for stage, ranks, more in ((0, 1, []), (3, 2, ["--teacher_zero3"])):
         config = write_config(tmp_path / f"{stage}.json", {"zero_optimization": {"stage": stage}})
         output = tmp_path / f"zero{stage}"
-        result = deepspeed(
+        result = ranks_alone(
             JOB, *options(tiny_teacher_dir, small_corpus_dir, output, config), *more, ranks=ranks
         )
         assert result.returncode == 0, result.stderr[-3000:]

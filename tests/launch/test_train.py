@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from launcher import CPU_CONFIG, ROOT, deepspeed, error_lines, python, training_flags, write_config
+from launcher import (
+    CPU_CONFIG,
+    ROOT,
+    deepspeed,
+    error_lines,
+    python,
+    ranks_alone,
+    training_flags,
+    write_config,
+)
 from refusals import refusal, snapshot
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM
@@ -302,7 +311,7 @@ def test_a_student_whose_replacement_was_killed_is_restored(
     before = snapshot(run / "student")
     (run / "student").rename(run / "student.previous")
     arguments = command(finished / "teacher", small_corpus_dir, run, finished / "config.json")
-    result = python(*arguments, "--resume")
+    result = ranks_alone(*arguments, "--resume", ranks=1)
     assert result.returncode == 0, result.stderr
     assert "complete" in result.stdout
     assert snapshot(run / "student") == before
@@ -344,7 +353,7 @@ def test_the_second_of_two_jobs_in_one_new_folder_does_not_use_the_firsts_files(
 def test_a_finished_run_is_left_alone(finished: Path, small_corpus_dir: Path) -> None:
     before = snapshot(finished / "run")
     arguments = command(finished / "teacher", small_corpus_dir, finished / "run", finished / "config.json")
-    result = python(*arguments, "--resume")
+    result = ranks_alone(*arguments, "--resume", ranks=1)
     assert result.returncode == 0
     assert "complete" in result.stdout
     assert snapshot(finished / "run") == before
@@ -355,7 +364,7 @@ def test_masked_language_modelling_without_a_teacher(
 ) -> None:
     config = tiny_teacher_dir / "config.json"
     arguments = [*command(Path("none"), small_corpus_dir, tmp_path / "run"), "--student_config", config]
-    result = deepspeed(*arguments, ranks=1)
+    result = ranks_alone(*arguments, ranks=1)
     assert result.returncode == 0, result.stderr[-3000:]
     assert isinstance(AutoModelForMaskedLM.from_pretrained(tmp_path / "run" / "student"), BertForMaskedLM)
     assert "token_type_ids" in AutoTokenizer.from_pretrained(tmp_path / "run" / "student")("the list")
@@ -365,7 +374,7 @@ def test_masked_language_modelling_without_a_teacher(
 def test_the_plan_is_printed_and_nothing_is_written(
     tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
 ) -> None:
-    result = python(*command(tiny_teacher_dir, small_corpus_dir, tmp_path / "run"), "--plan")
+    result = ranks_alone(*command(tiny_teacher_dir, small_corpus_dir, tmp_path / "run"), "--plan", ranks=1)
     assert result.returncode == 0, result.stderr
     assert "global batch 16 = micro-batch 4 x 4 accumulation steps x 1 ranks" in result.stdout
     assert "GiB of tensors per GPU" in result.stdout

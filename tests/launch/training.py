@@ -1,13 +1,14 @@
 """A training that tests interrupt, and its processes."""
 
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-from jobs import Job, cpu_environment, finish, start, wait_until
-from launcher import DEEPSPEED, ROOT, free_port, training_flags, write_config
+from jobs import Job, cpu_environment, start, wait_until
+from launcher import DEEPSPEED, ROOT, free_port, ranks_alone, training_flags, write_config
 
 from distilspeed.trainer.engine.checkpoint import Checkpoint
 
@@ -40,8 +41,22 @@ class Training:
             prefix: a command that starts another command, for example nohup.
             environment: further variables.
         """
-        launcher = [DEEPSPEED, "--num_gpus", self.ranks, "--master_port", free_port(), script]
-        arguments = training_flags(
+        launcher = [DEEPSPEED, "--num_gpus", self.ranks, "--master_port", free_port()]
+        return start(
+            [*prefix, *launcher, script, *self._flags(), *more],
+            cpu_environment(**environment),
+            self.run.parent,
+        )
+
+    def run_alone(
+        self, *more: object, script: Path = TRAIN, **environment: object
+    ) -> subprocess.CompletedProcess[str]:
+        """Start or resume the training without a launcher, and wait for its end."""
+        arguments = [script, *self._flags(), *more]
+        return ranks_alone(*arguments, ranks=self.ranks, folder=self.run.parent, **environment)
+
+    def _flags(self) -> list[object]:
+        flags = training_flags(
             self.teacher,
             self.corpus,
             self.run,
@@ -52,15 +67,11 @@ class Training:
             save_steps=SAVE_STEPS,
             logging_steps=4,
         )
-        return start(
-            [*prefix, *launcher, *arguments, "--resume", *more],
-            cpu_environment(**environment),
-            self.run.parent,
-        )
+        return [*flags, "--resume"]
 
     def finish(self) -> None:
-        status, _, errors = finish(self.start())
-        assert status == 0, errors[-3000:]
+        result = self.run_alone()
+        assert result.returncode == 0, result.stderr[-3000:]
 
     def newest(self) -> Checkpoint:
         """Return the newest checkpoint; check that it is undamaged."""
