@@ -114,7 +114,7 @@ def _fork(job: dict[str, Any], environment: dict[str, str]) -> int:
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
         status = 1
     finally:
         atexit._run_exitfuncs()
