@@ -8,10 +8,11 @@ import shutil
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from distilspeed.trainer.corpus.arguments import CorpusArguments
 from distilspeed.trainer.corpus.build import prepare_corpus
 
 sys.path.insert(0, str(Path(__file__).parent / "shared"))
+
+from families import save_teacher
 
 SMALL_VOCABULARY = 1000
 SMALL_SEQ_LENGTH = 64
@@ -84,14 +87,17 @@ def small_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_corpus_dir(tmp_path_factory: pytest.TempPathFactory, small_tokenizer_dir: Path) -> Path:
     """A prepared corpus with rows of 64 tokens: several hundred in train, a tenth of that in held_out."""
-    folder = tmp_path_factory.mktemp("corpus")
+    return small_corpus(tmp_path_factory.mktemp("corpus"), small_tokenizer_dir)
+
+
+def small_corpus(folder: Path, tokenizer_dir: Path) -> Path:
     text = folder / "reference.txt"
     text.write_text("\n".join(language_reference_paragraphs())[:SMALL_TEXT_CHARACTERS], encoding="utf-8")
     corpus = folder / "corpus"
     prepare_corpus(
         CorpusArguments(
             text=(text,),
-            tokenizer=str(small_tokenizer_dir),
+            tokenizer=str(tokenizer_dir),
             seq_length=SMALL_SEQ_LENGTH,
             output_dir=corpus,
             held_out_fraction=0.1,
@@ -99,6 +105,28 @@ def small_corpus_dir(tmp_path_factory: pytest.TempPathFactory, small_tokenizer_d
         )
     )
     return corpus
+
+
+class FamilyDirs(NamedTuple):
+    """A tiny teacher of a family, with its tokenizer, and a corpus made with it."""
+
+    teacher: Path
+    corpus: Path
+
+
+@pytest.fixture(scope="session")
+def family_dirs(
+    tmp_path_factory: pytest.TempPathFactory, small_tokenizer_dir: Path
+) -> Callable[[str], FamilyDirs]:
+    """Return a function that makes the folders of a family of ``shared/families.py``, once."""
+
+    @cache
+    def make(name: str) -> FamilyDirs:
+        folder = tmp_path_factory.mktemp(name)
+        save_teacher(name, language_reference_paragraphs(), small_tokenizer_dir, folder / "teacher")
+        return FamilyDirs(folder / "teacher", small_corpus(folder, folder / "teacher"))
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ python madeup_family.py SCRIPT ARGUMENTS      runs launch/SCRIPT with the family
 """
 
 import copy
-import re
 import runpy
 import sys
 from collections.abc import Sequence
@@ -15,12 +14,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
+from distilspeed.trainer.families.layers import half_of_layers, keep_layers
 from distilspeed.trainer.families.masks import document_mask
 from distilspeed.trainer.families.registry import FAMILIES
 from distilspeed.trainer.families.shape import ModelShape
 
 FIRST_POSITION = 2
-LAYER = re.compile(r"(bert\.encoder\.layer\.)(\d+)(\..*)")
 
 
 class MadeUpConfig(BertConfig):
@@ -48,6 +47,9 @@ class MadeUpFamily:
     def teacher_refusal(self, teacher: Any) -> str | None:
         return None
 
+    def default_layers(self, teacher: Any) -> tuple[int, ...]:
+        return half_of_layers(teacher.num_hidden_layers)
+
     def shape(self, config: Any) -> ModelShape:
         return ModelShape(
             layers=config.num_hidden_layers,
@@ -67,14 +69,7 @@ class MadeUpFamily:
         return student
 
     def student_weights(self, teacher: Any, layers: Sequence[int]) -> dict[str, torch.Tensor]:
-        weights = {}
-        for name, weight in teacher.state_dict().items():
-            layer = LAYER.fullmatch(name)
-            if layer is None:
-                weights[name] = weight
-            elif int(layer[2]) in layers:
-                weights[f"{layer[1]}{layers.index(int(layer[2]))}{layer[3]}"] = weight
-        return weights
+        return keep_layers(teacher.state_dict(), "bert.encoder.layer.", layers)
 
     def position_ids(self, config: Any, position_ids: torch.Tensor) -> torch.Tensor:
         return position_ids + FIRST_POSITION

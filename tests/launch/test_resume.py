@@ -166,7 +166,7 @@ def test_on_another_number_of_ranks_resume_differs_by_rounding(
 
 def weights_at_start(run: Path, teacher_dir: Path) -> torch.Tensor:
     teacher = load_teacher(str(teacher_dir))
-    layers = select_teacher_layers(teacher.config.num_hidden_layers, None)
+    layers = select_teacher_layers(teacher.config, None)
     student = make_student(teacher, layers).state_dict()
     return torch.cat(
         [student[name].flatten() for name in sorted(load_file(run / "student" / "model.safetensors"))]

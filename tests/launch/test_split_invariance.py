@@ -12,15 +12,11 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from jobs import chosen
 from launcher import train_all, write_config
+from plain_steps import change, copied_weights, plain_steps
 from safetensors.torch import load_file
-from torch.nn import functional
 
-from distilspeed.trainer.corpus.format import open_corpus
-from distilspeed.trainer.data.batch_equation import BatchEquation
-from distilspeed.trainer.data.batches import MicroBatches
 from distilspeed.trainer.engine.student import DTYPES
 from distilspeed.trainer.models.loading import load_teacher, make_student
-from distilspeed.trainer.models.packed_forward import forward_packed
 from distilspeed.trainer.training.metrics import read_metrics
 
 BATCH, STEPS, LEARNING_RATE, LAYERS = 12, 2, 0.05, (0, 3)
@@ -84,45 +80,13 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 0.02, "fp16": 0.005}
 
 @pytest.fixture(scope="module")
 def start(tiny_teacher_dir: Path) -> dict[str, torch.Tensor]:
-    return _weights(make_student(load_teacher(str(tiny_teacher_dir)), LAYERS))
+    return copied_weights(make_student(load_teacher(str(tiny_teacher_dir)), LAYERS))
 
 
 @pytest.fixture(scope="module")
-def expected(
-    tiny_teacher_dir: Path, small_corpus_dir: Path, start: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, list[float]]:
+def expected(tiny_teacher_dir: Path, small_corpus_dir: Path) -> tuple[torch.Tensor, list[float]]:
     """The weights' change in two steps, and the norms of the gradients."""
-    return plain_steps(tiny_teacher_dir, small_corpus_dir, BATCH, [LEARNING_RATE] * STEPS, start)
-
-
-def plain_steps(
-    teacher_dir: Path, corpus_dir: Path, batch_size: int, rates: list[float], start: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, list[float]]:
-    """Return the weights' change and the gradients' norms of steps in a plain PyTorch loop over whole global batches.
-
-    It uses no code of the trainer's step.
-    """
-    teacher = load_teacher(str(teacher_dir))
-    student = make_student(teacher, LAYERS)
-    optimizer = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
-    batches = MicroBatches(
-        open_corpus(corpus_dir), BatchEquation(batch_size, batch_size, 1, 1), rank=0, seed=0
-    )
-    norms = []
-    for batch, rate in zip(batches.loader(0, len(rates), num_workers=0), rates, strict=True):
-        optimizer.param_groups[0]["lr"] = rate
-        real, masked = batch.document_ids >= 0, batch.labels >= 0
-        ours, theirs = forward_packed(student, batch), forward_packed(teacher, batch)
-        log_q = functional.log_softmax(ours.logits[real] / 2, dim=-1)
-        p = functional.softmax(theirs.logits[real] / 2, dim=-1)
-        soft = 4 * functional.kl_div(log_q, p, reduction="batchmean")
-        hard = functional.cross_entropy(ours.logits[masked], batch.labels[masked])
-        cosine = functional.cosine_similarity(ours.hidden_states[real], theirs.hidden_states[real], dim=-1)
-        optimizer.zero_grad()
-        (5 * soft + 2 * hard + (1 - cosine).mean()).backward()
-        norms.append(torch.nn.utils.get_total_norm(p.grad for p in student.parameters()).item())
-        optimizer.step()
-    return _update(_weights(student), start), norms
+    return plain_steps(tiny_teacher_dir, small_corpus_dir, LAYERS, BATCH, [LEARNING_RATE] * STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -201,9 +165,9 @@ def test_same_step_however_the_batch_is_split(
     student = load_file(trained / name / "student" / "model.safetensors")
     if precision != "fp32":  # training in half precision starts from the rounded weights
         start = {name: weight.to(DTYPES[precision]).float() for name, weight in start.items()}
-    update = _update(student, start)
-    expected_update, expected_norms = expected
-    error = (update - expected_update).norm() / expected_update.norm()
+    update = change(student, start)
+    expected_change, expected_norms = expected
+    error = (update - expected_change).norm() / expected_change.norm()
     # Stage 0 exports the rounded weights.
     assert error < (3 if precision == "fp16" and stage == 0 else 1) * TOLERANCE[precision]
     norms = [line.grad_norm for line in read_metrics(trained / name / "metrics.jsonl")]
@@ -218,8 +182,8 @@ def test_128_accumulation_steps_in_bf16_lose_no_precision(
     start: dict[str, torch.Tensor],
 ) -> None:
     rounded = {name: weight.bfloat16().float() for name, weight in start.items()}
-    update = _update(load_file(others_trained / "long" / "student" / "model.safetensors"), rounded)
-    expected, norms = plain_steps(tiny_teacher_dir, small_corpus_dir, LONG_BATCH, [LEARNING_RATE], start)
+    update = change(load_file(others_trained / "long" / "student" / "model.safetensors"), rounded)
+    expected, norms = plain_steps(tiny_teacher_dir, small_corpus_dir, LAYERS, LONG_BATCH, [LEARNING_RATE])
     assert (update - expected).norm() < LONG_TOLERANCE * expected.norm()
     (line,) = read_metrics(others_trained / "long" / "metrics.jsonl")
     assert line.grad_norm == pytest.approx(norms[0], rel=LONG_TOLERANCE)
@@ -233,8 +197,8 @@ def test_steps_of_an_auto_schedule_use_the_learning_rates_in_the_metrics(
     rates = [LEARNING_RATE / 2, LEARNING_RATE]
     metrics = read_metrics(others_trained / "filled_schedule" / "metrics.jsonl")
     assert [line.lr for line in metrics] == pytest.approx(rates)
-    update = _update(load_file(others_trained / "filled_schedule" / "student" / "model.safetensors"), start)
-    expected, _ = plain_steps(tiny_teacher_dir, small_corpus_dir, BATCH, rates, start)
+    update = change(load_file(others_trained / "filled_schedule" / "student" / "model.safetensors"), start)
+    expected, _ = plain_steps(tiny_teacher_dir, small_corpus_dir, LAYERS, BATCH, rates)
     assert (update - expected).norm() < TOLERANCE["fp32"] * expected.norm()
 
 
@@ -245,7 +209,7 @@ def test_adams_first_updates_are_as_large_without_zero(
     # DeepSpeed's half-precision optimiser without ZeRO counts an extra step before the first.
     start = {name: weight.bfloat16().float() for name, weight in start.items()}
     without, with_zero = (
-        _update(load_file(others_trained / f"adam_zero{stage}" / "student" / "model.safetensors"), start)
+        change(load_file(others_trained / f"adam_zero{stage}" / "student" / "model.safetensors"), start)
         .norm()
         .item()
         for stage in (0, 1)
@@ -272,11 +236,3 @@ def _run_arguments(
 
 def _name(ranks: int, stage: int, micro: int, precision: str) -> str:
     return f"ranks{ranks}_zero{stage}_micro{micro}_{precision}"
-
-
-def _weights(student: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: weight.detach().clone() for name, weight in student.named_parameters()}
-
-
-def _update(after: dict[str, torch.Tensor], before: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.cat([(after[name] - before[name]).flatten() for name in before])

@@ -1,6 +1,5 @@
 """Fine-tune a model on a task and score it."""
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from transformers import (
 
 from distilspeed.trainer.errors import NumericalError
 from distilspeed.trainer.evaluation.tasks.task import Batch, Feature, FineTuning, Predictions, Scores, Task
+from distilspeed.trainer.models.inputs import input_names
 from distilspeed.trainer.models.loading import load_with_head
 
 # The settings of Devlin et al. 2019 for BERT.
@@ -93,7 +93,7 @@ def _batches(
 
 def model_inputs(model: PreTrainedModel, features: Sequence[Feature]) -> list[Feature]:
     """Keep only the values that the model accepts: drop token types it does not take, and values for the score."""
-    accepted = inspect.signature(model.forward).parameters
+    accepted = input_names(model)
     return [{key: value for key, value in feature.items() if key in accepted} for feature in features]
 
 

@@ -1,5 +1,6 @@
-"""BERT to DistilBERT, which is BERT without token-type embeddings and pooler."""
+"""BERT to DistilBERT, which is BERT without token-type embeddings and pooler; DistilBERT to a smaller DistilBERT."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from distilspeed.trainer.families.layers import half_of_layers, keep_layers
 from distilspeed.trainer.families.masks import document_mask
 from distilspeed.trainer.families.shape import ModelShape
 
@@ -39,7 +41,7 @@ _OTHER_PARTS = {
 
 
 class BertFamily:
-    teacher_types: tuple[str, ...] = ("bert",)
+    teacher_types: tuple[str, ...] = ("bert", "distilbert")
     student_types: tuple[str, ...] = ("distilbert",)
     model_class = AutoModelForMaskedLM
 
@@ -49,6 +51,8 @@ class BertFamily:
         return None
 
     def teacher_refusal(self, teacher: PreTrainedConfig) -> str | None:
+        if isinstance(teacher, DistilBertConfig):
+            return None
         without_counterpart = [
             (teacher.layer_norm_eps != DISTILBERT_LAYER_NORM_EPS, f"layer_norm_eps {teacher.layer_norm_eps}"),
             (
@@ -60,6 +64,9 @@ class BertFamily:
             if present:
                 return f"has {setting}, which DistilBERT does not support; choose another teacher"
         return None
+
+    def default_layers(self, teacher: PreTrainedConfig) -> tuple[int, ...]:
+        return half_of_layers(teacher.num_hidden_layers)
 
     def shape(self, config: PreTrainedConfig) -> ModelShape:
         return ModelShape(
@@ -79,6 +86,10 @@ class BertFamily:
         return float(config.attention_probs_dropout_prob)
 
     def student_config(self, teacher: PreTrainedConfig, layers: Sequence[int]) -> DistilBertConfig:
+        if isinstance(teacher, DistilBertConfig):
+            student = copy.deepcopy(teacher)
+            student.n_layers = len(layers)
+            return student
         return DistilBertConfig(
             vocab_size=teacher.vocab_size,
             max_position_embeddings=teacher.max_position_embeddings,
@@ -101,6 +112,8 @@ class BertFamily:
         row into the position embeddings, so the student's embedding output equals the teacher's.
         """
         source = teacher.state_dict()
+        if isinstance(teacher, DistilBertForMaskedLM):
+            return keep_layers(source, "distilbert.transformer.layer.", layers)
         embeddings = "bert.embeddings"
         weights = {
             "distilbert.embeddings.word_embeddings.weight": source[f"{embeddings}.word_embeddings.weight"],

@@ -11,6 +11,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModel,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -21,9 +22,6 @@ from distilspeed.trainer.families.vocabulary import is_tied
 from distilspeed.trainer.models.flops import model_shape
 
 logger = logging.getLogger(__name__)
-
-# The layers of BERT-base that DistilBERT-base starts from (Sanh et al. 2019, original code).
-DISTILBERT_LAYERS_OF_12 = (0, 2, 4, 7, 9, 11)
 
 # Options of every model call here; they override values that a config has from another use.
 CALLED_WITH = {
@@ -45,19 +43,15 @@ TOKENIZER_FILES = (
 )
 
 
-def select_teacher_layers(num_layers: int, chosen: Sequence[int] | None) -> tuple[int, ...]:
-    """Return the teacher layers that a student starts from.
-
-    These are ``chosen`` if given, else half of the layers, evenly spread and including the first and last.
+def select_teacher_layers(teacher: PreTrainedConfig, chosen: Sequence[int] | None) -> tuple[int, ...]:
+    """Return the teacher layers that a student starts from: ``chosen`` if given, else its family's default.
 
     Raises:
         UserError: ``chosen`` is empty, or a layer is out of range, repeated or out of order.
     """
     if chosen is None:
-        if num_layers == 12:
-            return DISTILBERT_LAYERS_OF_12
-        kept = max(1, num_layers // 2)
-        return tuple(int(i * (num_layers - 1) / max(1, kept - 1) + 0.5) for i in range(kept))
+        return family_of(teacher).default_layers(teacher)
+    num_layers = teacher.num_hidden_layers
     if not chosen or any(not 0 <= layer < num_layers for layer in chosen):
         raise UserError(
             "bad-argument",

@@ -1,6 +1,5 @@
 """Export the trained student as a Hugging Face folder that loads without this project."""
 
-import inspect
 from pathlib import Path
 
 import deepspeed
@@ -10,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from distilspeed.trainer.corpus.format import Corpus
 from distilspeed.trainer.files import folder_written_whole
+from distilspeed.trainer.models.inputs import input_names
 from distilspeed.trainer.training.model_card import TrainingRecord, model_card
 
 TOKENIZER_OUTPUTS = ("input_ids", "token_type_ids", "attention_mask")
@@ -59,7 +59,7 @@ def tokenizer_for(model: PreTrainedModel, corpus: Corpus) -> PreTrainedTokenizer
     DistilBERT takes no token types. Before transformers 5 a pipeline passes everything that the tokenizer returns.
     """
     tokenizer = corpus.load_tokenizer()
-    taken = inspect.signature(model.forward).parameters
+    taken = input_names(model)
     names = [name for name in TOKENIZER_OUTPUTS if name in taken]
     # save_pretrained writes init_kwargs, not the attribute.
     tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names = names

@@ -59,5 +59,5 @@ def load_models(arguments: TrainArguments, corpus: Corpus) -> LoadedModels:
         return LoadedModels(None, (), student)
     teacher = load_teacher(arguments.teacher)
     check_fits_corpus("teacher", arguments.teacher, teacher, corpus)
-    layers = select_teacher_layers(teacher.config.num_hidden_layers, arguments.student_layers)
+    layers = select_teacher_layers(teacher.config, arguments.student_layers)
     return LoadedModels(teacher, layers, make_student(teacher, layers))

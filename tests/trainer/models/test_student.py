@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
     AutoModel,
     AutoModelForMaskedLM,
     AutoTokenizer,
@@ -16,12 +18,11 @@ from transformers import (
     BertForMaskedLM,
     BertTokenizer,
     PreTrainedModel,
-    RobertaConfig,
-    RobertaForMaskedLM,
 )
 from user_errors import raises_user_error
 
 from distilspeed.trainer.corpus.format import open_corpus
+from distilspeed.trainer.families.layers import half_of_layers
 from distilspeed.trainer.families.vocabulary import pad_vocabulary
 from distilspeed.trainer.models.loading import (
     check_fits_corpus,
@@ -163,20 +164,21 @@ def test_the_teacher_is_frozen_and_the_student_is_not(teacher: BertForMaskedLM) 
 
 
 def test_layers_are_spread_evenly_with_both_ends() -> None:
-    assert select_teacher_layers(12, None) == (0, 2, 4, 7, 9, 11)
-    assert select_teacher_layers(6, None) == (0, 3, 5)
-    assert select_teacher_layers(4, None) == (0, 3)
-    assert select_teacher_layers(24, None)[0] == 0
-    assert select_teacher_layers(24, None)[-1] == 23
-    assert len(select_teacher_layers(24, None)) == 12
-    assert select_teacher_layers(1, None) == (0,)
-    assert select_teacher_layers(12, (1, 5)) == (1, 5)
+    assert half_of_layers(12) == (0, 2, 4, 7, 9, 11)
+    assert half_of_layers(6) == (0, 3, 5)
+    assert half_of_layers(4) == (0, 3)
+    assert half_of_layers(24)[0] == 0
+    assert half_of_layers(24)[-1] == 23
+    assert len(half_of_layers(24)) == 12
+    assert half_of_layers(1) == (0,)
+    assert select_teacher_layers(BertConfig(), None) == half_of_layers(12)
+    assert select_teacher_layers(BertConfig(), (1, 5)) == (1, 5)
 
 
 @pytest.mark.parametrize("layers", [(), (0, 12), (-1, 3), (3, 3), (5, 2)])
 def test_a_wrong_list_of_layers_is_refused(layers: tuple[int, ...]) -> None:
     with raises_user_error("bad-argument", "--student_layers"):
-        select_teacher_layers(12, layers)
+        select_teacher_layers(BertConfig(), layers)
 
 
 def test_a_teacher_that_is_not_a_bert_with_an_mlm_head_is_refused(
@@ -188,9 +190,9 @@ def test_a_teacher_that_is_not_a_bert_with_an_mlm_head_is_refused(
     with raises_user_error("damaged-model", str(tmp_path / "headless"), "cls.predictions"):
         load_teacher(str(tmp_path / "headless"))
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    RobertaForMaskedLM(RobertaConfig(vocab_size=50, **sizes)).save_pretrained(tmp_path / "roberta")
-    with raises_user_error("unsupported-model", '"roberta"'):
-        load_teacher(str(tmp_path / "roberta"))
+    AlbertForMaskedLM(AlbertConfig(vocab_size=50, **sizes)).save_pretrained(tmp_path / "albert")
+    with raises_user_error("unsupported-model", '"albert"'):
+        load_teacher(str(tmp_path / "albert"))
     BertForMaskedLM(BertConfig(vocab_size=50, layer_norm_eps=1e-5, **sizes)).save_pretrained(tmp_path / "eps")
     with raises_user_error("unsupported-model", "layer_norm_eps"):
         load_teacher(str(tmp_path / "eps"))

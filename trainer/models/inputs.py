@@ -1,0 +1,16 @@
+"""The inputs of a model."""
+
+import inspect
+
+from transformers import PreTrainedModel
+
+
+def input_names(model: PreTrainedModel) -> list[str]:
+    """Return the names of a model's inputs; ``token_type_ids`` only if it has different embeddings for two segments.
+
+    RoBERTa has one token-type embedding, and BERT may have: id 1 is out of range. GPT-2 takes token types as words.
+    """
+    names = list(inspect.signature(model.forward).parameters)
+    if getattr(model.config, "type_vocab_size", 0) < 2:
+        return [name for name in names if name != "token_type_ids"]
+    return names
