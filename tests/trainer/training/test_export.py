@@ -16,6 +16,7 @@ from distilspeed.trainer.training.export import tokenizer_for
     [
         ("bert", ["input_ids", "token_type_ids", "attention_mask"]),
         ("distilbert", ["input_ids", "attention_mask"]),
+        ("bert with one token type", ["input_ids", "attention_mask"]),  # id 1 would be out of range
     ],
 )
 def test_the_exported_tokenizer_is_the_corpus_tokenizer_and_returns_only_the_models_inputs(
@@ -25,6 +26,8 @@ def test_the_exported_tokenizer_is_the_corpus_tokenizer_and_returns_only_the_mod
     model: PreTrainedModel = load_teacher(str(tiny_teacher_dir))
     if architecture == "distilbert":
         model = make_student(load_teacher(str(tiny_teacher_dir)), (0, 3))
+    if architecture == "bert with one token type":
+        model.config.type_vocab_size = 1
     tokenizer_for(model, corpus).save_pretrained(tmp_path)
 
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["model_input_names"] == inputs
