@@ -46,6 +46,8 @@ setup(
             "numpy>=1.26",
             "pyarrow",
             "matplotlib",
+            "scikit-learn",
+            "scipy",
             "tqdm",
         ],
         "test": [

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from distilspeed.trainer.job.arguments import LARGEST_SEED, Settings, setting
+from distilspeed.trainer.evaluation.tasks.names import expand_glue
+from distilspeed.trainer.job.arguments import LARGEST_SEED, Settings, numbers, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,11 +19,15 @@ class EvaluateArguments(Settings):
     )
     data_dir: Path = setting(metavar="DIR", help="corpus prepared by launch/prepare_data.py")
     output_dir: Path = setting(metavar="DIR", help="created by this command")
-    task: tuple[Path, ...] = setting(
+    task: tuple[str, ...] = setting(
         (),
         action="append",
-        metavar="DIR",
-        help="folder with train.jsonl and dev.jsonl: label, and text or text_a and text_b; repeat for more tasks",
+        metavar="NAME_OR_DIR",
+        help="glue (all nine tasks), glue/mrpc, …, or a folder with train.jsonl and dev.jsonl: label, and text or "
+        "text_a and text_b; repeat for more tasks",
+    )
+    glue_dir: Path | None = setting(
+        None, metavar="DIR", help="folder of GLUE's own files (CoLA/train.tsv, …), to read instead of the hub"
     )
     max_rows: int = setting(1000, at_least=1, metavar="N", help="number of held-out rows to evaluate on")
     task_epochs: int | None = setting(
@@ -34,8 +39,14 @@ class EvaluateArguments(Settings):
     task_seeds: int = setting(
         3, at_least=1, metavar="N", help="number of fine-tuning runs per model and task"
     )
-    task_learning_rate: float | None = setting(
-        None, above=0, below=1, help="peak learning rate (default: set by the task, usually 5e-5)"
+    task_learning_rates: tuple[float, ...] | None = setting(
+        None,
+        parse=numbers,
+        above=0,
+        below=1,
+        metavar="RATE,…",
+        help="peak learning rate; of several, each model uses the one with the best first seed on dev (default: set "
+        "by the task, 2e-5 or 5e-5)",
     )
     task_batch_size: int | None = setting(
         None, at_least=1, metavar="N", help="examples per step (default: set by the task, usually 32)"
@@ -44,6 +55,11 @@ class EvaluateArguments(Settings):
     seed: int = setting(
         0, at_least=0, at_most=LARGEST_SEED, help="seed of the masks, and first seed of the tasks"
     )
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The names of the tasks, with "glue" replaced by its nine tasks; paths are expanded."""
+        return tuple(str(Path(name).expanduser()) for name in expand_glue(self.task, self.glue_dir))
 
     @property
     def models(self) -> dict[str, str]:

@@ -6,6 +6,7 @@ Every model runs in float32 on the same masks and the same examples. Forward pas
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -75,7 +76,7 @@ def evaluate(arguments: EvaluateArguments) -> Report:
     """
     device = choose_device(arguments.device)
     _check_output_dir(arguments.output_dir)
-    tasks = read_tasks([str(name) for name in arguments.task])
+    tasks = read_tasks(arguments.task_names)
     corpus = open_corpus(arguments.data_dir)
     models = [load_masked_language_model(role, name) for role, name in arguments.models.items()]
     for (role, name), model in zip(arguments.models.items(), models, strict=True):
@@ -99,6 +100,7 @@ def evaluate(arguments: EvaluateArguments) -> Report:
             seed=arguments.seed,
             tasks=tuple(task.conditions(how) for task, how in zip(tasks, settings, strict=True)),
             task_seeds=arguments.task_seeds,
+            task_learning_rates=arguments.task_learning_rates,
         ),
         machine=Environment.here(device),
     )
@@ -112,7 +114,7 @@ def _fine_tuning(arguments: EvaluateArguments, task: Task, positions: int) -> Fi
     own = task.fine_tuning
     return FineTuning(
         epochs=arguments.task_epochs or own.epochs,
-        learning_rate=arguments.task_learning_rate or own.learning_rate,
+        learning_rate=(arguments.task_learning_rates or (own.learning_rate,))[0],
         batch_size=arguments.task_batch_size or own.batch_size,
         max_length=min(own.max_length, positions),
     )
@@ -175,13 +177,25 @@ def _fine_tune_all(
 ) -> list[TaskScore]:
     """Fine-tune every model with the same seeds; return the task's score of each."""
     tokenizer = corpus.load_tokenizer()
+    first_seed = arguments.seed
+    rates = arguments.task_learning_rates or (settings.learning_rate,)
+
+    def scores_of(role: str, name: str, rate: float, seed: int) -> Scores:
+        logger.info("%s: fine-tuning the %s, learning rate %g, seed %d", task.name, role, rate, seed)
+        return fine_tune(name, task, tokenizer, replace(settings, learning_rate=rate), seed, device)
+
     scores: list[list[Scores]] = []
+    best_rates: list[float] = []
     for role, name in arguments.models.items():
-        scores.append([])
-        for seed in range(arguments.seed, arguments.seed + arguments.task_seeds):
-            logger.info("%s: fine-tuning the %s, seed %d", task.name, role, seed)
-            scores[-1].append(fine_tune(name, task, tokenizer, settings, seed, device))
-    return [TaskScore.of(task.name, of_model, scores[0]) for of_model in scores]
+        tried = {rate: scores_of(role, name, rate, first_seed) for rate in rates}
+        best = max(tried, key=lambda rate: tried[rate][task.metrics[0]])
+        others = range(first_seed + 1, first_seed + arguments.task_seeds)
+        scores.append([tried[best], *(scores_of(role, name, best, seed) for seed in others)])
+        best_rates.append(best)
+    return [
+        TaskScore.of(task.name, of_model, scores[0], rate)
+        for of_model, rate in zip(scores, best_rates, strict=True)
+    ]
 
 
 def shown_names(names: Sequence[str]) -> list[str]:

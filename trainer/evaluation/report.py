@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ import transformers
 from numpy.typing import NDArray
 
 from distilspeed.kernels.profiling.machine import cpu_name
+from distilspeed.trainer.evaluation.tasks.names import GLUE_FOLDERS, GLUE_PREFIX
 from distilspeed.trainer.evaluation.tasks.task import Scores, TaskConditions
 
 # Okabe & Ito 2008: distinct with every common colour blindness, and in grey.
@@ -55,7 +57,8 @@ class Latency:
 class TaskScore:
     """Scores on a task's dev examples: every metric for every seed, and statistics of the first metric.
 
-    ``standard_deviation`` is that of the sample, None for one seed.
+    ``standard_deviation`` is that of the sample, None for one seed. ``retention_deviation`` is that of the retention:
+    it contains the deviations of this model and of the teacher; None for the teacher itself.
     """
 
     task: str
@@ -63,15 +66,35 @@ class TaskScore:
     mean: float
     standard_deviation: float | None
     retention_percent: float | None
+    retention_deviation: float | None
+    learning_rate: float
 
     @classmethod
-    def of(cls, task: str, scores: Sequence[Scores], teacher_scores: Sequence[Scores]) -> "TaskScore":
+    def of(
+        cls, task: str, scores: Sequence[Scores], teacher_scores: Sequence[Scores], learning_rate: float
+    ) -> "TaskScore":
         """Summarise this model's and the teacher's scores, one per seed, with metrics in the task's order."""
         of_metrics = {metric: tuple(seed[metric] for seed in scores) for metric in scores[0]}
         first = next(iter(of_metrics))
         mean, deviation = mean_and_deviation(of_metrics[first])
-        teacher_mean = statistics.fmean(seed[first] for seed in teacher_scores)
-        return cls(task, of_metrics, mean, deviation, percent_of(mean, teacher_mean))
+        teacher_mean, teacher_deviation = mean_and_deviation([seed[first] for seed in teacher_scores])
+        retention = percent_of(mean, teacher_mean)
+        retention_deviation = None
+        is_teacher = scores is teacher_scores
+        if (
+            retention is not None
+            and deviation is not None
+            and teacher_deviation is not None
+            and not is_teacher
+        ):
+            # Of a quotient, to first order.
+            retention_deviation = math.hypot(100 * deviation, retention * teacher_deviation) / teacher_mean
+        return cls(task, of_metrics, mean, deviation, retention, retention_deviation, learning_rate)
+
+    @property
+    def mean_of_metrics(self) -> float:
+        """The mean over seeds and metrics, which is the task's part of the GLUE score."""
+        return statistics.fmean(value for of_seeds in self.scores.values() for value in of_seeds)
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
@@ -112,6 +135,7 @@ class EvaluationConditions:
     seed: int
     tasks: tuple[TaskConditions, ...]
     task_seeds: int
+    task_learning_rates: tuple[float, ...] | None  # the rates that were tried; None for the task's own
 
 
 @dataclass(frozen=True)
@@ -157,12 +181,25 @@ class Report:
         headings += ["same token as teacher"]
         headings += [f"{latency.device} latency (speed-up)" for latency in teacher.latencies]
         headings += [f"{score.task} {' / '.join(score.scores)} (retention)" for score in teacher.tasks]
+        headings += list(glue_scores(teacher.tasks))
         rows = [headings, ["---", *["---:"] * (len(headings) - 1)], *map(_cells, self.models)]
         return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
     def to_markdown(self) -> str:
         lines = "\n".join(f"- {line}" for line in self._condition_lines())
         return f"# Student and teacher\n\n{self.table()}\n\n![report](report.png)\n\n{lines}\n"
+
+    def _learning_rate(self, task: TaskConditions) -> str:
+        tried = self.conditions.task_learning_rates or (task.fine_tuning.learning_rate,)
+        if len(tried) == 1:
+            return f"{tried[0]:g}"
+        best = ", ".join(
+            f"{model.role} {score.learning_rate:g}"
+            for model in self.models
+            for score in model.tasks
+            if score.task == task.name
+        )
+        return f"the best on dev of {', '.join(f'{rate:g}' for rate in tried)} ({best})"
 
     def _condition_lines(self) -> list[str]:
         conditions, machine, teacher = self.conditions, self.machine, self.models[0]
@@ -183,7 +220,7 @@ class Report:
             )
         lines += [
             f"{task.name}: {' and '.join(task.metrics)}; {task.fine_tuning.epochs} epochs, learning rate "
-            f"{task.fine_tuning.learning_rate:g}, batch {task.fine_tuning.batch_size}, at most "
+            f"{self._learning_rate(task)}, batch {task.fine_tuning.batch_size}, at most "
             f"{task.fine_tuning.max_length} tokens; {task.described()}."
             for task in conditions.tasks
         ]
@@ -193,6 +230,20 @@ class Report:
             f"transformers {machine.transformers_version}; {machine.date}."
         )
         return lines
+
+
+def glue_scores(tasks: Sequence[TaskScore]) -> dict[str, float]:
+    """Return the GLUE score by its heading: the mean over all tasks of GLUE of the mean of a task's metrics.
+
+    The literature counts it with and without WNLI, on which most models learn nothing. Without all the tasks there is
+    no score.
+    """
+    means = {score.task: score.mean_of_metrics for score in tasks if score.task.startswith(GLUE_PREFIX)}
+    wnli = means.pop(f"{GLUE_PREFIX}wnli", None)
+    if len(means) < len(GLUE_FOLDERS) - 1:
+        return {}
+    scores = {"GLUE without WNLI": statistics.fmean(means.values())}
+    return scores if wnli is None else scores | {"GLUE": statistics.fmean([*means.values(), wnli])}
 
 
 def _cells(model: ModelReport) -> list[str]:
@@ -210,14 +261,18 @@ def _cells(model: ModelReport) -> list[str]:
             for latency in model.latencies
         ),
         *(
-            f"{' / '.join(map(_score, score.scores.values()))} ({_percent(score.retention_percent)})"
+            f"{' / '.join(map(_score, score.scores.values()))} "
+            f"({_percent(score.retention_percent, score.retention_deviation)})"
             for score in model.tasks
         ),
+        *(f"{100 * score:.1f}" for score in glue_scores(model.tasks).values()),
     ]
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f} %"
+def _percent(value: float | None, deviation: float | None = None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.1f} %" if deviation is None else f"{value:.1f} ± {deviation:.1f} %"
 
 
 def _score(of_seeds: Sequence[float]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, RobertaConfig
+from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from distilspeed.trainer.families.layers import half_of_layers, keep_layers
 from distilspeed.trainer.families.masks import document_mask
@@ -44,7 +44,7 @@ class RobertaFamily:
     def attention_dropout(self, config: PreTrainedConfig) -> float:
         return float(config.attention_probs_dropout_prob)
 
-    def student_config(self, teacher: PreTrainedConfig, layers: Sequence[int]) -> RobertaConfig:
+    def student_config(self, teacher: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConfig:
         student = copy.deepcopy(teacher)
         student.num_hidden_layers = len(layers)
         return student

@@ -93,6 +93,11 @@ def whole_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split(","))
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    """Parse a list of numbers such as ``2e-5,3e-5``."""
+    return tuple(float(number) for number in text.split(","))
+
+
 @dataclass(frozen=True)
 class LauncherArguments:
     """The flag that DeepSpeed's launcher adds to a command line; LOCAL_RANK in the environment has the same value."""

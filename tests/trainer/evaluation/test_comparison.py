@@ -83,7 +83,7 @@ def test_student_and_baseline_are_measured_against_the_teacher(
         return {"accuracy": {arguments.teacher: 0.8, arguments.student: 0.6}[name] + 0.1 * (seed - 5)}
 
     monkeypatch.setattr(comparison, "fine_tune", recorded_fine_tune)
-    whole = replace(arguments, baseline=arguments.student, task=(tiny_task(tmp_path / "words"),))
+    whole = replace(arguments, baseline=arguments.student, task=(str(tiny_task(tmp_path / "words")),))
     report = evaluate(whole)
 
     teacher, student, baseline = report.models
@@ -110,6 +110,31 @@ def test_student_and_baseline_are_measured_against_the_teacher(
     ]
     assert str(tmp_path) not in (arguments.output_dir / "report.json").read_text()
     assert [path.name for path in arguments.output_dir.parent.iterdir()] == ["evaluation"]
+
+
+def test_each_model_uses_the_learning_rate_with_the_best_first_seed(
+    arguments: EvaluateArguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[str, float, int]] = []
+    best = {arguments.teacher: 3e-5, arguments.student: 2e-5}
+
+    def recorded_fine_tune(
+        name: str, task: Any, tokenizer: Any, settings: Any, seed: int, device: Any
+    ) -> Scores:
+        given.append((name, settings.learning_rate, seed))
+        return {"accuracy": 0.5 + 0.2 * (settings.learning_rate == best[name]) + 0.01 * seed}
+
+    monkeypatch.setattr(comparison, "fine_tune", recorded_fine_tune)
+    task = str(tiny_task(tmp_path / "words"))
+    report = evaluate(replace(arguments, task=(task,), task_learning_rates=(2e-5, 3e-5)))
+    assert given == [
+        (name, rate, seed)
+        for name in (arguments.teacher, arguments.student)
+        for rate, seed in ((2e-5, 5), (3e-5, 5), (best[name], 6))
+    ]
+    assert [model.tasks[0].learning_rate for model in report.models] == [3e-5, 2e-5]
+    assert report.models[0].tasks[0].scores["accuracy"] == pytest.approx((0.75, 0.76))
+    assert "the best on dev of 2e-05, 3e-05 (teacher 3e-05, student 2e-05)" in report.to_markdown()
 
 
 def test_models_get_short_unique_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from distilspeed.trainer.evaluation.report import (
     ModelReport,
     Report,
     TaskScore,
+    glue_scores,
     percent_of,
     write_report,
 )
@@ -40,7 +41,7 @@ def model_report(role: str, accuracy: float, milliseconds: float, task: list[flo
         mlm_retention_percent=percent_of(accuracy, 0.5),
         teacher_agreement=0.75,
         latencies=(Latency.of("CPU", np.full(5, milliseconds), np.full(5, 20.0)),),
-        tasks=(TaskScore.of("rte", of_seeds(task), of_seeds([0.8, 0.8])),),
+        tasks=(TaskScore.of("rte", of_seeds(task), of_seeds([0.8, 0.8]), 5e-5),),
     )
 
 
@@ -59,6 +60,7 @@ def report() -> Report:
             seed=0,
             tasks=(ClassificationConditions("rte", ("accuracy",), 100, 20, FINE_TUNING, 2, 0.55),),
             task_seeds=2,
+            task_learning_rates=None,
         ),
         machine=Environment.here(torch.device("cpu")),
     )
@@ -71,22 +73,41 @@ def test_speed_up_is_the_ratio_of_the_medians() -> None:
 
 
 def test_a_task_score_is_mean_sample_deviation_and_share_of_the_teachers_mean() -> None:
-    score = TaskScore.of("rte", of_seeds([0.7, 0.9]), of_seeds([0.9, 1.0, 1.1]))
+    score = TaskScore.of("rte", of_seeds([0.7, 0.9]), of_seeds([0.9, 1.0, 1.1]), 5e-5)
     assert score.mean == pytest.approx(0.8)
     assert score.standard_deviation == pytest.approx(0.02**0.5)
     assert score.retention_percent == pytest.approx(80.0)
-    assert TaskScore.of("rte", of_seeds([0.7]), of_seeds([0.7])).standard_deviation is None
+    # The relative deviations of both models, 0.1414 / 0.8 and 0.1 / 1.0, added as errors of a quotient are.
+    assert score.retention_deviation == pytest.approx(80 * (0.02 / 0.8**2 + 0.1**2) ** 0.5)
+    one_seed = TaskScore.of("rte", of_seeds([0.7]), of_seeds([0.7]), 5e-5)
+    assert (one_seed.standard_deviation, one_seed.retention_deviation) == (None, None)
+    teacher = of_seeds([0.7, 0.8])
+    assert TaskScore.of("rte", teacher, teacher, 5e-5).retention_deviation is None
+
+
+def test_the_glue_score_is_the_mean_of_the_tasks_with_and_without_wnli() -> None:
+    def score(task: str, **metrics: tuple[float, ...]) -> TaskScore:
+        return replace(TaskScore.of(f"glue/{task}", of_seeds([0.5]), of_seeds([0.5]), 5e-5), scores=metrics)
+
+    seven = [
+        score(task, accuracy=(0.5, 0.7)) for task in ("cola", "sst2", "stsb", "qqp", "mnli", "qnli", "rte")
+    ]
+    mrpc, wnli = score("mrpc", accuracy=(0.8, 0.8), f1=(0.9, 0.9)), score("wnli", accuracy=(0.2, 0.2))
+    without = (7 * 0.6 + 0.85) / 8
+    assert glue_scores([*seven, mrpc]) == {"GLUE without WNLI": pytest.approx(without)}
+    assert glue_scores([*seven, mrpc, wnli])["GLUE"] == pytest.approx((8 * without + 0.2) / 9)
+    assert glue_scores([*seven, wnli]) == {}
 
 
 def test_the_first_of_several_metrics_decides_retention_and_all_are_in_the_table(report: Report) -> None:
     teacher: list[Scores] = [{"f1": 0.8, "accuracy": 0.9}, {"f1": 0.8, "accuracy": 0.9}]
     student: list[Scores] = [{"f1": 0.5, "accuracy": 0.6}, {"f1": 0.7, "accuracy": 0.6}]
-    score = TaskScore.of("mrpc", student, teacher)
+    score = TaskScore.of("mrpc", student, teacher, 5e-5)
     assert (score.mean, score.retention_percent) == (pytest.approx(0.6), pytest.approx(75.0))
     assert score.scores == {"f1": (0.5, 0.7), "accuracy": (0.6, 0.6)}
     table = replace(report, models=(replace(report.models[0], tasks=(score,)),)).table()
     assert "| mrpc f1 / accuracy (retention) |" in table
-    assert "| 60.0 ± 14.1 / 60.0 ± 0.0 (75.0 %) |" in table
+    assert "| 60.0 ± 14.1 / 60.0 ± 0.0 (75.0 ± 17.7 %) |" in table
 
 
 @pytest.mark.parametrize("teacher", [0.0, -0.1])
@@ -98,8 +119,8 @@ def test_the_table_has_one_row_per_model(report: Report) -> None:
     heading, _, teacher, student, baseline = report.table().splitlines()
     assert heading.count("|") == teacher.count("|") == student.count("|") == baseline.count("|")
     assert "| student (student-name) | 2.00 M | 8.0 MB | 2.500 | 45.0 % | 90.0 % | 75.0 % |" in student
-    assert "| 8.0 [8.0, 8.0] ms (2.50×) | 80.0 ± 14.1 (100.0 %) |" in student
-    assert "| 40.0 ± 0.0 (50.0 %) |" in baseline
+    assert "| 8.0 [8.0, 8.0] ms (2.50×) | 80.0 ± 14.1 (100.0 ± 17.7 %) |" in student
+    assert "| 40.0 ± 0.0 (50.0 ± 0.0 %) |" in baseline
 
 
 def test_a_name_does_not_break_the_table(report: Report) -> None:
