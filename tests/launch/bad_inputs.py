@@ -20,12 +20,12 @@ import torch
 from launcher import CPU_CONFIG, ROOT
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     ByT5Tokenizer,
-    RobertaConfig,
-    RobertaForMaskedLM,
 )
 
 from distilspeed.trainer.corpus.arguments import CorpusArguments
@@ -242,7 +242,7 @@ def _write_models(folder: Path) -> None:
     BertForMaskedLM(
         BertConfig(vocab_size=vocab_size, **TINY | {"max_position_embeddings": 32})
     ).save_pretrained(folder / "short")
-    RobertaForMaskedLM(RobertaConfig(vocab_size=vocab_size, **TINY)).save_pretrained(folder / "roberta")
+    AlbertForMaskedLM(AlbertConfig(vocab_size=vocab_size, **TINY)).save_pretrained(folder / "albert")
     for name in (
         "pickled_weights",
         "cut_weights",

@@ -226,7 +226,7 @@ EVALUATE_OPTIONS = [
     ("--student headless", "damaged-model", "headless"),
     ("--student small_vocabulary", "tokenizer-mismatch", "small_vocabulary", "500"),
     ("--student short", "rows-too-long", "short", "32"),
-    ("--teacher roberta", "unsupported-model", "roberta", '"roberta"'),
+    ("--teacher albert", "unsupported-model", "albert", '"albert"'),
     ("--student pickled_weights", "pickled-weights"),
     ("--student nan_weights", "damaged-model", "nan_weights"),
     ("--student cut_weights", "unusable-model", "cut_weights"),
