@@ -48,6 +48,7 @@ setup(
             "matplotlib",
             "scikit-learn",
             "scipy",
+            "torchmetrics",
             "tqdm",
         ],
         "test": [

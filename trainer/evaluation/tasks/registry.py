@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.evaluation.tasks.glue import Glue
 from distilspeed.trainer.evaluation.tasks.jsonl_classification import JsonLinesClassification
+from distilspeed.trainer.evaluation.tasks.squad import Squad
 from distilspeed.trainer.evaluation.tasks.task import Task
 
 TASKS: list[type[Task]] = [
     JsonLinesClassification,
     Glue,
+    Squad,
 ]
 
 
