@@ -49,6 +49,7 @@ setup(
             "scikit-learn",
             "scipy",
             "torchmetrics",
+            "seqeval",
             "tqdm",
         ],
         "test": [

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.evaluation.tasks.conll import Conll
 from distilspeed.trainer.evaluation.tasks.glue import Glue
 from distilspeed.trainer.evaluation.tasks.jsonl_classification import JsonLinesClassification
 from distilspeed.trainer.evaluation.tasks.squad import Squad
@@ -12,6 +13,7 @@ TASKS: list[type[Task]] = [
     JsonLinesClassification,
     Glue,
     Squad,
+    Conll,
 ]
 
 
