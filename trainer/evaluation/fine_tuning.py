@@ -2,9 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -13,7 +17,10 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
+from distilspeed.trainer.data.masking import philox
 from distilspeed.trainer.errors import NumericalError
+from distilspeed.trainer.evaluation.task_checkpoint import TaskCheckpoint
+from distilspeed.trainer.evaluation.task_distillation import TaskTeacher, soft_loss
 from distilspeed.trainer.evaluation.tasks.task import Batch, Feature, FineTuning, Predictions, Scores, Task
 from distilspeed.trainer.models.inputs import input_names
 from distilspeed.trainer.models.loading import load_with_head
@@ -22,6 +29,123 @@ from distilspeed.trainer.models.loading import load_with_head
 WARMUP_FRACTION = 0.1
 WEIGHT_DECAY = 0.01
 GRADIENT_CLIPPING = 1.0
+# Random streams of philox(seed, epoch) and philox(seed, step).
+ORDER_STREAM, DROPOUT_STREAM = (3, 0), (4, 0)
+HALF_PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class FineTuningRun:
+    """How to train on a task.
+
+    Training uses AdamW, linear warm-up over 10 % of the steps, linear decay to 0, and gradient clipping at 1. Order and
+    dropout depend only on the seed and the number of the step, so a resumed run computes the same.
+
+    Attributes:
+        seed: of the order of the features and of dropout.
+        precision: fp32, or fp16 or bf16 by autocast; weights are float32.
+        teacher: gives soft targets; None to learn from labels alone.
+        checkpoint: where to save and resume; None for a run that cannot be resumed.
+    """
+
+    task: Task
+    tokenizer: PreTrainedTokenizerFast
+    settings: FineTuning
+    seed: int
+    precision: str = "fp32"
+    teacher: TaskTeacher | None = None
+    checkpoint: TaskCheckpoint | None = None
+
+    def train(self, model: PreTrainedModel) -> None:
+        """Train the model in place.
+
+        Raises:
+            NumericalError: a loss is not finite.
+        """
+        features = self.task.features(self.task.train, self.tokenizer, self.settings.max_length)
+        names = set(input_names(model)).union(input_names(self.teacher.model) if self.teacher else ())
+        inputs = [{name: value for name, value in feature.items() if name in names} for feature in features]
+        collate = self.task.collator(self.tokenizer)
+        steps_per_epoch = math.ceil(len(inputs) / self.settings.batch_size)
+        steps = self.settings.epochs * steps_per_epoch
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=self.settings.learning_rate, weight_decay=WEIGHT_DECAY
+        )
+        schedule = get_linear_schedule_with_warmup(optimizer, round(WARMUP_FRACTION * steps), steps)
+        scaler = torch.amp.GradScaler(model.device.type, enabled=self.precision == "fp16")
+        parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+        first = self.checkpoint.load(parts) if self.checkpoint else 0
+
+        model.train()
+        for step in range(first, steps):
+            epoch, batch_number = divmod(step, steps_per_epoch)
+            if batch_number == 0 or step == first:
+                order = self._order(len(inputs), epoch)
+            begin = batch_number * self.settings.batch_size
+            places = order[begin : begin + self.settings.batch_size]
+            batch = _on_device(collate([inputs[place] for place in places]), model)
+            torch.manual_seed(int(philox(self.seed, step, DROPOUT_STREAM).random_raw()))
+            loss = self._loss(model, batch)
+            self._check(loss, step)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIPPING)
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            optimizer.zero_grad()
+            if self.checkpoint and self.checkpoint.is_due(step + 1, steps):
+                self.checkpoint.save(parts, step + 1)
+
+    def _order(self, count: int, epoch: int) -> NDArray[np.int64]:
+        return np.random.Generator(philox(self.seed, epoch, ORDER_STREAM)).permutation(count)
+
+    def _loss(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+        with self._autocast(model):
+            outputs = model(**_taken(batch, model))
+            loss = self.task.loss(outputs, batch)
+            if self.teacher is None:
+                return loss
+            targets = self.teacher.model(**_taken(batch, self.teacher.model))
+        soft = soft_loss(outputs, targets, batch, self.teacher.temperature)
+        return self.teacher.alpha_task * loss + self.teacher.alpha_ce * soft
+
+    def _autocast(self, model: PreTrainedModel) -> AbstractContextManager[Any]:
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(model.device.type, HALF_PRECISION[self.precision])
+
+    def _check(self, loss: torch.Tensor, step: int) -> None:
+        if not loss.isfinite():
+            raise NumericalError(
+                f"the loss on {self.task.name} is {loss.item()} at step {step + 1}; lower the learning rate"
+            )
+
+    def score(self, model: PreTrainedModel, name: str) -> Scores:
+        """Return the model's scores on dev, in the task's order of metrics; leave the model in evaluation mode.
+
+        Args:
+            name: the model in error messages.
+
+        Raises:
+            NumericalError: a score is not finite.
+        """
+        features = self.task.features(self.task.dev, self.tokenizer, self.settings.max_length)
+        inputs = model_inputs(model, features)
+        batches: DataLoader[Any] = DataLoader(
+            inputs,  # type: ignore[arg-type]
+            self.settings.batch_size,
+            collate_fn=self.task.collator(self.tokenizer),
+        )
+        found = self.task.score(features, _predict(model, batches))
+        scores = {metric: found[metric] for metric in self.task.metrics}
+        for metric, score in scores.items():
+            if not math.isfinite(score):
+                raise NumericalError(
+                    f"{name} fine-tuned on the task {self.task.name} with seed {self.seed} has {metric} {score}; "
+                    "lower the learning rate"
+                )
+        return scores
 
 
 def fine_tune(
@@ -34,8 +158,7 @@ def fine_tune(
 ) -> Scores:
     """Fine-tune a pre-trained model on a task, in float32, and return its scores on dev after the last epoch.
 
-    Training uses AdamW, linear warm-up over 10 % of the steps, linear decay to 0, and gradient clipping at 1. The seed
-    determines the new head, the dropout and the order of the features.
+    The seed determines the new head, the dropout and the order of the features.
 
     Args:
         model_name: a folder or hub id with safetensors weights.
@@ -43,58 +166,22 @@ def fine_tune(
     Raises:
         NumericalError: a score is not finite.
     """
+    run = FineTuningRun(task, tokenizer, settings, seed)
     torch.manual_seed(seed)
     model = nn.Module.to(load_with_head(model_name, task.head), device)
-    _train(model, task, tokenizer, settings)
-    features = task.features(task.dev, tokenizer, settings.max_length)
-    predictions = _predict(model, _batches(model, task, features, tokenizer, settings.batch_size))
-    found = task.score(features, predictions)
-    scores = {metric: found[metric] for metric in task.metrics}
-    for metric, score in scores.items():
-        if not math.isfinite(score):
-            raise NumericalError(
-                f"{model_name} fine-tuned on the task {task.name} with seed {seed} has {metric} {score}; "
-                "lower the learning rate"
-            )
-    return scores
-
-
-def _train(
-    model: PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerFast, settings: FineTuning
-) -> None:
-    features = task.features(task.train, tokenizer, settings.max_length)
-    batches = _batches(model, task, features, tokenizer, settings.batch_size, shuffle=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=WEIGHT_DECAY)
-    steps = settings.epochs * len(batches)
-    schedule = get_linear_schedule_with_warmup(optimizer, round(WARMUP_FRACTION * steps), steps)
-
-    model.train()
-    for _ in range(settings.epochs):
-        for batch in batches:
-            inputs = _on_device(batch, model)
-            task.loss(model(**inputs), inputs).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIPPING)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-
-
-def _batches(
-    model: PreTrainedModel,
-    task: Task,
-    features: Sequence[Feature],
-    tokenizer: PreTrainedTokenizerFast,
-    batch_size: int,
-    shuffle: bool = False,
-) -> DataLoader[Any]:
-    inputs = model_inputs(model, features)
-    return DataLoader(inputs, batch_size, shuffle, collate_fn=task.collator(tokenizer))  # type: ignore[arg-type]
+    run.train(model)
+    return run.score(model, model_name)
 
 
 def model_inputs(model: PreTrainedModel, features: Sequence[Feature]) -> list[Feature]:
     """Keep only the values that the model accepts: drop token types it does not take, and values for the score."""
     accepted = input_names(model)
     return [{key: value for key, value in feature.items() if key in accepted} for feature in features]
+
+
+def _taken(batch: Batch, model: PreTrainedModel) -> Batch:
+    names = input_names(model)
+    return {name: values for name, values in batch.items() if name in names}
 
 
 def _on_device(batch: Mapping[str, torch.Tensor], model: PreTrainedModel) -> Batch:

@@ -2,7 +2,9 @@
 
 import inspect
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+TOKENIZER_OUTPUTS = ("input_ids", "token_type_ids", "attention_mask")
 
 
 def input_names(model: PreTrainedModel) -> list[str]:
@@ -14,3 +16,15 @@ def input_names(model: PreTrainedModel) -> list[str]:
     if getattr(model.config, "type_vocab_size", 0) < 2:
         return [name for name in names if name != "token_type_ids"]
     return names
+
+
+def tokenizer_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Set a tokenizer to return only the inputs that a model takes, for saving with the model; return it.
+
+    DistilBERT takes no token types. Before transformers 5 a pipeline passes everything that the tokenizer returns.
+    """
+    taken = input_names(model)
+    names = [name for name in TOKENIZER_OUTPUTS if name in taken]
+    # save_pretrained writes init_kwargs, not the attribute.
+    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names = names
+    return tokenizer

@@ -184,11 +184,13 @@ class Head:
         model_class: transformers Auto class of encoder and head, for example AutoModelForSequenceClassification.
         num_labels: number of outputs: one per class, 1 for regression, 2 for the start and end of a span.
         problem_type: transformers' name of the loss, for model classes with several losses ("regression").
+        labels: names of the classes, one per output; () if they have none.
     """
 
     model_class: Any
     num_labels: int
     problem_type: str | None = None
+    labels: tuple[str, ...] = ()
 
 
 def make_with_head(role: str, name: str, head: Head) -> PreTrainedModel:
@@ -201,6 +203,9 @@ def make_with_head(role: str, name: str, head: Head) -> PreTrainedModel:
     """
     config = _load(AutoConfig, role, name)
     config.problem_type, config.num_labels = head.problem_type, head.num_labels
+    if head.labels:
+        config.id2label = dict(enumerate(head.labels))
+        config.label2id = {label: number for number, label in enumerate(head.labels)}
     try:
         return head.model_class.from_config(config, dtype=torch.float32)
     except Exception as error:  # a bad config value can raise any type
@@ -218,6 +223,42 @@ def load_with_head(name: str, head: Head) -> PreTrainedModel:
     # AutoModel gives BERT a pooler, which models with a head on tokens do not have.
     model.base_model.load_state_dict({weight: encoder[weight] for weight in model.base_model.state_dict()})
     return model
+
+
+def load_fine_tuned(name: str, head: Head) -> PreTrainedModel:
+    """Load a frozen model with its own head for a task: float32, evaluation mode, on the CPU.
+
+    Raises:
+        UserError: the model cannot be loaded, has no such head, or has other classes or another order of them.
+    """
+    _refuse_pickles("teacher", Path(name))
+    model, loading = _load(
+        head.model_class,
+        "teacher",
+        name,
+        dtype=torch.float32,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            "damaged-model",
+            f"the teacher {name} is not fine-tuned on the task: it has no {missing[0]}; fine-tune it first",
+        )
+    config = model.config
+    labels = [str(config.id2label[number]) for number in range(config.num_labels)]
+    are_named = head.labels and labels != [f"LABEL_{number}" for number in range(config.num_labels)]
+    are_others = [label.lower() for label in labels] != [label.lower() for label in head.labels]
+    if config.num_labels != head.num_labels or (are_named and are_others):
+        found = ", ".join(labels)
+        wanted = ", ".join(head.labels) or f"{head.num_labels} outputs"
+        raise UserError(
+            "unsupported-model",
+            f"the teacher {name} is fine-tuned on another task: its outputs are {found}, and the task's {wanted}; "
+            "choose a teacher of this task",
+        )
+    return model.eval().requires_grad_(False)
 
 
 def check_fits_corpus(role: str, name: str, model: PreTrainedModel, corpus: Corpus) -> None:

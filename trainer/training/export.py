@@ -5,14 +5,11 @@ from pathlib import Path
 import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
-from distilspeed.trainer.corpus.format import Corpus
 from distilspeed.trainer.files import folder_written_whole
-from distilspeed.trainer.models.inputs import input_names
+from distilspeed.trainer.models.inputs import tokenizer_for
 from distilspeed.trainer.training.model_card import TrainingRecord, model_card
-
-TOKENIZER_OUTPUTS = ("input_ids", "token_type_ids", "attention_mask")
 
 
 def gather_weights(engine: deepspeed.DeepSpeedEngine, student: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -49,18 +46,5 @@ def export_student(student: PreTrainedModel, record: TrainingRecord, folder: Pat
     """
     with folder_written_whole(folder, replaces=True) as beside:
         student.save_pretrained(beside)
-        tokenizer_for(student, record.corpus).save_pretrained(beside)
+        tokenizer_for(student, record.corpus.load_tokenizer()).save_pretrained(beside)
         model_card(record).save(beside / "README.md")
-
-
-def tokenizer_for(model: PreTrainedModel, corpus: Corpus) -> PreTrainedTokenizerFast:
-    """Return the corpus's tokenizer, set to return only the inputs that the model takes; for saving with the model.
-
-    DistilBERT takes no token types. Before transformers 5 a pipeline passes everything that the tokenizer returns.
-    """
-    tokenizer = corpus.load_tokenizer()
-    taken = input_names(model)
-    names = [name for name in TOKENIZER_OUTPUTS if name in taken]
-    # save_pretrained writes init_kwargs, not the attribute.
-    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names = names
-    return tokenizer

@@ -21,6 +21,7 @@ from distilspeed.trainer.families.registry import family_of
 from distilspeed.trainer.families.vocabulary import pad_vocabulary
 from distilspeed.trainer.models.attention import SDPA, choose_attention
 from distilspeed.trainer.models.flops import model_shape
+from distilspeed.trainer.models.inputs import tokenizer_for
 from distilspeed.trainer.models.loading import (
     check_fits_corpus,
     load_teacher,
@@ -28,7 +29,7 @@ from distilspeed.trainer.models.loading import (
     select_teacher_layers,
 )
 from distilspeed.trainer.models.packed_forward import forward_packed
-from distilspeed.trainer.training.export import tokenizer_for, whole_student
+from distilspeed.trainer.training.export import whole_student
 
 ROWS = 16
 CPU = torch.device("cpu")
@@ -120,7 +121,7 @@ def test_padding_the_vocabulary_changes_no_logits_and_is_removed_from_the_export
 
 
 def test_the_exported_tokenizer_returns_the_models_inputs(tiny: Tiny, tmp_path: Path) -> None:
-    tokenizer_for(tiny.teacher, tiny.corpus).save_pretrained(tmp_path)
+    tokenizer_for(tiny.teacher, tiny.corpus.load_tokenizer()).save_pretrained(tmp_path)
     encoded = AutoTokenizer.from_pretrained(tmp_path)("the value", "of the list", return_tensors="pt")
     assert tiny.plain(**encoded).logits.isfinite().all()
 

@@ -7,8 +7,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedModel
 
 from distilspeed.trainer.corpus.format import Corpus, tokenizer_hash
+from distilspeed.trainer.models.inputs import tokenizer_for
 from distilspeed.trainer.models.loading import load_teacher, make_student
-from distilspeed.trainer.training.export import tokenizer_for
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_the_exported_tokenizer_is_the_corpus_tokenizer_and_returns_only_the_mod
         model = make_student(load_teacher(str(tiny_teacher_dir)), (0, 3))
     if architecture == "bert with one token type":
         model.config.type_vocab_size = 1
-    tokenizer_for(model, corpus).save_pretrained(tmp_path)
+    tokenizer_for(model, corpus.load_tokenizer()).save_pretrained(tmp_path)
 
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["model_input_names"] == inputs
     saved = AutoTokenizer.from_pretrained(tmp_path)

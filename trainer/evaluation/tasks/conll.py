@@ -73,7 +73,7 @@ class Conll(Task):
 
     @property
     def head(self) -> Head:
-        return Head(AutoModelForTokenClassification, len(self.tags))
+        return Head(AutoModelForTokenClassification, len(self.tags), labels=self.tags)
 
     def features(
         self, examples: Sequence[Sentence], tokenizer: PreTrainedTokenizerFast, max_length: int

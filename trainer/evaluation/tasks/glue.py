@@ -73,7 +73,8 @@ class Glue(Task):
     def head(self) -> Head:
         if not self.spec.classes:
             return Head(AutoModelForSequenceClassification, 1, "regression")
-        return Head(AutoModelForSequenceClassification, len(self.spec.classes), "single_label_classification")
+        labels = self.spec.names or self.spec.classes
+        return Head(AutoModelForSequenceClassification, len(labels), "single_label_classification", labels)
 
     @property
     def fine_tuning(self) -> FineTuning:

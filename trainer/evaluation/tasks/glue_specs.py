@@ -30,7 +30,8 @@ class GlueSpec:
         sentences: the columns with the sentences in the TSV files.
         hub_sentences: the same on the hub.
         label: the column with the label in the TSV files.
-        classes: names of the classes in the TSV files, in the hub's order; () for STS-B, which has scores.
+        classes: the labels in the TSV files, in the hub's order; () for STS-B, which has scores.
+        names: names of the classes on the hub, if the files have numbers.
         header: the columns of files without a header line.
         epochs: as in transformers' run_glue.py, which trains longer on two small tasks than Devlin et al. 2019.
     """
@@ -39,6 +40,7 @@ class GlueSpec:
     hub_sentences: tuple[str, ...]
     label: str = "label"
     classes: tuple[str, ...] = ("0", "1")
+    names: tuple[str, ...] = ()
     metrics: Mapping[str, Metric] = field(default_factory=lambda: {"accuracy": accuracy})
     dev_sets: tuple[DevSet, ...] = (DevSet(),)
     header: tuple[str, ...] | None = None
@@ -54,15 +56,29 @@ GLUE_SPECS = {
     "cola": GlueSpec(
         ("sentence",),
         ("sentence",),
+        names=("unacceptable", "acceptable"),
         metrics={"matthews_correlation": matthews_correlation},
         header=("source", "label", "authors_mark", "sentence"),
     ),
-    "sst2": GlueSpec(("sentence",), ("sentence",)),
-    "mrpc": GlueSpec(("#1 String", "#2 String"), _PAIR, label="Quality", metrics=_ACCURACY_AND_F1, epochs=5),
+    "sst2": GlueSpec(("sentence",), ("sentence",), names=("negative", "positive")),
+    "mrpc": GlueSpec(
+        ("#1 String", "#2 String"),
+        _PAIR,
+        label="Quality",
+        names=("not_equivalent", "equivalent"),
+        metrics=_ACCURACY_AND_F1,
+        epochs=5,
+    ),
     "stsb": GlueSpec(
         _PAIR, _PAIR, label="score", classes=(), metrics={"pearson": pearson, "spearman": spearman}
     ),
-    "qqp": GlueSpec(_QUESTIONS, _QUESTIONS, label="is_duplicate", metrics=_ACCURACY_AND_F1),
+    "qqp": GlueSpec(
+        _QUESTIONS,
+        _QUESTIONS,
+        label="is_duplicate",
+        names=("not_duplicate", "duplicate"),
+        metrics=_ACCURACY_AND_F1,
+    ),
     "mnli": GlueSpec(
         _PAIR,
         ("premise", "hypothesis"),
@@ -75,5 +91,5 @@ GLUE_SPECS = {
     ),
     "qnli": GlueSpec(("question", "sentence"), ("question", "sentence"), classes=_ENTAILMENT),
     "rte": GlueSpec(_PAIR, _PAIR, classes=_ENTAILMENT),
-    "wnli": GlueSpec(_PAIR, _PAIR, epochs=5),
+    "wnli": GlueSpec(_PAIR, _PAIR, names=("not_entailment", "entailment"), epochs=5),
 }

@@ -104,7 +104,8 @@ class JsonLinesClassification(Task):
 
     @property
     def head(self) -> Head:
-        return Head(AutoModelForSequenceClassification, len(self.labels), "single_label_classification")
+        labels = tuple(map(str, self.labels))
+        return Head(AutoModelForSequenceClassification, len(labels), "single_label_classification", labels)
 
     def features(
         self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, max_length: int

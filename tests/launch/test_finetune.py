@@ -1,0 +1,182 @@
+"""launch/finetune.py: its export, learning from a fine-tuned teacher, exact resume, and refusals."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from jobs import cpu_environment, kill, start, wait_until
+from launcher import ROOT, ranks_alone
+from refusals import refusal
+from safetensors.torch import load_file
+from transformers import AutoConfig, pipeline
+from user_errors import assert_names
+
+from distilspeed.trainer.models.loading import load_teacher, make_student
+
+FINETUNE = ROOT / "launch" / "finetune.py"
+SMALL = (
+    "--num_train_epochs",
+    4,
+    "--learning_rate",
+    2e-3,
+    "--per_device_train_batch_size",
+    16,
+    "--device",
+    "cpu",
+)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path) -> Path:
+    """A folder with a task, a pre-trained model "model" and its student "student", with tokenizers."""
+    folder = tmp_path_factory.mktemp("finetune")
+    words = ("list", "class")
+    task = folder / "words"
+    task.mkdir()
+    for name, numbers in (("train", range(96)), ("dev", range(96, 128))):
+        records = [{"text": f"the {words[i % 2]} number {i // 2}", "label": words[i % 2]} for i in numbers]
+        (task / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    shutil.copytree(tiny_teacher_dir, folder / "model")
+    make_student(load_teacher(str(tiny_teacher_dir)), (0, 3)).save_pretrained(folder / "student")
+    for file in tiny_teacher_dir.glob("tokenizer*"):
+        shutil.copy(file, folder / "student")
+    return folder
+
+
+def finetune(work: Path, model: str, output: str, *more: object) -> str:
+    options = ("--model", work / model, "--task", work / "words", "--output_dir", work / output)
+    result = ranks_alone(FINETUNE, *options, *SMALL, *more, ranks=1)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def tuned_teacher(work: Path) -> Path:
+    shown = finetune(work, "model", "tuned/teacher")
+    assert shown.startswith("words accuracy ")
+    return work / "tuned" / "teacher"
+
+
+def test_plain_transformers_loads_the_model_with_names_of_the_classes(tuned_teacher: Path) -> None:
+    classify = pipeline("text-classification", model=str(tuned_teacher))
+    assert [classify(f"the {word} number 7")[0]["label"] for word in ("list", "class")] == ["list", "class"]
+    results = json.loads((tuned_teacher / "results.json").read_text())
+    assert results["scores"]["accuracy"] > 0.9
+    assert results["fine_tuning"] == {"epochs": 4, "learning_rate": 2e-3, "batch_size": 16, "max_length": 64}
+    assert "Scores on dev | accuracy" in (tuned_teacher / "README.md").read_text()
+    assert not list(tuned_teacher.glob("*checkpoint*"))
+
+
+def test_a_student_learns_from_the_teachers_outputs_alone(work: Path, tuned_teacher: Path) -> None:
+    """Its own labels have no weight, and in the task's file they are all wrong."""
+    wrong = work / "wrong"
+    wrong.mkdir()
+    for name in ("train", "dev"):
+        text = (work / "words" / f"{name}.jsonl").read_text()
+        if name == "train":
+            text = text.replace('"label": "list"', '"label": "x"').replace(
+                '"label": "class"', '"label": "list"'
+            )
+            text = text.replace('"label": "x"', '"label": "class"')
+        (wrong / f"{name}.jsonl").write_text(text)
+    options = ("--model", work / "student", "--task", wrong, "--output_dir", work / "tuned" / "soft", *SMALL)
+    weights = ("--alpha_ce", 1, "--alpha_task", 0, "--teacher", tuned_teacher)
+    result = ranks_alone(FINETUNE, *options, *weights, ranks=1)
+    assert result.returncode == 0, result.stderr[-3000:]
+    results = json.loads((work / "tuned" / "soft" / "results.json").read_text())
+    assert results["scores"]["accuracy"] > 0.9
+    assert (results["temperature"], results["alpha_ce"], results["alpha_task"]) == (2.0, 1.0, 0.0)
+    assert results["teacher"] == "tuned/teacher"
+    assert AutoConfig.from_pretrained(work / "tuned" / "soft").model_type == "distilbert"
+
+
+def test_killed_and_resumed_it_ends_with_the_same_bits(work: Path, tuned_teacher: Path) -> None:
+    more = ("--teacher", tuned_teacher, "--save_steps", 2, "--num_train_epochs", 6)
+    finetune(work, "student", "whole", *more)
+    options = (
+        "--model",
+        work / "student",
+        "--task",
+        work / "words",
+        "--output_dir",
+        work / "killed",
+        *SMALL,
+        *more,
+    )
+    job = start([sys.executable, FINETUNE, *options], cpu_environment(), work)
+    wait_until((work / "killed" / "checkpoint.pt").is_file, job)
+    kill(job)
+    assert not (work / "killed" / "results.json").exists()
+    finetune(work, "student", "killed", *more, "--resume")
+    ours, theirs = (load_file(work / name / "model.safetensors") for name in ("killed", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    results = [(work / name / "results.json").read_text() for name in ("killed", "whole")]
+    assert results[0] == results[1]
+    again = (work / "killed" / "results.json").stat().st_mtime_ns
+    finetune(work, "student", "killed", *more, "--resume")
+    assert (work / "killed" / "results.json").stat().st_mtime_ns == again
+
+
+def test_bf16_learns_with_float32_weights(work: Path) -> None:
+    finetune(work, "student", "bf16", "--bf16")
+    results = json.loads((work / "bf16" / "results.json").read_text())
+    assert results["precision"] == "bf16"
+    assert results["scores"]["accuracy"] > 0.9
+    assert {weight.dtype for weight in load_file(work / "bf16" / "model.safetensors").values()} == {
+        torch.float32
+    }
+
+
+REFUSED = {
+    "--output_dir tuned/teacher": ("output-exists", "tuned/teacher", "--resume"),
+    "--teacher student": ("damaged-model", "student", "fine-tuned"),
+    "--teacher other_task": ("unsupported-model", "other_task", "class, list"),
+    "--teacher tuned/teacher --alpha_ce 0 --alpha_task 0": ("bad-argument", "--alpha_ce", "--alpha_task"),
+    "--task glue": ("bad-argument", "glue/mrpc"),
+    "--task nowhere": ("bad-task", "nowhere"),
+    "--bf16 --fp16": ("conflicting-arguments", "--bf16", "--fp16"),
+    "--fp16 --device cpu": ("unsupported-precision", "--fp16"),
+    "--model nowhere": ("unusable-tokenizer", "nowhere"),
+    "--resume --output_dir foreign": ("output-exists", "foreign"),
+    "--resume --output_dir damaged": ("damaged-checkpoint", "damaged/checkpoint.pt"),
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_bad_input_is_refused_in_one_line(
+    work: Path,
+    tuned_teacher: Path,
+    arguments: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(work)
+    if not (work / "other_task").exists():
+        shutil.copytree(tuned_teacher, work / "other_task")
+        config = json.loads((work / "other_task" / "config.json").read_text())
+        config |= {"id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 0, "yes": 1}}
+        (work / "other_task" / "config.json").write_text(json.dumps(config))
+        for name in ("foreign/file", "damaged/checkpoint.pt"):
+            (work / name).parent.mkdir()
+            (work / name).write_text("x")
+    given = {"--model": "student", "--task": "words", "--output_dir": "out"}
+    parts = arguments.split()
+    defaults = [part for name, value in given.items() if name not in parts for part in (name, value)]
+    line = refusal("finetune.py", [*defaults, *parts], work, monkeypatch, capfd)
+    code, *named = REFUSED[arguments]
+    assert_names(line, code, *named)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Checked once the model is loaded, but before it is trained."""
+    folder = work / "changed"
+    folder.mkdir()
+    torch.save({"identity": {"task": "words", "seed": 1}, "step": 2, "state": {}}, folder / "checkpoint.pt")
+    options = ("--model", work / "student", "--task", work / "words", "--output_dir", folder, "--resume")
+    line = refusal("finetune.py", list(options), folder, monkeypatch, capfd)
+    assert_names(line, "changed-run", "checkpoint.pt")

@@ -1,0 +1,205 @@
+"""Fine-tune a model on a task and export it: the work of launch/finetune.py."""
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from distilspeed.trainer.corpus.format import load_tokenizer, tokenizer_hash
+from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.evaluation.comparison import choose_device
+from distilspeed.trainer.evaluation.fine_tuning import FineTuningRun
+from distilspeed.trainer.evaluation.finetune_arguments import FinetuneArguments
+from distilspeed.trainer.evaluation.task_checkpoint import TaskCheckpoint
+from distilspeed.trainer.evaluation.task_distillation import TaskTeacher
+from distilspeed.trainer.evaluation.tasks.registry import read_tasks
+from distilspeed.trainer.evaluation.tasks.task import FineTuning, Scores, Task
+from distilspeed.trainer.files import bring_back_replaced, folder_written_whole, parents_made, writing
+from distilspeed.trainer.models.flops import model_shape
+from distilspeed.trainer.models.inputs import tokenizer_for
+from distilspeed.trainer.models.loading import load_fine_tuned, load_with_head
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT = "checkpoint.pt"
+RESULTS = "results.json"
+# The hub's name of the task, by transformers' Auto class.
+PIPELINES = {
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+}
+
+
+@dataclass(frozen=True)
+class Results:
+    """What ``results.json`` says of a run; ``scores`` are those on dev, by metric, 1 is best."""
+
+    task: str
+    scores: Scores
+    model: str
+    teacher: str | None
+    temperature: float | None
+    alpha_ce: float | None
+    alpha_task: float | None
+    fine_tuning: FineTuning
+    precision: str
+    seed: int
+
+    def line(self) -> str:
+        return ", ".join(f"{self.task} {metric} {100 * score:.1f} %" for metric, score in self.scores.items())
+
+
+def finetune(arguments: FinetuneArguments) -> Results:
+    """Fine-tune the model, and write it with its tokenizer, model card and results to the output folder.
+
+    Raises:
+        UserError: anything the caller can fix, if possible before the training starts.
+        NumericalError: a loss or a score is not finite.
+    """
+    device = choose_device(arguments.device)
+    _check_precision(arguments.precision, device)
+    if finished := _finished(arguments):
+        return finished
+    (task,) = read_tasks([arguments.task_name])
+    tokenizer = load_tokenizer(arguments.model)
+    torch.manual_seed(arguments.seed)
+    model = nn.Module.to(load_with_head(arguments.model, task.head), device)
+    teacher = _load_teacher(arguments, task, tokenizer, device)
+    settings = _settings(arguments, task, model, teacher)
+    for warning in task.warnings():
+        logger.warning(warning)
+    results = Results(
+        task=task.name,
+        scores={},
+        model=_shown(arguments.model),
+        teacher=_shown(arguments.teacher) if arguments.teacher else None,
+        temperature=arguments.temperature if teacher else None,
+        alpha_ce=arguments.alpha_ce if teacher else None,
+        alpha_task=arguments.alpha_task if teacher else None,
+        fine_tuning=settings,
+        precision=arguments.precision,
+        seed=arguments.seed,
+    )
+    with parents_made(arguments.output_dir):
+        arguments.output_dir.mkdir(exist_ok=True)
+        identity = {name: value for name, value in asdict(results).items() if name != "scores"}
+        checkpoint = TaskCheckpoint(arguments.output_dir / CHECKPOINT, identity, arguments.save_steps)
+        run = FineTuningRun(
+            task, tokenizer, settings, arguments.seed, arguments.precision, teacher, checkpoint
+        )
+        run.train(model)
+        results = Results(**{**vars(results), "scores": run.score(model, arguments.model)})
+        with folder_written_whole(arguments.output_dir, replaces=True) as folder:
+            model.save_pretrained(folder)
+            tokenizer_for(model, tokenizer).save_pretrained(folder)
+            _model_card(results, task, arguments).save(folder / "README.md")
+            text = json.dumps(asdict(results), indent=2, allow_nan=False) + "\n"
+            (folder / RESULTS).write_text(text, encoding="utf-8")
+    return results
+
+
+def _check_precision(precision: str, device: torch.device) -> None:
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("unsupported-precision", "--fp16 needs a GPU; use --bf16, or neither")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        raise UserError("unsupported-precision", "this GPU has no bf16; use --fp16, or neither")
+
+
+def _finished(arguments: FinetuneArguments) -> Results | None:
+    """Return the results of a finished run in the output folder.
+
+    Raises:
+        UserError: the folder is occupied by something that this command does not resume.
+    """
+    folder = arguments.output_dir
+    with writing(folder):
+        bring_back_replaced(folder)
+        found = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if not found or (arguments.resume and CHECKPOINT in found):
+        return None
+    if not arguments.resume or RESULTS not in found:
+        raise UserError(
+            "output-exists", f"{folder} is not empty; continue with --resume, or choose another --output_dir"
+        )
+    saved: dict[str, Any] = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    logger.info("%s is complete", folder)
+    return Results(**{**saved, "fine_tuning": FineTuning(**saved["fine_tuning"])})
+
+
+def _load_teacher(
+    arguments: FinetuneArguments, task: Task, tokenizer: PreTrainedTokenizerFast, device: torch.device
+) -> TaskTeacher | None:
+    if arguments.teacher is None:
+        return None
+    teacher = nn.Module.to(load_fine_tuned(arguments.teacher, task.head), device)
+    if tokenizer_hash(load_tokenizer(arguments.teacher)) != tokenizer_hash(tokenizer):
+        raise UserError(
+            "tokenizer-mismatch",
+            f"the teacher {arguments.teacher} has another tokenizer than the model {arguments.model}; choose a "
+            "teacher with the same tokenizer",
+        )
+    return TaskTeacher(teacher, arguments.temperature, arguments.alpha_ce, arguments.alpha_task)
+
+
+def _settings(
+    arguments: FinetuneArguments, task: Task, model: PreTrainedModel, teacher: TaskTeacher | None
+) -> FineTuning:
+    """Return the settings: the command's, else the task's; inputs fit the positions of both models."""
+    own = task.fine_tuning
+    positions = [model_shape(each.config).positions for each in (model, teacher.model if teacher else model)]
+    return FineTuning(
+        epochs=arguments.num_train_epochs or own.epochs,
+        learning_rate=arguments.learning_rate or own.learning_rate,
+        batch_size=arguments.per_device_train_batch_size or own.batch_size,
+        max_length=min(arguments.max_seq_length or own.max_length, *positions),
+    )
+
+
+def _shown(name: str) -> str:
+    """Return a hub id, or the last two parts of a folder: the path of a machine does not belong in an export."""
+    return "/".join(Path(name).resolve().parts[-2:]) if Path(name).exists() else name
+
+
+def _model_card(results: Results, task: Task, arguments: FinetuneArguments) -> ModelCard:
+    kind = PIPELINES.get(task.head.model_class.__name__, "other")
+    metadata = ModelCardData(
+        base_model=None if Path(arguments.model).exists() else arguments.model,
+        eval_results=[
+            EvalResult(
+                task_type=kind,
+                dataset_type=results.task,
+                dataset_name=f"{results.task}, dev",
+                metric_type=metric,
+                metric_value=score,
+            )
+            for metric, score in results.scores.items()
+        ],
+        library_name="transformers",
+        model_name=arguments.output_dir.absolute().name,
+        pipeline_tag=kind,
+        tags=["distilspeed", *(["distillation"] if results.teacher else [])],
+    )
+    how = results.fine_tuning
+    rows = {
+        "Model": results.model,
+        "Task": f"{results.task}, {len(task.train):,} training examples",
+        "Teacher": f"{results.teacher}, temperature {results.temperature:g}, {results.alpha_ce:g} × soft targets + "
+        f"{results.alpha_task:g} × labels"
+        if results.teacher
+        else "none",
+        "Fine-tuning": f"{how.epochs} epochs, learning rate {how.learning_rate:g}, batch {how.batch_size}, at most "
+        f"{how.max_length} tokens, {results.precision}, seed {results.seed}",
+        "Scores on dev": ", ".join(
+            f"{metric} {100 * score:.1f} %" for metric, score in results.scores.items()
+        ),
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    text = f"# {results.task}\n\nFine-tuned with distilspeed.\n\n| | |\n|---|---|\n{table}\n"
+    return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}")

@@ -1,0 +1,73 @@
+"""The checkpoint of a fine-tuning run: one file, replaced at every save."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distilspeed.trainer.errors import UserError, first_line
+from distilspeed.trainer.files import sync, writing
+
+
+@dataclass(frozen=True)
+class TaskCheckpoint:
+    """Where and when a run is saved.
+
+    Attributes:
+        path: the file.
+        identity: the settings that must not change when the run is resumed.
+        save_steps: steps between two saves.
+    """
+
+    path: Path
+    identity: Mapping[str, Any]
+    save_steps: int
+
+    def is_due(self, step: int, steps: int) -> bool:
+        return step % self.save_steps == 0 or step == steps
+
+    def save(self, parts: Mapping[str, Any], step: int) -> None:
+        """Write the states of the parts after a step.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        state = {name: part.state_dict() for name, part in parts.items()}
+        beside = self.path.with_name(f".{self.path.name}.incomplete")
+        with writing(self.path):
+            with beside.open("wb") as file:
+                torch.save({"identity": dict(self.identity), "step": step, "state": state}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(self.path)
+            sync(self.path.parent)
+
+    def load(self, parts: Mapping[str, Any]) -> int:
+        """Load the states of the parts, if there is a checkpoint; return the number of steps done.
+
+        Raises:
+            UserError: the file is damaged, or of a run with other settings.
+        """
+        if not self.path.exists():
+            return 0
+        try:
+            saved = torch.load(self.path, weights_only=True, map_location="cpu")
+            step, identity, state = int(saved["step"]), saved["identity"], saved["state"]
+        except Exception as error:  # torch and zipfile raise many types
+            raise UserError(
+                "damaged-checkpoint",
+                f"cannot read {self.path}: {first_line(error)}; remove it to start from the beginning",
+            ) from error
+        for name, value in self.identity.items():
+            if identity.get(name) != value:
+                raise UserError(
+                    "changed-run",
+                    f"{self.path} is of a run with {name} {identity.get(name)}, not {value}; use the same settings, or "
+                    "choose another --output_dir",
+                )
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return step
