@@ -293,7 +293,6 @@ def _write_tasks(folder: Path) -> None:
         "good": {},
         "no_label": {"label": None},
         "label_list": {"label": [1]},
-        "label_fraction": {"label": 0.5},
         "label_nan": {"label": float("nan")},
         "label_score": {"label": "3.5"},
         "label_exponent": {"label": "-1e-3"},
@@ -309,6 +308,7 @@ def _write_tasks(folder: Path) -> None:
         ("new_class", '{"text": "a", "label": 7}\n'),
         ("mixed", '{"text_a": "a", "text_b": "b", "label": 1}\n'),
         ("kinds_in_dev", '{"text": "a", "label": "1"}\n'),
+        ("score_in_dev", '{"text": "a", "label": 0.5}\n'),
         ("unlabelled_dev", '{"text": "a", "label": "-"}\n'),
         ("empty_dev", ""),
         ("not_json", "{\n"),
@@ -319,6 +319,8 @@ def _write_tasks(folder: Path) -> None:
     ):
         _write_task(folder / "tasks" / name, lines, dev)
     more: tuple[Any, ...] = ("1", True, -1)
+    scores = lines.replace(": 0}", ": 0.5}")
+    _write_task(folder / "tasks" / "score_and_class", scores + '{"text": "a", "label": "no"}\n', scores)
     for name, label in zip(("kinds", "booleans", "minus_one"), more, strict=True):
         another = json.dumps({"text": "a", "label": label}) + "\n"
         _write_task(folder / "tasks" / name, lines + another, lines)

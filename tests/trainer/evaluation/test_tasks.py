@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 from distilspeed.trainer.errors import NumericalError
 from distilspeed.trainer.evaluation.fine_tuning import fine_tune, model_inputs
 from distilspeed.trainer.evaluation.tasks.jsonl_classification import JsonLinesClassification
+from distilspeed.trainer.evaluation.tasks.jsonl_regression import JsonLinesRegression
 from distilspeed.trainer.evaluation.tasks.registry import read_tasks
 from distilspeed.trainer.evaluation.tasks.sentences import Example, encode
 from distilspeed.trainer.evaluation.tasks.task import Batch, Feature, FineTuning, Predictions, Scores
@@ -99,6 +100,16 @@ def test_booleans_are_two_classes(tmp_path: Path) -> None:
 def test_a_class_may_be_a_string_that_looks_like_a_number_or_version(tmp_path: Path) -> None:
     examples = [{"text": "a", "label": label} for label in ("2", "1.", "v1.5", "1.2.3", "e5", "nan")]
     assert len(read_task(write_task(tmp_path, examples, examples)).labels) == 6
+
+
+def test_labels_with_a_decimal_point_are_scores(tmp_path: Path) -> None:
+    examples = [{"text_a": "a", "text_b": "b", "label": 3}, {"text_a": "c", "text_b": "d", "label": 2.5}]
+    (task,) = read_tasks([str(write_task(tmp_path, examples, examples[:1]))])
+    assert isinstance(task, JsonLinesRegression)
+    assert (task.train[1], task.dev[0]) == (Example("c", "d", 2.5), Example("a", "b", 3.0))
+    features = [{"labels": 1.0}, {"labels": 2.0}, {"labels": 4.0}]
+    found = task.score(features, {"logits": [torch.tensor([value]) for value in (0.0, 1.0, 3.0)]})
+    assert found == pytest.approx({"pearson": 1, "spearman": 1})
 
 
 def test_half_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:

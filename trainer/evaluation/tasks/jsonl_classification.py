@@ -1,6 +1,4 @@
-"""Sentence or sentence-pair classification from two JSON-lines files.
-
-train.jsonl, dev.jsonl   objects with ``label`` and either ``text`` or ``text_a`` and ``text_b``
+"""Classification of sentences or pairs from two JSON-lines files.
 
 A label is a class: an integer, a string or a boolean; all labels have the same type. Examples with the label of
 unlabelled examples in SNLI and GLUE (-1, "-") are left out and counted.
@@ -18,6 +16,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.evaluation.tasks.jsonl import Record, example_of, read_records
 from distilspeed.trainer.evaluation.tasks.sentences import Example, encode
 from distilspeed.trainer.evaluation.tasks.task import (
     Feature,
@@ -30,7 +29,6 @@ from distilspeed.trainer.evaluation.tasks.task import (
 from distilspeed.trainer.models.loading import Head
 
 Label = int | str  # in Python, bool is an int
-Record = dict[str, Any]  # one line of a file
 
 # Unlabelled examples of SNLI and GLUE's test sets have the label -1 in datasets, and "-" in SNLI's own files.
 UNLABELLED = (-1, "-1", "-")
@@ -84,19 +82,12 @@ class JsonLinesClassification(Task):
                 are fewer than two classes; dev has a class that is not in train.
         """
         folder = Path(name)
-        files = {file: _read_records(folder / file) for file in ("train.jsonl", "dev.jsonl")}
-        fields = {_text_fields(record) for records in files.values() for record in records}
-        if len(fields) > 1:
-            raise UserError(
-                "bad-task",
-                f'the task {folder} mixes "text" with "text_a", "text_b"; use one of the two throughout',
-            )
+        files = read_records(folder, _check_label)
         labelled = {file: _labelled(records, folder / file) for file, records in files.items()}
         labels = _classes(folder, *labelled.values())
         classes = {label: index for index, label in enumerate(labels)}
-        (text_fields,) = fields
         train, dev = (
-            tuple(_example(record, text_fields, classes) for record in records)
+            tuple(example_of(record, classes[record["label"]]) for record in records)
             for records in labelled.values()
         )
         unlabelled = {file: len(records) - len(labelled[file]) for file, records in files.items()}
@@ -173,52 +164,12 @@ def _classes(folder: Path, train: Sequence[Record], dev: Sequence[Record]) -> tu
     return labels
 
 
-def _read_records(path: Path) -> list[Record]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            records = [_parse(line, f"{path}, line {number}") for number, line in enumerate(file, start=1)]
-    except OSError as error:
-        raise UserError(
-            "bad-task",
-            f"cannot read {path}: {error.strerror}; a task is a folder with train.jsonl and dev.jsonl",
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError("bad-task", f"{path} is not UTF-8; convert it to UTF-8") from error
-    if not records:
-        raise UserError("bad-task", f"{path} is empty; a task needs training and dev examples")
-    return records
-
-
-def _parse(line: str, where: str) -> Record:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            "bad-task", f"{where} is not valid JSON: {error}; write one object per line"
-        ) from error
-    if not isinstance(record, dict):
-        raise UserError("bad-task", f"{where} is not an object; write one object per line")
-    texts, label = [record.get(field) for field in _text_fields(record)], record.get("label")
+def _check_label(label: Any, where: str) -> None:
     if isinstance(label, float) or (isinstance(label, str) and _is_score(label)):
         raise UserError(
             "bad-task",
-            f"{where} has the label {json.dumps(label)}, which is a score, and regression is not supported; "
-            "give classes as integers or names",
+            f"{where} has the label {json.dumps(label)}, which is a score; for regression write every label as a "
+            "number, else give classes as integers or names",
         )
-    if not all(isinstance(text, str) for text in texts) or not isinstance(label, Label) or label == "":
-        raise UserError(
-            "bad-task",
-            f'{where} needs strings "text", or "text_a" and "text_b", and an integer or name "label"; correct it',
-        )
-    return record
-
-
-def _text_fields(record: Record) -> tuple[str, ...]:
-    return ("text",) if "text" in record else ("text_a", "text_b")
-
-
-def _example(record: Record, text_fields: tuple[str, ...], classes: dict[Label, int]) -> Example:
-    # JSON can contain half of a surrogate pair ("\ud83d"), which is not a character and cannot be tokenised.
-    texts = [record[field].encode("utf-8", "replace").decode() for field in text_fields]
-    text, pair = (*texts, None)[:2]
-    return Example(text, pair, classes[record["label"]])
+    if not isinstance(label, Label) or label == "":
+        raise UserError("bad-task", f'{where} needs an integer or a name as "label"; correct it')

@@ -6,10 +6,12 @@ from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.evaluation.tasks.conll import Conll
 from distilspeed.trainer.evaluation.tasks.glue import Glue
 from distilspeed.trainer.evaluation.tasks.jsonl_classification import JsonLinesClassification
+from distilspeed.trainer.evaluation.tasks.jsonl_regression import JsonLinesRegression
 from distilspeed.trainer.evaluation.tasks.squad import Squad
 from distilspeed.trainer.evaluation.tasks.task import Task
 
 TASKS: list[type[Task]] = [
+    JsonLinesRegression,
     JsonLinesClassification,
     Glue,
     Squad,
