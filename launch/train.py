@@ -32,13 +32,14 @@ def main() -> None:
 
     prepare_environment(arguments.full_determinism)
     # After the parsing, because importing torch and DeepSpeed takes seconds.
+    from distilspeed.trainer.job.parser import given_flags
     from distilspeed.trainer.training.hub import push_student
     from distilspeed.trainer.training.loop import train
     from distilspeed.trainer.training.plan import print_plan
     from distilspeed.trainer.training.run import prepare_run
 
     quiet_libraries()
-    run = prepare_run(arguments, terms)
+    run = prepare_run(arguments, terms, given_flags())
     if run.arguments.plan:
         print_plan(run)
     else:

@@ -25,6 +25,9 @@ class MiddleLayers(Term):
     def needs(self, models: Models) -> Needs:
         return Needs(student_layers=(1,), teacher_layers=(models.layers[0] + 1,))
 
+    def refusal(self, models: Models) -> str | None:
+        return None if models.layers else "the student does not start from the teacher's layers"
+
     def own_parameters(self, models: Models) -> nn.Module:
         assert models.teacher
         return nn.Linear(models.student.hidden_size, models.teacher.hidden_size)

@@ -14,7 +14,17 @@ import pytest
 import torch
 from refusals import Inputs, Refused
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 from user_errors import assert_names
 
 Damage = Callable[[Path], None]
@@ -59,11 +69,23 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
         "--alpha_mlm",
         "--alpha_cos",
     ),
-    "a config for a distilled student": (
-        "--student_config bert",
+    "two starts of the student": (
+        "--student S --student_config C",
+        "conflicting-arguments",
+        "--student",
+        "--student_config",
+    ),
+    "layers of a teacher for another student": (
+        "--student S --student_layers 0,1",
+        "conflicting-arguments",
+        "--student",
+        "--student_layers",
+    ),
+    "layers of a teacher for random weights": (
+        "--student_config C --student_layers 0,1",
         "conflicting-arguments",
         "--student_config",
-        "--teacher none",
+        "--student_layers",
     ),
     "a card and no plan": ("--gpu_memory 16", "missing-argument", "--gpu_memory", "--plan"),
     "an indivisible batch": (
@@ -108,6 +130,12 @@ def test_a_missing_argument(inputs: Inputs, refused: Refused, missing: str) -> N
 
 WITHOUT_TEACHER = {
     "no config": ("", "missing-argument", "--student_config"),
+    "no student": ("", "missing-argument", "--student "),
+    "two models": (
+        "--student C --student_config C",
+        "conflicting-arguments",
+        "--student and --student_config",
+    ),
     "layers of no teacher": (
         "--student_config C --student_layers 0,1",
         "conflicting-arguments",
@@ -513,8 +541,75 @@ def test_a_students_config(inputs: Inputs, refused: Refused, name: str) -> None:
     assert_names(line, code, "config", str(student), *named)
 
 
+# --- students -------------------------------------------------------------------------------------------
+
+
+def distilbert(**changed: object) -> Damage:
+    """Return a function that replaces the model by a DistilBERT of other sizes; the tokenizer stays."""
+    sizes = {"vocab_size": 1000, "dim": 32, "n_heads": 4, "n_layers": 1, "hidden_dim": 8}
+    config = DistilBertConfig(**sizes | {"max_position_embeddings": 64} | changed)
+    return lambda folder: DistilBertForMaskedLM(config).save_pretrained(folder)
+
+
+def roberta_without_tokenizer(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.unlink()
+    config = BertConfig().to_dict() | {"vocab_size": 1000, "hidden_size": 8, "num_attention_heads": 1}
+    config |= {"model_type": "roberta", "num_hidden_layers": 1, "intermediate_size": 8}
+    RobertaForMaskedLM(RobertaConfig(**config)).save_pretrained(folder)
+
+
+STUDENTS: dict[str, tuple[Damage, str, *tuple[str, ...]]] = {
+    "no weights": (without("model.safetensors"), "unusable-model", "model.safetensors"),
+    "a NaN": (with_value(float("nan")), "damaged-model", "layer.2.output.dense.weight"),
+    "a layer missing": (
+        with_weights(lambda weights: weights.pop("bert.encoder.layer.1.output.dense.bias")),
+        "damaged-model",
+        "layer.1.output.dense.bias",
+    ),
+    "an encoder without a head": (encoder_alone, "damaged-model", "cls.predictions.bias"),
+    "a tokenizer with a token more": (with_another_token, "tokenizer-mismatch", "--tokenizer"),
+    "fewer tokens than the corpus": (distilbert(vocab_size=999), "tokenizer-mismatch", "999", "1000"),
+    "fewer positions than the rows have": (
+        distilbert(max_position_embeddings=63),
+        "rows-too-long",
+        "64",
+        "--seq_length 63",
+    ),
+    "another family": (roberta_without_tokenizer, "unsupported-model", '"roberta"', '"bert"', '"distilbert"'),
+    "GPT-2": (gpt2, "unsupported-model", '"gpt2"'),
+}
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_student(inputs: Inputs, refused: Refused, name: str) -> None:
+    damage, code, *named = STUDENTS[name]
+    student = inputs.folder / "student"
+    shutil.copytree(inputs.teacher, student)
+    damage(student)
+    assert_names(refused(inputs.command("--student", student)), code, "student", str(student), *named)
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "named"),
+    [
+        ("--alpha_cos 1", "conflicting-arguments", ("--alpha_cos 1", "16", "32")),
+        ("--alpha_cos=2", "conflicting-arguments", ("--alpha_cos 2", "16", "32")),
+        ("--alpha_ce 0 --alpha_mlm 0", "bad-argument", ("--alpha_ce", "--alpha_mlm")),
+    ],
+)
+@pytest.mark.parametrize("start", ["student", "student_config"])
+def test_losses_that_need_equal_widths(
+    inputs: Inputs, refused: Refused, start: str, given: str, code: str, named: tuple[str, ...]
+) -> None:
+    student = inputs.folder / "student"
+    shutil.copytree(inputs.teacher, student)
+    distilbert(dim=16)(student)
+    assert_names(refused(inputs.command(f"--{start}", student, *given.split())), code, *named)
+
+
 @pytest.mark.parametrize("path", ["absent", "file", "loop", "empty"])
-@pytest.mark.parametrize("role", ["teacher", "student_config"])
+@pytest.mark.parametrize("role", ["teacher", "student", "student_config"])
 def test_a_path_that_is_not_a_model(inputs: Inputs, refused: Refused, role: str, path: str) -> None:
     (inputs.folder / "file").touch()
     (inputs.folder / "empty").mkdir()
@@ -548,11 +643,11 @@ def test_an_occupied_output_folder(inputs: Inputs, refused: Refused, path: str, 
     assert_names(refused(inputs.command(output_dir=output_dir)), code, str(output_dir))
 
 
-@pytest.mark.parametrize("role", ["teacher", "data_dir"])
+@pytest.mark.parametrize("role", ["teacher", "data_dir", "student"])
 @pytest.mark.parametrize("below", [".", "run"])
 def test_an_output_folder_inside_an_input(inputs: Inputs, refused: Refused, role: str, below: str) -> None:
     folder = inputs.folder / role
-    shutil.copytree(inputs.teacher if role == "teacher" else inputs.corpus, folder)
+    shutil.copytree(inputs.corpus if role == "data_dir" else inputs.teacher, folder)
     line = refused(inputs.command("--resume", **{role: folder, "output_dir": folder / below}))
     assert_names(line, "output-inside-input", f"--{role}", str(folder))
 

@@ -86,6 +86,22 @@ def test_its_weight_is_in_the_runs_identity(
     assert_names(line, "changed-run", f"alpha_middle {WEIGHT}", "none")
 
 
+def test_its_refusal_ends_a_run_that_sets_its_weight(
+    dropout_teacher_dir: Path,
+    small_corpus_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(registry, "TERMS", [*registry.TERMS, MiddleLayers])
+    command = options(dropout_teacher_dir, small_corpus_dir, tmp_path / "run")
+    student = tmp_path / "student"
+    make_student(load_teacher(str(dropout_teacher_dir)), (0, 3)).save_pretrained(student)
+    shutil.copy(dropout_teacher_dir / "tokenizer.json", student)
+    line = refusal("train.py", [*command, "--student", student], tmp_path, monkeypatch, capfd)
+    assert_names(line, "conflicting-arguments", f"--alpha_middle {WEIGHT:g}", "teacher's layers")
+
+
 @pytest.mark.full
 def test_its_panel_is_in_the_plot_and_its_line_in_the_model_card(run: Path, tmp_path: Path) -> None:
     metrics = read_metrics(run / "metrics.jsonl")

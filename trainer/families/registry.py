@@ -65,6 +65,17 @@ def checked_teacher_family(config: PreTrainedConfig, model_name: str) -> Family:
     return family
 
 
+def check_same_family(student: PreTrainedConfig, teacher: PreTrainedConfig, student_name: str) -> None:
+    """Raise a UserError unless student and teacher are of one family; the error calls the student ``student_name``."""
+    family = family_of(teacher)
+    if student.model_type not in _types(family):
+        raise UserError(
+            "unsupported-model",
+            f"{_called(student, student_name)}, and a teacher of type {_listed([teacher.model_type])} needs a student "
+            f"of type {_listed(_types(family))}; choose another student or teacher",
+        )
+
+
 def _types(family: Family) -> tuple[str, ...]:
     return (*family.teacher_types, *family.student_types)
 

@@ -5,6 +5,7 @@ environment must be prepared before that.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, get_args, get_origin
@@ -60,6 +61,12 @@ class CommandParser(PlainParser, HfArgumentParser):
             kind(**{each.name: _unchangeable(found[each.name]) for each in fields(kind)})
             for kind in self.dataclass_types
         )
+
+
+def given_flags(arguments: Sequence[str] | None = None) -> frozenset[str]:
+    """Return the names of the flags on a valid command line: each flag of a parser has one spelling."""
+    parts = sys.argv[1:] if arguments is None else arguments
+    return frozenset(part.removeprefix("--").partition("=")[0] for part in parts if part.startswith("--"))
 
 
 def _make_repeatable(options: dict[str, Any]) -> None:

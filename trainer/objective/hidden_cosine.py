@@ -23,6 +23,13 @@ class HiddenCosine(Term):
     def needs(self, models: "Models") -> Needs:
         return Needs()
 
+    def refusal(self, models: "Models") -> str | None:
+        assert models.teacher
+        student, teacher = models.student.hidden_size, models.teacher.hidden_size
+        if student == teacher:
+            return None
+        return f"the student's hidden states have {student} numbers and the teacher's {teacher}"
+
     def loss(self, outputs: "Outputs", own: "nn.Module") -> "torch.Tensor":
         from distilspeed.kernels.cosine_loss import cosine_loss
 

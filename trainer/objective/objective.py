@@ -13,7 +13,7 @@ The losses must stay inside the module that DeepSpeed wraps, and the module must
 to 0.18.9 divides gradients by the accumulation steps once per output tensor.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, reduce
 from typing import Any
@@ -25,9 +25,11 @@ from transformers import PreTrainedModel
 from distilspeed.trainer.data.masking import MASKED_FRACTION
 from distilspeed.trainer.data.micro_batch import MicroBatch
 from distilspeed.trainer.engine.phases import LOSSES, STUDENT, phase
+from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.models.packed_forward import ModelOutputs, forward_packed
 from distilspeed.trainer.objective.fused import fused_losses, fused_terms
 from distilspeed.trainer.objective.outputs import Models, Outputs
+from distilspeed.trainer.objective.registry import check_terms
 from distilspeed.trainer.objective.term import Logits, Needs, Term
 
 
@@ -45,7 +47,14 @@ class Objective:
     @cached_property
     def terms(self) -> tuple[Term, ...]:
         """The terms that take part; the run logs their values."""
-        return tuple(term for term in self.registered if term.takes_part)
+        return tuple(term for term in self.registered if term.takes_part and term.name not in self.refusals)
+
+    @cached_property
+    def refusals(self) -> dict[str, str]:
+        """Why terms cannot be computed for the run's two models, by their names."""
+        asked = (term for term in self.registered if self.models.teacher or not term.needs_teacher)
+        reasons = {term.name: term.refusal(self.models) for term in asked if term.takes_part}
+        return {name: reason for name, reason in reasons.items() if reason}
 
     @cached_property
     def computed(self) -> tuple[Term, ...]:
@@ -75,6 +84,25 @@ class Objective:
     def places(self, batch: MicroBatch) -> torch.Tensor | None:
         """Return where the logits of both models are needed: None for all tokens, or the places of masked tokens."""
         return None if self.needs.logits is Logits.EVERYWHERE else batch.masked_places
+
+    def check(self, given: Collection[str] = ()) -> None:
+        """Check that the chosen terms can be computed for the two models; default terms that cannot take no part.
+
+        Args:
+            given: the flags on the command line. A term is chosen if its weight is among them, or not the default.
+
+        Raises:
+            UserError: a chosen term with a weight cannot be computed, or no term with a weight is left.
+        """
+        for term in self.registered:
+            is_chosen = term.weight_flag in given or term.weight != type(term)().weight
+            if term.weight and is_chosen and term.name in self.refusals:
+                raise UserError(
+                    "conflicting-arguments",
+                    f"--{term.weight_flag} {term.weight:g} cannot be used, because {self.refusals[term.name]}; "
+                    "omit it, or choose another student",
+                )
+        check_terms(self.terms, self.models.teacher is not None)
 
     def settings(self) -> dict[str, Any]:
         """Return every setting of every registered term, by its flag."""

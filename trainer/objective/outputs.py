@@ -17,7 +17,8 @@ class Models(NamedTuple):
 
     student: PreTrainedConfig
     teacher: PreTrainedConfig | None
-    layers: tuple[int, ...]  # the teacher's layers that the student is initialised from; counted from 0
+    # the teacher's layers that the student is initialised from, counted from 0; () if it starts elsewhere
+    layers: tuple[int, ...]
 
 
 @dataclass(frozen=True)

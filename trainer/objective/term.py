@@ -80,6 +80,13 @@ class Term(Settings, ABC):
     def needs(self, models: "Models") -> Needs:
         """Return the logits and layers that the term reads."""
 
+    def refusal(self, models: "Models") -> str | None:
+        """Return why the term cannot be computed for these two models ("the student …"), or None if it can.
+
+        Not called without a teacher if the term needs one.
+        """
+        return None
+
     def own_parameters(self, models: "Models") -> "nn.Module":
         """Return a module with the term's own parameters: trained and saved with the student, but not exported."""
         from torch import nn
@@ -112,7 +119,7 @@ class Term(Settings, ABC):
 
     @property
     def takes_part(self) -> bool:
-        """Whether the term is computed and logged; a term that is not optional is, even with weight 0."""
+        """Whether the run asks for the term: a term that is not optional is logged even with weight 0."""
         return self.weight > 0 or not self.is_optional
 
     def identity(self) -> dict[str, Any]:

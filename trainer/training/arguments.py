@@ -37,8 +37,12 @@ class TrainArguments(StepArguments):
 
     teacher: str = setting(help="hub id or folder of a masked language model; none: plain MLM training")
     output_dir: Path = setting(help="folder for student/, checkpoints/, metrics.jsonl, loss.png")
+    student: str | None = setting(
+        None,
+        help="hub id or folder of a student to start from; with --teacher none: of a model to train further",
+    )
     student_config: str | None = setting(
-        None, help="with --teacher none: config file, folder or hub id of the model to train"
+        None, help="config file, folder or hub id of a student to start with random weights"
     )
     student_layers: tuple[int, ...] | None = setting(
         None, parse=whole_numbers, help="teacher layers to start from, for example 0,2,4,7,9,11"
@@ -80,20 +84,22 @@ class TrainArguments(StepArguments):
         super().__post_init__()
         if self.gpu_memory is not None and not self.plan:
             raise UserError("missing-argument", "--gpu_memory is used only by --plan; add --plan, or omit it")
-        if self.has_teacher and self.student_config is not None:
-            raise UserError(
-                "conflicting-arguments",
-                "--student_config requires --teacher none, because a distilled student's config follows from its "
-                "teacher; omit one of them",
-            )
         if not self.has_teacher:
             self._check_without_teacher()
+        starts = ("student", "student_config", "student_layers")
+        given = [f"--{name}" for name in starts if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UserError(
+                "conflicting-arguments",
+                f"{given[0]} and {given[1]} are two starts of the student; omit one of them",
+            )
 
     def _check_without_teacher(self) -> None:
-        if self.student_config is None:
+        if self.student is None and self.student_config is None:
             raise UserError(
                 "missing-argument",
-                "--teacher none trains a model from a config; give --student_config FILE_OR_DIR",
+                "--teacher none trains a model from a config, or another model further; give --student_config "
+                "FILE_OR_DIR or --student ID_OR_DIR",
             )
         if self.student_layers is not None:
             raise UserError(

@@ -33,7 +33,10 @@ def check_output_dir(arguments: TrainArguments) -> None:
             "unwritable-output",
             f"--output_dir {arguments.output_dir}: {nearest} is not writable; choose another",
         )
-    for flag, given in (("--data_dir", arguments.data_dir), ("--teacher", Path(arguments.teacher))):
+    inputs = [("--data_dir", arguments.data_dir), ("--teacher", Path(arguments.teacher))]
+    if arguments.student is not None:
+        inputs.append(("--student", Path(arguments.student)))
+    for flag, given in inputs:
         if given.is_dir() and folder.resolve().is_relative_to(given.resolve()):
             raise UserError(
                 "output-inside-input",

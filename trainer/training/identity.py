@@ -37,21 +37,30 @@ def record_run(run: Run, identity: dict[str, Any], attention: dict[str, str]) ->
 
 
 def identity_of(run: Run) -> dict[str, Any]:
-    """Return the settings that must not change when a run is resumed; hashes all weights of the teacher."""
+    """Return the settings that must not change when a run is resumed.
+
+    Models that the run starts from are compared by hashes of all their weights.
+    """
     optimizer = run.deepspeed_config.optimizer
-    return {
-        "teacher": _weights_hash(run.teacher) if run.teacher else None,
-        "student": asdict(run.shapes()[0]),
-        "student_layers": list(run.layers),
-        "data": {record.path: record.sha256 for record in run.corpus.manifest.files},
-        "train_batch_size": run.batch.train_batch_size,
-        "micro_batch_size": run.batch.micro_batch_size,
-        "total_steps": run.total_steps,
-        "precision": run.precision,
-        "zero_stage": run.deepspeed_config.zero_stage,
-        "optimizer": optimizer.type if optimizer else None,
-        "seed": run.arguments.seed,
-    } | run.objective.identity()
+    # Only with --student: other runs keep the settings that they have in records of earlier versions.
+    start = {"starting_student": _weights_hash(run.student)} if run.arguments.student is not None else {}
+    return (
+        {
+            "teacher": _weights_hash(run.teacher) if run.teacher else None,
+            "student": asdict(run.shapes()[0]),
+            "student_layers": list(run.layers),
+            "data": {record.path: record.sha256 for record in run.corpus.manifest.files},
+            "train_batch_size": run.batch.train_batch_size,
+            "micro_batch_size": run.batch.micro_batch_size,
+            "total_steps": run.total_steps,
+            "precision": run.precision,
+            "zero_stage": run.deepspeed_config.zero_stage,
+            "optimizer": optimizer.type if optimizer else None,
+            "seed": run.arguments.seed,
+        }
+        | start
+        | run.objective.identity()
+    )
 
 
 def _weights_hash(model: PreTrainedModel) -> str:

@@ -1,13 +1,17 @@
 """Load the corpus, teacher and student of a run."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from distilspeed.trainer.corpus.format import Corpus, open_corpus
 from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.families.registry import check_same_family
 from distilspeed.trainer.models.loading import (
     check_fits_corpus,
+    load_masked_language_model,
     load_teacher,
     make_student,
     model_from_config,
@@ -21,7 +25,7 @@ class LoadedModels:
     """Teacher and student on the CPU.
 
     Attributes:
-        layers: the teacher's layers that the student is initialised from; () without a teacher.
+        layers: the teacher's layers that the student is initialised from; () if it starts elsewhere.
     """
 
     teacher: PreTrainedModel | None
@@ -48,16 +52,40 @@ def load_corpus(arguments: TrainArguments) -> Corpus:
 
 
 def load_models(arguments: TrainArguments, corpus: Corpus) -> LoadedModels:
-    """Load the teacher and make the student from it, or make the student from a config.
+    """Load the teacher, and make the student from it, from a config or from another model.
 
     Raises:
-        UserError: a model cannot be loaded, or does not match the corpus.
+        UserError: a model cannot be loaded, or does not match the corpus or the other model.
     """
-    if arguments.student_config is not None:
+    teacher = None
+    if arguments.has_teacher:
+        teacher = load_teacher(arguments.teacher)
+        check_fits_corpus("teacher", arguments.teacher, teacher, corpus)
+    if arguments.student is not None:
+        student = load_masked_language_model("student", arguments.student)
+        role, name = "student", arguments.student
+    elif arguments.student_config is not None:
         student = model_from_config(arguments.student_config, arguments.seed)
-        check_fits_corpus("student's config", arguments.student_config, student, corpus)
-        return LoadedModels(None, (), student)
-    teacher = load_teacher(arguments.teacher)
-    check_fits_corpus("teacher", arguments.teacher, teacher, corpus)
-    layers = select_teacher_layers(teacher.config, arguments.student_layers)
-    return LoadedModels(teacher, layers, make_student(teacher, layers))
+        role, name = "student's config", arguments.student_config
+    else:
+        assert teacher is not None
+        layers = select_teacher_layers(teacher.config, arguments.student_layers)
+        return LoadedModels(teacher, layers, make_student(teacher, layers))
+    if teacher:
+        check_same_family(student.config, teacher.config, f"the {role} {name}")
+    check_fits_corpus(role, name, student, corpus)
+    return LoadedModels(teacher, (), student)
+
+
+def described_start(arguments: TrainArguments, layers: Sequence[int]) -> str:
+    """Return where the student starts, in words; ``layers`` are those of :class:`LoadedModels`."""
+    if arguments.student is not None:
+        return f"model {public_name(arguments.student)}"
+    if arguments.student_config is not None:
+        return f"random weights from config {public_name(arguments.student_config)}"
+    return f"the teacher's layers {', '.join(map(str, layers))}"
+
+
+def public_name(model: str) -> str:
+    """Return the hub id of a model or config, or the last part of a local path."""
+    return Path(model).name if Path(model).exists() else model

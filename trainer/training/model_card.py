@@ -11,6 +11,7 @@ from distilspeed.trainer.engine.config import ResolvedConfig
 from distilspeed.trainer.evaluation.quality import MaskedTokenQuality
 from distilspeed.trainer.objective.term import Term
 from distilspeed.trainer.training.arguments import TrainArguments
+from distilspeed.trainer.training.load import described_start, public_name
 from distilspeed.trainer.training.metrics import StepMetrics
 
 
@@ -56,9 +57,11 @@ def _metadata(record: TrainingRecord) -> ModelCardData:
             ("loss", record.held_out.loss, "Cross-entropy of masked tokens in nats"),
         )
     ]
-    is_on_hub = arguments.has_teacher and not Path(arguments.teacher).exists()
+    models = [arguments.teacher] if arguments.has_teacher else []
+    models += [arguments.student] if arguments.student is not None else []
+    on_hub = list(dict.fromkeys(model for model in models if not Path(model).exists()))
     return ModelCardData(
-        base_model=arguments.teacher if is_on_hub else None,
+        base_model=(on_hub[0] if len(on_hub) == 1 else on_hub) or None,
         datasets=list(dict.fromkeys(hub_ids)) or None,
         eval_results=results,
         library_name="transformers",
@@ -74,17 +77,15 @@ def _text(record: TrainingRecord) -> str:
     assert optimizer is not None
     parts = ", ".join(f"{term.shown.short} {last.losses[term.name]:.4f}" for term in record.terms)
     rows: list[tuple[str, object]] = []
+    start = described_start(arguments, record.layers)
     if arguments.has_teacher:
         rows += [
-            (
-                "Teacher",
-                Path(arguments.teacher).name if Path(arguments.teacher).exists() else arguments.teacher,
-            ),
-            ("Starts from the teacher's layers", ", ".join(map(str, record.layers))),
+            ("Teacher", public_name(arguments.teacher)),
+            ("Student starts from", start),
             *((term.shown.card, f"{term.weight:g} × {term.described()}") for term in record.terms),
         ]
     else:
-        rows += [("Teacher", "none: masked language modelling from random weights")]
+        rows += [("Teacher", "none: masked language modelling"), ("Starts from", start)]
     rows += [
         ("Data", ", ".join(source.name for source in record.corpus.manifest.sources)),
         ("Row length", f"{record.corpus.manifest.seq_length} tokens, packed, attention within documents"),

@@ -1,7 +1,7 @@
 """Prepare a training run: read, resolve and check its arguments, then load its models."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch.distributed
@@ -30,7 +30,7 @@ from distilspeed.trainer.objective.term import Term
 from distilspeed.trainer.training.arguments import TrainArguments
 from distilspeed.trainer.training.checks import check_device, check_output_dir
 from distilspeed.trainer.training.hub import check_can_push
-from distilspeed.trainer.training.load import LoadedModels, load_corpus, load_models
+from distilspeed.trainer.training.load import LoadedModels, described_start, load_corpus, load_models
 from distilspeed.trainer.training.record import read_record
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ class _Inputs:
 
     arguments: TrainArguments
     terms: tuple[Term, ...]
+    given: Collection[str]
     process: Process
     config: DeepSpeedConfig
     batch: BatchEquation
@@ -91,16 +92,19 @@ class _Inputs:
     total_steps: int
 
 
-def prepare_run(arguments: TrainArguments, terms: Sequence[Term] | None = None) -> Run:
+def prepare_run(
+    arguments: TrainArguments, terms: Sequence[Term] | None = None, given: Collection[str] = ()
+) -> Run:
     """Check the arguments and load the models.
 
     Args:
         terms: the terms of the objective, one of each registered class; None for their defaults.
+        given: the flags on the command line: see :meth:`Objective.check`.
 
     Raises:
         UserError: an input is invalid; nothing has been written.
     """
-    inputs = _read_inputs(arguments, take_terms({}) if terms is None else tuple(terms))
+    inputs = _read_inputs(arguments, take_terms({}) if terms is None else tuple(terms), given)
     return _prepare_plan(inputs) if arguments.plan else _prepare_training(inputs)
 
 
@@ -131,7 +135,7 @@ def _prepare_plan(inputs: _Inputs) -> Run:
     return _make_run(inputs, config, load_models(inputs.arguments, inputs.corpus))
 
 
-def _read_inputs(arguments: TrainArguments, terms: tuple[Term, ...]) -> _Inputs:
+def _read_inputs(arguments: TrainArguments, terms: tuple[Term, ...], given: Collection[str]) -> _Inputs:
     check_terms(terms, arguments.has_teacher)
     process = this_process()
     config = read_deepspeed_config(arguments.deepspeed_config)
@@ -145,7 +149,7 @@ def _read_inputs(arguments: TrainArguments, terms: tuple[Term, ...]) -> _Inputs:
         arguments.max_steps,
         arguments.num_train_epochs,
     )
-    return _Inputs(arguments, terms, process, config, batch, corpus, steps)
+    return _Inputs(arguments, terms, given, process, config, batch, corpus, steps)
 
 
 def _resolve_config(inputs: _Inputs, started: Started | None) -> ResolvedConfig:
@@ -157,11 +161,20 @@ def _resolve_config(inputs: _Inputs, started: Started | None) -> ResolvedConfig:
 
 
 def _make_run(inputs: _Inputs, config: ResolvedConfig, models: LoadedModels) -> Run:
-    if inputs.process.rank == 0 and models.teacher:
-        warn_without_tokenizer("teacher", inputs.arguments.teacher)
+    arguments = inputs.arguments
     teacher_config = models.teacher.config if models.teacher else None
+    objective = Objective(inputs.terms, Models(models.student.config, teacher_config, models.layers))
+    objective.check(inputs.given)
+    if inputs.process.rank == 0:
+        logger.info("student: starts from %s", described_start(arguments, models.layers))
+        for name, reason in objective.refusals.items():
+            logger.info("loss_%s takes no part, because %s", name, reason)
+        if models.teacher:
+            warn_without_tokenizer("teacher", arguments.teacher)
+        if arguments.student is not None:
+            warn_without_tokenizer("student", arguments.student)
     return Run(
-        arguments=inputs.arguments,
+        arguments=arguments,
         process=inputs.process,
         corpus=inputs.corpus,
         deepspeed_config=config,
@@ -169,7 +182,7 @@ def _make_run(inputs: _Inputs, config: ResolvedConfig, models: LoadedModels) -> 
         teacher=models.teacher,
         layers=models.layers,
         student=models.student,
-        objective=Objective(inputs.terms, Models(models.student.config, teacher_config, models.layers)),
+        objective=objective,
     )
 
 

@@ -300,7 +300,9 @@ def test_precision_is_one_of_three() -> None:
         ({"learning_rate": -1e-4}, "bad-argument"),
         ({"train_batch_size": 0}, "bad-argument"),
         ({"teacher": "none"}, "missing-argument"),
-        ({"student_config": "config.json"}, "conflicting-arguments"),
+        ({"student": "s", "student_config": "config.json"}, "conflicting-arguments"),
+        ({"student": "s", "student_layers": (0, 1)}, "conflicting-arguments"),
+        ({"student_config": "config.json", "student_layers": (0, 1)}, "conflicting-arguments"),
         (
             {"teacher": "none", "student_config": "config.json", "student_layers": (0, 1)},
             "conflicting-arguments",

@@ -150,6 +150,22 @@ def test_a_term_that_reads_logits_works_beside_the_fused_terms(
     torch.testing.assert_close(gradients[1], gradients[0] + weight * student.vocab_transform.weight.grad)
 
 
+def test_a_term_that_cannot_be_computed_takes_no_part_unless_it_was_chosen(teacher: BertForMaskedLM) -> None:
+    models = models_of(teacher)
+    models.student.dim = 16
+    objective = Objective(take_terms({}), models)
+    objective.check()
+    assert [term.name for term in objective.terms] == ["ce", "mlm"]
+    assert objective.identity()["alphas"] == [5.0, 2.0]
+    for given, weight in ((["alpha_cos"], 1.0), ([], 2.0)):
+        with raises_user_error("conflicting-arguments", f"--alpha_cos {weight:g}", "16", "32"):
+            Objective(take_terms({"alpha_cos": weight}), models).check(given)
+    Objective(take_terms({"alpha_cos": 0.0}), models).check(["alpha_cos"])
+    with raises_user_error("bad-argument", "--alpha_ce", "--alpha_mlm"):
+        Objective(take_terms({"alpha_ce": 0.0, "alpha_mlm": 0.0}), models).check()
+    Objective(take_terms({"alpha_cos": 2.0}), models._replace(teacher=None)).check(["alpha_cos"])
+
+
 def test_an_optional_term_without_a_weight_needs_nothing(teacher: BertForMaskedLM) -> None:
     terms = take_terms({"restrict_ce_to_mask": True})
     without, with_it = (

@@ -34,13 +34,14 @@ LAST_STEP = StepMetrics(
 )
 
 
-def card_of(corpus: Corpus, teacher: str, *sources: SourceRecord) -> ModelCard:
+def card_of(corpus: Corpus, teacher: str, *sources: SourceRecord, student: str | None = None) -> ModelCard:
     arguments = TrainArguments(
         deepspeed_config=Path("config.json"),
         teacher=teacher,
         data_dir=corpus.path,
         output_dir=Path("runs") / "small",
-        student_config="config.json" if teacher == "none" else None,
+        student=student,
+        student_config="config.json" if teacher == "none" and student is None else None,
     )
     record = TrainingRecord(
         arguments=arguments,
@@ -79,6 +80,28 @@ def test_hub_teachers_and_data_sets_are_named_by_their_ids(saved: ModelCard) -> 
     assert saved.data.library_name == "transformers"
 
 
+@pytest.mark.parametrize(
+    ("teacher", "student", "base_model"),
+    [
+        ("org/teacher", "org/student", ["org/teacher", "org/student"]),
+        ("LOCAL", "org/student", "org/student"),
+        ("org/teacher", "LOCAL", "org/teacher"),
+        ("org/model", "org/model", "org/model"),
+        ("none", "org/model", "org/model"),
+        ("none", "LOCAL", None),
+    ],
+)
+def test_models_of_the_hub_that_the_run_starts_from_are_base_models(
+    corpus: Corpus, tmp_path: Path, teacher: str, student: str, base_model: object
+) -> None:
+    names = [str(tmp_path) if name == "LOCAL" else name for name in (teacher, student)]
+    card_of(corpus, names[0], OWN_TEXT, student=names[1]).save(tmp_path / "README.md")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == base_model
+    assert f"tarts from | model {tmp_path.name if student == 'LOCAL' else student} |" in card.text
+    assert str(tmp_path) not in card.content
+
+
 def test_a_single_hub_data_set_is_the_data_set_of_the_results(corpus: Corpus) -> None:
     for result in card_of(corpus, "google-bert/bert-base-uncased", WIKIPEDIA).data.eval_results:
         assert result.dataset_type == "wikimedia/wikipedia"
@@ -100,6 +123,7 @@ def test_the_text_states_teacher_data_and_results(saved: ModelCard) -> None:
     for line in (
         "# Distilled student\n",
         "| Teacher | google-bert/bert-base-uncased |",
+        "| Student starts from | the teacher's layers 0, 3 |",
         "| Data | wikimedia/wikipedia:20231101.en, bookcorpus/bookcorpus, own.txt |",
         "| Final training loss | 8.0000 (soft 1.0000, MLM 2.0000, cosine 0.5000) |",
         "| Held-out rows | MLM loss 2.1235, accuracy 61.2% of 1,234 masked tokens |",
