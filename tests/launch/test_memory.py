@@ -43,14 +43,14 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path) ->
 @pytest.fixture(scope="module")
 def modernbert(tmp_path_factory: pytest.TempPathFactory, small_tokenizer_dir: Path) -> Path:
     """A ModernBERT of such a size, without dropout."""
-    tokenizer = AutoTokenizer.from_pretrained(small_tokenizer_dir)
+    tokenizer = AutoTokenizer.from_pretrained(small_tokenizer_dir, model_max_length=2048)
     config = ModernBertConfig(
         vocab_size=2000,
         hidden_size=128,
         num_hidden_layers=8,
         num_attention_heads=4,
         intermediate_size=384,
-        max_position_embeddings=512,
+        max_position_embeddings=2048,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.cls_token_id,
         eos_token_id=tokenizer.sep_token_id,
@@ -61,21 +61,6 @@ def modernbert(tmp_path_factory: pytest.TempPathFactory, small_tokenizer_dir: Pa
     folder = tmp_path_factory.mktemp("modernbert")
     ModernBertForMaskedLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def long_corpus(
-    tmp_path_factory: pytest.TempPathFactory, small_tokenizer_dir: Path, reference_text: Path
-) -> Path:
-    """Rows of 512 tokens, in which the masks of attention matter."""
-    folder = tmp_path_factory.mktemp("long") / "corpus"
-    tokenizer = str(small_tokenizer_dir)
-    prepare_corpus(
-        CorpusArguments(
-            text=(reference_text,), tokenizer=tokenizer, seq_length=512, output_dir=folder, num_proc=1
-        )
-    )
     return folder
 
 
@@ -112,13 +97,30 @@ def test_the_estimate_is_within_8_percent_of_the_measured_peak(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("precision", "micro", "accumulation"), [("fp32", 8, 1), ("bf16", 4, 2)])
-def test_so_it_is_with_rotary_positions_gates_and_no_dropout(
-    tmp_path: Path, modernbert: Path, long_corpus: Path, precision: str, micro: int, accumulation: int
+@pytest.mark.parametrize(
+    ("seq_length", "precision", "micro", "accumulation"),
+    [(512, "fp32", 8, 1), (512, "bf16", 4, 2), (2048, "bf16", 2, 2)],
+)
+def test_so_it_is_with_rotary_positions_gates_and_long_rows_without_dropout(
+    tmp_path: Path,
+    modernbert: Path,
+    reference_text: Path,
+    seq_length: int,
+    precision: str,
+    micro: int,
+    accumulation: int,
 ) -> None:
-    estimate, peak = estimated_and_measured(
-        tmp_path, modernbert, long_corpus, 1, precision, micro, accumulation
+    corpus = tmp_path / "corpus"
+    prepare_corpus(
+        CorpusArguments(
+            text=(reference_text,),
+            tokenizer=str(modernbert),
+            seq_length=seq_length,
+            output_dir=corpus,
+            num_proc=1,
+        )
     )
+    estimate, peak = estimated_and_measured(tmp_path, modernbert, corpus, 1, precision, micro, accumulation)
     assert estimate == pytest.approx(peak, rel=0.08)
 
 

@@ -24,7 +24,8 @@ MASTER_BYTES_PER_PARAMETER = 4
 ATTENTION_ACTIVATIONS, FEED_FORWARD_ACTIVATIONS, OTHER_ACTIVATIONS = 9, 2, 6
 # The same with rotary positions, which keep queries and keys twice, and with a gate.
 ROTARY_ACTIVATIONS, GATED_ACTIVATIONS = 10, 4
-# Attention keeps a copy of its mask in each layer, [length] per token: SDPA converts bool masks to numbers.
+# The bool mask, [length] per token, is made once. SDPA converts it to numbers in each layer, which keeps them.
+MASK_BYTES = 1
 # On a CPU, attention with dropout keeps probabilities, mask and their product instead, [heads, length] per token. In
 # half precision they are float32, and the matrix product keeps its own copy.
 KEPT_PROBABILITIES = {4: 3 * 4, 2: 4 * 4}
@@ -140,4 +141,4 @@ def _activation_bytes_per_token(
     per_layer = attention * student.hidden_size + feed_forward * student.intermediate_size
     activations = width * (student.layers * per_layer + OTHER_ACTIVATIONS * student.hidden_size)
     kept = student.heads * KEPT_PROBABILITIES[width] if keeps_probabilities else width
-    return activations + student.layers * kept * seq_length
+    return activations + (MASK_BYTES + student.layers * kept) * seq_length
