@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import ByteLevelBPETokenizer, SentencePieceUnigramTokenizer
+from tokenizers import ByteLevelBPETokenizer, SentencePieceUnigramTokenizer, processors
 from transformers import (
     AutoTokenizer,
     CamembertConfig,
     CamembertTokenizer,
     DistilBertConfig,
+    ModernBertConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
@@ -26,6 +27,7 @@ from distilspeed.trainer.families.registry import family_of
 VOCABULARY = 1000
 LAYERS = 4
 POSITIONS = 64  # the length of the corpora's rows
+WINDOW = 16  # of ModernBERT: narrower than most documents
 
 # The names that most configs share.
 SIZES = {
@@ -89,6 +91,24 @@ def camembert_tokenizer(text: list[str]) -> PreTrainedTokenizerFast:
     return CamembertTokenizer(vocab=[*first, *unigram_pieces(text), ("<mask>", 0.0)])
 
 
+def modernbert_tokenizer(text: list[str]) -> PreTrainedTokenizerFast:
+    trained = ByteLevelBPETokenizer()
+    special = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]")
+    trained.train_from_iterator(text, VOCABULARY, show_progress=False, special_tokens=list(special))
+    tokenizer = trained._tokenizer
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B [SEP]",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    names = ("unk_token", "cls_token", "sep_token", "pad_token", "mask_token")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_input_names=["input_ids", "attention_mask"],
+        **dict(zip(names, special, strict=True)),
+    )
+
+
 def roberta_like(kind: type[PreTrainedConfig]) -> Callable[[PreTrainedTokenizerFast], PreTrainedConfig]:
     def config(tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
         return kind(
@@ -118,12 +138,32 @@ def distilbert_config(tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
     )
 
 
+def modernbert_config(tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
+    """Return a config with global attention in the first and last layer, and a window in the two between."""
+    return ModernBertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=SIZES["hidden_size"],
+        num_hidden_layers=LAYERS,
+        num_attention_heads=SIZES["num_attention_heads"],
+        intermediate_size=SIZES["intermediate_size"],
+        initializer_range=SIZES["initializer_range"],
+        max_position_embeddings=POSITIONS,
+        local_attention=WINDOW,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.cls_token_id,
+        eos_token_id=tokenizer.sep_token_id,
+        cls_token_id=tokenizer.cls_token_id,
+        sep_token_id=tokenizer.sep_token_id,
+    )
+
+
 # By model type. BERT itself is the teacher of all other tests.
 TINY_FAMILIES = {
     "distilbert": TinyFamily(None, distilbert_config, "distilbert.transformer.layer"),
     "roberta": TinyFamily(roberta_tokenizer, roberta_like(RobertaConfig), "roberta.encoder.layer"),
     "xlm-roberta": TinyFamily(xlm_roberta_tokenizer, roberta_like(XLMRobertaConfig), "roberta.encoder.layer"),
     "camembert": TinyFamily(camembert_tokenizer, roberta_like(CamembertConfig), "roberta.encoder.layer"),
+    "modernbert": TinyFamily(modernbert_tokenizer, modernbert_config, "model.layers"),
 }
 
 

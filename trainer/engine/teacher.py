@@ -37,7 +37,7 @@ class ReplicatedTeacher:
     """The whole teacher on this rank's device, without gradients and optimiser states."""
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
-        self.model = nn.Module.to(model, device=device, dtype=dtype).eval().requires_grad_(False)
+        self.model = nn.Module.to(_cast_weights(model, dtype), device=device).eval().requires_grad_(False)
 
     @torch.no_grad()
     def __call__(
@@ -60,7 +60,7 @@ class ShardedTeacher:
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype, deepspeed_config: DeepSpeedConfig) -> None:
         config = teacher_config(deepspeed_config)
-        module = _PackedForward(nn.Module.to(model, dtype=dtype).requires_grad_(False))
+        module = _PackedForward(_cast_weights(model, dtype).requires_grad_(False))
         deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=dtype)
         self.engine, *_ = deepspeed.initialize(model=module, config=config)
         self.engine.eval()
@@ -71,6 +71,13 @@ class ShardedTeacher:
     ) -> ModelOutputs:
         """Return the same outputs as :class:`ReplicatedTeacher`."""
         return self.engine(batch, places, layers)
+
+
+def _cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Cast the weights but not the buffers, as DeepSpeed does: rotary frequencies need float32."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    return model
 
 
 class _PackedForward(nn.Module):

@@ -16,6 +16,29 @@ def half_of_layers(num_layers: int) -> tuple[int, ...]:
     return tuple(int(i * (num_layers - 1) / max(1, kept - 1) + 0.5) for i in range(kept))
 
 
+def half_in_order_of_types(types: Sequence[str]) -> tuple[int, ...]:
+    """Return half of a teacher's layers, with the types of its first half: every third global, if the teacher's are.
+
+    Among these choices it is the one closest to an even spread over all layers, by the sum of squared distances; it
+    includes layer 0.
+    """
+    kept = max(1, len(types) // 2)
+    # the last chosen layer -> squared distance and layers of the best choice so far
+    best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, (0,))}
+    for place in range(1, kept):
+        best = {
+            layer: min(
+                # Both sides times kept - 1, so that the distances are integers.
+                (distance + (layer * (kept - 1) - place * (len(types) - 1)) ** 2, (*chosen, layer))
+                for last, (distance, chosen) in best.items()
+                if last < layer
+            )
+            for layer in range(place, len(types))
+            if types[layer] == types[place] and layer > min(best)
+        }
+    return min(best.values())[1]
+
+
 def keep_layers(
     weights: Mapping[str, torch.Tensor], prefix: str, layers: Sequence[int]
 ) -> dict[str, torch.Tensor]:

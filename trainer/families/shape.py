@@ -15,21 +15,26 @@ class ModelShape:
     vocab_size: int
     positions: int  # maximum row length
     heads: int
+    is_gated: bool = False  # feed-forward layers have a third matrix, as wide as the first
+    is_rotary: bool = False  # queries and keys are rotated by position; there are no position embeddings
 
     @property
     def parameters(self) -> int:
         """Number of weights in embeddings, layers and a tied MLM head, without biases and norms (below 1 %)."""
-        embeddings = (self.vocab_size + self.positions) * self.hidden_size
+        positions = 0 if self.is_rotary else self.positions
+        embeddings = (self.vocab_size + positions) * self.hidden_size
         return embeddings + self.layers * self._layer_weights + self.hidden_size**2
 
     @property
     def _layer_weights(self) -> int:
-        return 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
+        feed_forward = 3 if self.is_gated else 2
+        return 4 * self.hidden_size**2 + feed_forward * self.hidden_size * self.intermediate_size
 
     def forward_flops_per_token(self, seq_length: int, head_share: float = 1.0) -> float:
         """Return the forward FLOPs per token of the matrix products alone.
 
-        These are projections, attention over the whole row, feed-forward layers and MLM head. ``head_share``: fraction
+        These are projections, attention over the whole row (also in layers with a window, whose mask does not save
+        SDPA any work), feed-forward layers and MLM head. ``head_share``: fraction
         of tokens that pass through the MLM head.
         """
         attention = 2 * seq_length * self.hidden_size

@@ -22,8 +22,12 @@ MASTER_BYTES_PER_PARAMETER = 4
 # Tensors of [tokens, hidden size] kept for the backward pass. In each layer these are the inputs of matrix products,
 # norms and activation; feed-forward ones have [tokens, intermediate size]. The others are of embeddings and MLM head.
 ATTENTION_ACTIVATIONS, FEED_FORWARD_ACTIVATIONS, OTHER_ACTIVATIONS = 9, 2, 6
-# On a CPU, attention with dropout keeps probabilities, mask and their product, [heads, length] per token. In half
-# precision they are float32, and the matrix product keeps its own copy.
+# The same with rotary positions, which keep queries and keys twice, and with a gate.
+ROTARY_ACTIVATIONS, GATED_ACTIVATIONS = 10, 4
+# The bool mask, [length] per token, is made once. SDPA converts it to numbers in each layer, which keeps them.
+MASK_BYTES = 1
+# On a CPU, attention with dropout keeps probabilities, mask and their product instead, [heads, length] per token. In
+# half precision they are float32, and the matrix product keeps its own copy.
 KEPT_PROBABILITIES = {4: 3 * 4, 2: 4 * 4}
 # With a teacher: the logits of both models; the gradient is written over the student's. Without a teacher: logits,
 # their float32 copy and the gradient.
@@ -132,10 +136,9 @@ def _bucket_bytes(config: DeepSpeedConfig) -> int:
 def _activation_bytes_per_token(
     student: ModelShape, seq_length: int, width: int, keeps_probabilities: bool
 ) -> int:
-    per_layer = (
-        ATTENTION_ACTIVATIONS * student.hidden_size + FEED_FORWARD_ACTIVATIONS * student.intermediate_size
-    )
+    attention = ROTARY_ACTIVATIONS if student.is_rotary else ATTENTION_ACTIVATIONS
+    feed_forward = GATED_ACTIVATIONS if student.is_gated else FEED_FORWARD_ACTIVATIONS
+    per_layer = attention * student.hidden_size + feed_forward * student.intermediate_size
     activations = width * (student.layers * per_layer + OTHER_ACTIVATIONS * student.hidden_size)
-    if keeps_probabilities:
-        activations += student.layers * student.heads * seq_length * KEPT_PROBABILITIES[width]
-    return activations
+    kept = student.heads * KEPT_PROBABILITIES[width] if keeps_probabilities else width
+    return activations + (MASK_BYTES + student.layers * kept) * seq_length
