@@ -71,7 +71,7 @@ class MicroBatches(Dataset[MicroBatch]):
         self.rows = corpus.train
         self.row_length = corpus.manifest.seq_length
         self.rule = corpus_masking_rule(corpus)
-        self.real_tokens, self.masked_tokens = row_token_counts(self.rows)
+        self.real_tokens, self.labelled_tokens = row_token_counts(self.rows)
         self.batch = batch
         self.rank = rank
         self.seed = seed
@@ -111,7 +111,7 @@ class MicroBatches(Dataset[MicroBatch]):
             self.rule,
             self.seed,
             real_tokens=int(self.real_tokens[rows].sum()),
-            masked_tokens=int(self.masked_tokens[rows].sum()),
+            labelled_tokens=int(self.labelled_tokens[rows].sum()),
         )
 
     def loader(self, first_batch: int, last_batch: int | None, num_workers: int) -> DataLoader[MicroBatch]:

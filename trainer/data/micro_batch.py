@@ -23,7 +23,7 @@ PADDING_DOCUMENT = -1
 class MicroBatch(NamedTuple):
     """One rank's rows for one accumulation step, packed and masked.
 
-    ``real_tokens`` and ``masked_tokens`` count the global batch (all ranks and accumulation steps). They are the
+    ``real_tokens`` and ``labelled_tokens`` count the global batch (all ranks and accumulation steps). They are the
     denominators of the losses.
     """
 
@@ -33,8 +33,8 @@ class MicroBatch(NamedTuple):
     position_ids: torch.Tensor  # int64 [rows, length], from 0 in each document
     row_ids: torch.Tensor  # int64 [rows], row numbers in the split of the corpus
     real_tokens: torch.Tensor  # float32 []
-    masked_tokens: torch.Tensor  # float32 []
-    masked_places: torch.Tensor  # int64 [rows x 15 % of the length, rounded up], see masked_places()
+    labelled_tokens: torch.Tensor  # float32 []
+    labelled_places: torch.Tensor  # int64 [rows x 15 % of the length, rounded up], see labelled_places()
 
     def to(self, device: torch.device) -> "MicroBatch":
         return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
@@ -61,8 +61,8 @@ def document_layout(
     return document_ids, position_ids
 
 
-def masked_places(labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the indices of the masked tokens, padded with unmasked tokens to a fixed length.
+def labelled_places(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the indices of the labelled tokens, padded with unlabelled tokens to a fixed length.
 
     The length depends only on the shape of ``labels``. So nothing waits for a device to count, and no kernel is
     selected or compiled again.
@@ -75,9 +75,9 @@ def masked_places(labels: NDArray[np.int64]) -> NDArray[np.int64]:
     """
     rows, length = labels.shape
     most = rows * math.ceil(MASKED_FRACTION * length)
-    is_masked = labels.ravel() != IGNORE_INDEX
-    masked = np.flatnonzero(is_masked)
-    return np.concatenate([masked, np.flatnonzero(~is_masked)[: most - len(masked)]])
+    is_labelled = labels.ravel() != IGNORE_INDEX
+    labelled = np.flatnonzero(is_labelled)
+    return np.concatenate([labelled, np.flatnonzero(~is_labelled)[: most - len(labelled)]])
 
 
 def row_token_counts(rows: datasets.Dataset) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
@@ -95,7 +95,7 @@ def masked_micro_batch(
     rule: MaskingRule,
     seed: int,
     real_tokens: int,
-    masked_tokens: int,
+    labelled_tokens: int,
 ) -> MicroBatch:
     """Mask rows and lay out their documents.
 
@@ -103,7 +103,7 @@ def masked_micro_batch(
         stored: the rows.
         row_ids: row numbers, int64 [rows]; with ``epochs`` (int64 [rows]) and ``seed`` they determine the masks.
         real_tokens: count in the global batch.
-        masked_tokens: count in the global batch.
+        labelled_tokens: count in the global batch.
     """
     document_ids, position_ids = document_layout(stored.document_lengths, stored.input_ids.shape[1])
     masked = [
@@ -121,6 +121,6 @@ def masked_micro_batch(
         row_ids=torch.from_numpy(row_ids),
         real_tokens=torch.tensor(real_tokens, dtype=torch.float32),
         # At least 1: rows with only special tokens have no masked tokens, and their loss must be 0, not 0 / 0.
-        masked_tokens=torch.tensor(max(1, masked_tokens), dtype=torch.float32),
-        masked_places=torch.from_numpy(masked_places(labels)),
+        labelled_tokens=torch.tensor(max(1, labelled_tokens), dtype=torch.float32),
+        labelled_places=torch.from_numpy(labelled_places(labels)),
     )

@@ -78,7 +78,7 @@ def predict_masked_tokens(
 def held_out_batches(corpus: Corpus, max_rows: int, batch_size: int, seed: int) -> Iterator[MicroBatch]:
     """Yield the first ``max_rows`` held-out rows, masked; the last batch may be smaller."""
     rule, held_out = corpus_masking_rule(corpus), corpus.held_out
-    real_tokens, masked_tokens = row_token_counts(held_out)
+    real_tokens, labelled_tokens = row_token_counts(held_out)
     rows = np.arange(min(max_rows, len(held_out)))
     for row_ids in np.split(rows, range(batch_size, len(rows), batch_size)):
         yield masked_micro_batch(
@@ -88,5 +88,5 @@ def held_out_batches(corpus: Corpus, max_rows: int, batch_size: int, seed: int) 
             rule,
             EVALUATION_STREAM + seed,
             real_tokens=int(real_tokens[row_ids].sum()),
-            masked_tokens=int(masked_tokens[row_ids].sum()),
+            labelled_tokens=int(labelled_tokens[row_ids].sum()),
         )

@@ -51,7 +51,7 @@ def fused_losses(
         temperature=soft.temperature,
         soft_mask=rows.mask,
         soft_normalizer=rows.normalizer,
-        hard_normalizer=outputs.batch.masked_tokens,
+        hard_normalizer=outputs.batch.labelled_tokens,
         vocab_size=outputs.vocab_size,
         inplace=inplace,
     )

@@ -25,7 +25,7 @@ class MaskedLM(Term):
     alpha_mlm: float = setting(2.0, help="weight of the masked-language-modelling loss")
 
     def needs(self, models: "Models") -> Needs:
-        return Needs(Logits.MASKED)
+        return Needs(Logits.LABELLED)
 
     def loss(self, outputs: "Outputs", own: "nn.Module") -> "torch.Tensor":
         from torch.nn import functional
@@ -35,7 +35,7 @@ class MaskedLM(Term):
         logits = outputs.student.logits[..., : outputs.vocab_size].flatten(0, -2)
         labels = outputs.labels.flatten()
         total = functional.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum")
-        return total / outputs.batch.masked_tokens
+        return total / outputs.batch.labelled_tokens
 
     def described(self) -> str:
         return "cross-entropy of the masked tokens"

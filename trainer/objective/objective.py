@@ -5,7 +5,7 @@
 Every mean is over the global batch. DeepSpeed averages gradients over ranks and accumulation steps, so a
 micro-batch's sums are divided by the global counts and multiplied by ranks x accumulation steps.
 
-If the terms read only logits of masked tokens, the MLM heads of both models run only on masked tokens. The vocabulary
+If the terms read only logits of labelled tokens, the heads of both models run only on those. The vocabulary
 size comes from the models' configs. Projections may be padded beyond it (families/vocabulary.py); the losses ignore
 the padding.
 
@@ -73,8 +73,8 @@ class Objective:
         return 1.0 if self.needs.logits is Logits.EVERYWHERE else MASKED_FRACTION
 
     def places(self, batch: MicroBatch) -> torch.Tensor | None:
-        """Return where the logits of both models are needed: None for all tokens, or the places of masked tokens."""
-        return None if self.needs.logits is Logits.EVERYWHERE else batch.masked_places
+        """Return where the logits of both models are needed: None for all tokens, or the places of labelled tokens."""
+        return None if self.needs.logits is Logits.EVERYWHERE else batch.labelled_places
 
     def settings(self) -> dict[str, Any]:
         """Return every setting of every registered term, by its flag."""

@@ -37,12 +37,12 @@ class SoftTargets(Term):
     restrict_ce_to_mask: bool = setting(False, help="soft targets on masked tokens only (another objective)")
 
     def needs(self, models: "Models") -> Needs:
-        return Needs(Logits.MASKED if self.restrict_ce_to_mask else Logits.EVERYWHERE)
+        return Needs(Logits.LABELLED if self.restrict_ce_to_mask else Logits.EVERYWHERE)
 
     def rows(self, outputs: "Outputs") -> SoftRows:
         """Return the tokens at which the loss is computed."""
         if self.restrict_ce_to_mask:
-            return SoftRows(outputs.is_labelled, outputs.batch.masked_tokens)
+            return SoftRows(outputs.is_labelled, outputs.batch.labelled_tokens)
         return SoftRows(outputs.is_real, outputs.batch.real_tokens)
 
     def loss(self, outputs: "Outputs", own: "nn.Module") -> "torch.Tensor":

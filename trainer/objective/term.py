@@ -24,7 +24,7 @@ class Logits(IntEnum):
     """The tokens at which a term reads both models' logits; a larger value includes the smaller ones."""
 
     NOWHERE = 0
-    MASKED = 1
+    LABELLED = 1
     EVERYWHERE = 2
 
 
