@@ -1,5 +1,7 @@
 """Attention masks of packed rows, in the form of each attention implementation."""
 
+from collections.abc import Callable
+
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
@@ -20,13 +22,30 @@ def document_mask(document_ids: torch.Tensor, implementation: str | None) -> tor
         bool [rows, 1, length, length], or a BlockMask for "flex_attention".
     """
     if implementation == FLEX:
-        rows, length = document_ids.shape
-        return create_block_mask(
-            lambda row, head, query, key: document_ids[row, query] == document_ids[row, key],
-            rows,
-            None,
-            length,
-            length,
-            device=document_ids.device,
+        return _block_mask(
+            document_ids, lambda row, head, query, key: document_ids[row, query] == document_ids[row, key]
         )
     return (document_ids[:, :, None] == document_ids[:, None, :])[:, None]
+
+
+def causal_document_mask(document_ids: torch.Tensor, implementation: str | None) -> torch.Tensor | BlockMask:
+    """Return the mask by which tokens see only themselves and earlier tokens of the same document.
+
+    Arguments and result are those of :func:`document_mask`. transformers takes this mask for the whole mask of a
+    decoder and adds nothing to it.
+    """
+    if implementation == FLEX:
+        return _block_mask(
+            document_ids,
+            lambda row, head, query, key: (
+                (document_ids[row, query] == document_ids[row, key]) & (query >= key)
+            ),
+        )
+    same_document = document_mask(document_ids, implementation)
+    assert isinstance(same_document, torch.Tensor)
+    return same_document.tril()
+
+
+def _block_mask(document_ids: torch.Tensor, sees: Callable[..., torch.Tensor]) -> BlockMask:
+    rows, length = document_ids.shape
+    return create_block_mask(sees, rows, None, length, length, device=document_ids.device)

@@ -7,11 +7,13 @@ from transformers import PreTrainedConfig
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.families.bert import BertFamily
 from distilspeed.trainer.families.family import Family
+from distilspeed.trainer.families.gpt2 import Gpt2Family
 from distilspeed.trainer.families.roberta import RobertaFamily
 
 FAMILIES: list[Family] = [
     BertFamily(),
     RobertaFamily(),
+    Gpt2Family(),
 ]
 
 

@@ -1,8 +1,11 @@
 """The inputs of a model."""
 
 import inspect
+from typing import Any
 
 from transformers import PreTrainedModel
+
+from distilspeed.trainer.families.registry import family_of
 
 
 def input_names(model: PreTrainedModel) -> list[str]:
@@ -14,3 +17,8 @@ def input_names(model: PreTrainedModel) -> list[str]:
     if getattr(model.config, "type_vocab_size", 0) < 2:
         return [name for name in names if name != "token_type_ids"]
     return names
+
+
+def call_options(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the options of a forward pass: a causal model would otherwise keep keys and values for generation."""
+    return {"use_cache": False} if family_of(model.config).objective == "causal" else {}
