@@ -13,6 +13,8 @@ from transformers import (
     CamembertConfig,
     CamembertTokenizer,
     DistilBertConfig,
+    GPT2Config,
+    GPT2Tokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
@@ -115,6 +117,27 @@ def distilbert_config(tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
         attention_dropout=0.0,
         initializer_range=SIZES["initializer_range"],
         max_position_embeddings=POSITIONS,
+    )
+
+
+def gpt2_tokenizer(text: list[str]) -> PreTrainedTokenizerFast:
+    return GPT2Tokenizer(**byte_level_pieces(text, ("<|endoftext|>",)))
+
+
+def gpt2_config(tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
+    return GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=SIZES["hidden_size"],
+        n_layer=LAYERS,
+        n_head=SIZES["num_attention_heads"],
+        n_inner=SIZES["intermediate_size"],
+        n_positions=POSITIONS,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+        attn_pdrop=0.0,
+        initializer_range=SIZES["initializer_range"],
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
 
 
