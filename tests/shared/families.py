@@ -147,6 +147,7 @@ TINY_FAMILIES = {
     "roberta": TinyFamily(roberta_tokenizer, roberta_like(RobertaConfig), "roberta.encoder.layer"),
     "xlm-roberta": TinyFamily(xlm_roberta_tokenizer, roberta_like(XLMRobertaConfig), "roberta.encoder.layer"),
     "camembert": TinyFamily(camembert_tokenizer, roberta_like(CamembertConfig), "roberta.encoder.layer"),
+    "gpt2": TinyFamily(gpt2_tokenizer, gpt2_config, "transformer.h"),
 }
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from distilspeed.trainer.corpus.format import Corpus, read_rows
 from distilspeed.trainer.data.batches import corpus_masking_rule
 from distilspeed.trainer.data.masking import IGNORE_INDEX
-from distilspeed.trainer.data.micro_batch import MicroBatch, masked_micro_batch, row_token_counts
+from distilspeed.trainer.data.micro_batch import MicroBatch, labelled_micro_batch, row_token_counts
 from distilspeed.trainer.errors import NumericalError
 from distilspeed.trainer.evaluation.report import MaskedTokenQuality
 from distilspeed.trainer.models.packed_forward import forward_packed
@@ -78,10 +78,10 @@ def predict_masked_tokens(
 def held_out_batches(corpus: Corpus, max_rows: int, batch_size: int, seed: int) -> Iterator[MicroBatch]:
     """Yield the first ``max_rows`` held-out rows, masked; the last batch may be smaller."""
     rule, held_out = corpus_masking_rule(corpus), corpus.held_out
-    real_tokens, labelled_tokens = row_token_counts(held_out)
+    real_tokens, labelled_tokens = row_token_counts(held_out, corpus.manifest.objective)
     rows = np.arange(min(max_rows, len(held_out)))
     for row_ids in np.split(rows, range(batch_size, len(rows), batch_size)):
-        yield masked_micro_batch(
+        yield labelled_micro_batch(
             read_rows(held_out, row_ids),
             row_ids,
             np.zeros_like(row_ids),
