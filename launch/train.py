@@ -27,7 +27,8 @@ def build_parser() -> "CommandParser":
 
 def main() -> None:
     take_place_from_scheduler()  # before any output, because only rank 0 prints
-    arguments, launcher, *terms = build_parser().parse()
+    parser = build_parser()
+    arguments, launcher, *terms = parser.parse()
     end_with_launcher(launcher.was_launched)
 
     prepare_environment(arguments.full_determinism)
@@ -38,7 +39,7 @@ def main() -> None:
     from distilspeed.trainer.training.run import prepare_run
 
     quiet_libraries()
-    run = prepare_run(arguments, terms)
+    run = prepare_run(arguments, terms, parser.given)
     if run.arguments.plan:
         print_plan(run)
     else:

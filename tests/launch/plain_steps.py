@@ -13,6 +13,7 @@ from torch.nn import functional
 from distilspeed.trainer.corpus.format import open_corpus
 from distilspeed.trainer.data.batch_equation import BatchEquation
 from distilspeed.trainer.data.batches import MicroBatches
+from distilspeed.trainer.families.registry import family_of
 from distilspeed.trainer.models.loading import load_teacher, make_student
 from distilspeed.trainer.models.packed_forward import forward_packed
 
@@ -28,6 +29,7 @@ def plain_steps(
     batches = MicroBatches(
         open_corpus(corpus_dir), BatchEquation(batch_size, batch_size, 1, 1), rank=0, seed=0
     )
+    hard_weight = {"masked": 2, "causal": 0.5}[family_of(teacher.config).objective]
     norms = []
     for batch, rate in zip(batches.loader(0, len(rates), num_workers=0), rates, strict=True):
         optimizer.param_groups[0]["lr"] = rate
@@ -39,7 +41,7 @@ def plain_steps(
         hard = functional.cross_entropy(ours.logits[labelled], batch.labels[labelled])
         cosine = functional.cosine_similarity(ours.hidden_states[real], theirs.hidden_states[real], dim=-1)
         optimizer.zero_grad()
-        (5 * soft + 2 * hard + (1 - cosine).mean()).backward()
+        (5 * soft + hard_weight * hard + (1 - cosine).mean()).backward()
         norms.append(nn.utils.get_total_norm(p.grad for p in student.parameters()).item())
         optimizer.step()
     return change(copied_weights(student), start), norms

@@ -33,10 +33,10 @@ from distilspeed.trainer.objective.term import Logits, Needs, Term
 
 @dataclass(frozen=True)
 class Objective:
-    """The registered terms with a run's settings, and what they need of the two models together.
+    """The terms that apply to a run, with their settings, and what they need of the two models together.
 
     Attributes:
-        registered: all terms, in the registry's order.
+        registered: the registered terms that apply to the training objective, in the registry's order.
     """
 
     registered: tuple[Term, ...]
@@ -69,7 +69,7 @@ class Objective:
 
     @property
     def head_share(self) -> float:
-        """The fraction of tokens that pass through the MLM heads."""
+        """The fraction of tokens that pass through the heads."""
         return 1.0 if self.needs.logits is Logits.EVERYWHERE else MASKED_FRACTION
 
     def places(self, batch: MicroBatch) -> torch.Tensor | None:
@@ -99,7 +99,7 @@ class Distillation(nn.Module):
     """Student and objective in one module; ``forward`` returns the scalar for DeepSpeed's backward pass.
 
     Args:
-        student: the masked language model to train.
+        student: the language model to train.
         objective: the terms.
         world_size, accumulation_steps: the numbers over which DeepSpeed averages gradients.
 
@@ -109,7 +109,7 @@ class Distillation(nn.Module):
             multiplied by ranks x accumulation steps. Summed over the micro-batches of a global batch, they give its
             means.
         last_gradient_is_finite: bool scalar on the device: whether the gradient that the last backward pass sent
-            from the losses and the MLM head into the encoder's layers was finite.
+            from the losses and the head into the encoder's layers was finite.
     """
 
     last_parts: torch.Tensor

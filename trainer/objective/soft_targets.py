@@ -2,12 +2,13 @@
 
     L_ce = T^2 * mean over real tokens of KL(softmax(u / T) || softmax(z / T))
 
-with student logits z and teacher logits u. ``fused.py`` computes it together with masked language modelling.
+with student logits z and teacher logits u. ``fused.py`` computes it together with the hard labels.
 """
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from distilspeed.trainer.corpus.training_objective import TrainingObjective
 from distilspeed.trainer.job.arguments import setting
 from distilspeed.trainer.objective.term import Logits, Needs, Shown, Term
 
@@ -35,6 +36,9 @@ class SoftTargets(Term):
     temperature: float = setting(2.0, above=0, help="temperature of the soft targets")
     alpha_ce: float = setting(5.0, help="weight of the soft-target loss")
     restrict_ce_to_mask: bool = setting(False, help="soft targets on masked tokens only (another objective)")
+
+    def refused_flag(self, objective: TrainingObjective) -> str | None:
+        return "restrict_ce_to_mask" if self.restrict_ce_to_mask and objective == "causal" else None
 
     def needs(self, models: "Models") -> Needs:
         return Needs(Logits.LABELLED if self.restrict_ce_to_mask else Logits.EVERYWHERE)
