@@ -95,7 +95,14 @@ def _prepare(arguments: BenchmarkArguments) -> "Run":
     quiet_libraries()
     terms = take_terms({"restrict_ce_to_mask": arguments.restrict_ce_to_mask})
     with tempfile.TemporaryDirectory() as folder:  # nothing is written there
-        return prepare_run(arguments.training(Path(folder)), terms)
+        run = prepare_run(arguments.training(Path(folder)), terms)
+    if run.corpus.manifest.objective == "causal":
+        raise UserError(
+            "unsupported-model",
+            f"the benchmark's baseline trains masked language models, and {run.corpus.path} is for causal ones; "
+            "choose a corpus and a teacher of BERT's kind",
+        )
+    return run
 
 
 def _check_before_measuring(run: "Run", arguments: BenchmarkArguments) -> None:

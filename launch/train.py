@@ -27,19 +27,19 @@ def build_parser() -> "CommandParser":
 
 def main() -> None:
     take_place_from_scheduler()  # before any output, because only rank 0 prints
-    arguments, launcher, *terms = build_parser().parse()
+    parser = build_parser()
+    arguments, launcher, *terms = parser.parse()
     end_with_launcher(launcher.was_launched)
 
     prepare_environment(arguments.full_determinism)
     # After the parsing, because importing torch and DeepSpeed takes seconds.
-    from distilspeed.trainer.job.parser import given_flags
     from distilspeed.trainer.training.hub import push_student
     from distilspeed.trainer.training.loop import train
     from distilspeed.trainer.training.plan import print_plan
     from distilspeed.trainer.training.run import prepare_run
 
     quiet_libraries()
-    run = prepare_run(arguments, terms, given_flags())
+    run = prepare_run(arguments, terms, parser.given)
     if run.arguments.plan:
         print_plan(run)
     else:

@@ -40,6 +40,7 @@ UserErrorCode = Literal[
     "not-json",
     "not-plain-text",
     "not-utf8",
+    "objective-mismatch",
     "out-of-memory",
     "output-exists",
     "output-inside-input",

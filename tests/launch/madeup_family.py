@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
+from distilspeed.trainer.corpus.training_objective import TrainingObjective
 from distilspeed.trainer.families.layers import half_of_layers, keep_layers
 from distilspeed.trainer.families.masks import document_mask
 from distilspeed.trainer.families.registry import FAMILIES
@@ -39,6 +40,7 @@ class MadeUpForMaskedLM(BertForMaskedLM):
 class MadeUpFamily:
     teacher_types = ("madeup_bert",)
     student_types = ("madeup_bert",)
+    objective: TrainingObjective = "masked"
     model_class = AutoModelForMaskedLM
 
     def refusal(self, config: Any) -> str | None:

@@ -15,6 +15,7 @@ from distilspeed.trainer.corpus.format import open_corpus
 from distilspeed.trainer.data.batch_equation import BatchEquation
 from distilspeed.trainer.data.batches import MicroBatches
 from distilspeed.trainer.data.micro_batch import MicroBatch
+from distilspeed.trainer.families.registry import family_of
 from distilspeed.trainer.models.loading import load_teacher, make_student
 from distilspeed.trainer.models.packed_forward import forward_packed
 
@@ -53,7 +54,8 @@ def plain_loss(student: PreTrainedModel, teacher: PreTrainedModel | None, batch:
     """Return the objective with its default weights; the cosine only of hidden states of the same width."""
     real, labelled = batch.document_ids >= 0, batch.labels >= 0
     ours = forward_packed(student, batch)
-    hard = 2 * functional.cross_entropy(ours.logits[labelled], batch.labels[labelled])
+    weight = {"masked": 2, "causal": 0.5}[family_of(student.config).objective]
+    hard = weight * functional.cross_entropy(ours.logits[labelled], batch.labels[labelled])
     if teacher is None:
         return hard
     theirs = forward_packed(teacher, batch)

@@ -58,7 +58,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, small
 def test_every_variant_is_trained_from_its_start_and_evaluated(done: Path, tiny_teacher_dir: Path) -> None:
     report = json.loads((done / "out" / "ablation.json").read_text())
     assert [result["name"] for result in report["results"]] == ["full", *VARIANTS]
-    assert all(list(result["scores"][0]) == ["masked accuracy", "words"] for result in report["results"])
+    assert all(list(result["scores"][0]) == ["held-out accuracy", "words"] for result in report["results"])
     assert (done / "stdout.txt").read_text().strip() in (done / "out" / "ablation.md").read_text()
     start = make_student(load_teacher(str(tiny_teacher_dir)), (0, 3)).state_dict()
     name = "distilbert.transformer.layer.0.ffn.lin1.weight"

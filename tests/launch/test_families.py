@@ -30,7 +30,7 @@ SGD = {
     "zero_allow_untested_optimizer": True,
     "gradient_clipping": 0.0,
 }
-STRONG = {"roberta"}
+STRONG = {"roberta", "gpt2"}
 NAMES = [pytest.param(name, marks=() if name in STRONG else pytest.mark.full) for name in TINY_FAMILIES]
 
 

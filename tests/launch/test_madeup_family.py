@@ -15,7 +15,7 @@ from user_errors import assert_names, raises_user_error
 from distilspeed.trainer.corpus.format import Corpus, open_corpus
 from distilspeed.trainer.data.batch_equation import BatchEquation
 from distilspeed.trainer.data.batches import MicroBatches
-from distilspeed.trainer.evaluation.quality import masked_token_quality
+from distilspeed.trainer.evaluation.quality import held_out_quality
 from distilspeed.trainer.families import registry
 from distilspeed.trainer.families.vocabulary import pad_vocabulary
 from distilspeed.trainer.models.attention import SDPA, choose_attention
@@ -122,7 +122,7 @@ def test_the_trained_student_loads_and_is_evaluated(run: Path, teacher_dir: Path
     assert type(student) is MadeUpForMaskedLM
     assert student.config.num_hidden_layers == len(LAYERS)
     at_start = make_student(load_teacher(str(teacher_dir)), LAYERS)
-    before, after = (masked_token_quality(model, corpus, max_rows=16) for model in (at_start, student))
+    before, after = (held_out_quality(model, corpus, max_rows=16) for model in (at_start, student))
     assert after.loss < before.loss
 
 

@@ -28,7 +28,7 @@ from user_errors import assert_names
 from distilspeed.trainer.corpus.arguments import CorpusArguments
 from distilspeed.trainer.corpus.build import prepare_corpus
 from distilspeed.trainer.corpus.format import open_corpus, tokenizer_hash
-from distilspeed.trainer.evaluation.quality import masked_token_quality
+from distilspeed.trainer.evaluation.quality import held_out_quality
 from distilspeed.trainer.models.loading import check_fits_corpus, load_masked_language_model
 from distilspeed.trainer.training.loop import HELD_OUT_ROWS_FOR_CARD
 from distilspeed.trainer.training.metrics import read_metrics
@@ -108,7 +108,7 @@ def test_the_model_card_has_the_students_results(finished: Path, small_corpus_di
     student = finished / "run" / "student"
     accuracy, loss = ModelCard.load(student / "README.md").data.eval_results
     model = load_masked_language_model("student", str(student))
-    quality = masked_token_quality(model, open_corpus(small_corpus_dir), HELD_OUT_ROWS_FOR_CARD)
+    quality = held_out_quality(model, open_corpus(small_corpus_dir), HELD_OUT_ROWS_FOR_CARD)
     assert accuracy.metric_value == pytest.approx(quality.accuracy)
     assert loss.metric_value == pytest.approx(quality.loss)
 

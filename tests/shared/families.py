@@ -13,6 +13,8 @@ from transformers import (
     CamembertConfig,
     CamembertTokenizer,
     DistilBertConfig,
+    GPT2Config,
+    GPT2Tokenizer,
     ModernBertConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
@@ -157,6 +159,27 @@ def modernbert_config(tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
     )
 
 
+def gpt2_tokenizer(text: list[str]) -> PreTrainedTokenizerFast:
+    return GPT2Tokenizer(**byte_level_pieces(text, ("<|endoftext|>",)))
+
+
+def gpt2_config(tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
+    return GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=SIZES["hidden_size"],
+        n_layer=LAYERS,
+        n_head=SIZES["num_attention_heads"],
+        n_inner=SIZES["intermediate_size"],
+        n_positions=POSITIONS,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+        attn_pdrop=0.0,
+        initializer_range=SIZES["initializer_range"],
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
 # By model type. BERT itself is the teacher of all other tests.
 TINY_FAMILIES = {
     "distilbert": TinyFamily(None, distilbert_config, "distilbert.transformer.layer"),
@@ -164,6 +187,7 @@ TINY_FAMILIES = {
     "xlm-roberta": TinyFamily(xlm_roberta_tokenizer, roberta_like(XLMRobertaConfig), "roberta.encoder.layer"),
     "camembert": TinyFamily(camembert_tokenizer, roberta_like(CamembertConfig), "roberta.encoder.layer"),
     "modernbert": TinyFamily(modernbert_tokenizer, modernbert_config, "model.layers"),
+    "gpt2": TinyFamily(gpt2_tokenizer, gpt2_config, "transformer.h"),
 }
 
 

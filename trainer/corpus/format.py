@@ -1,7 +1,7 @@
 """The corpus format on disk: packed rows of token ids, memory-mapped, and a manifest with their checksums.
 
 train/, held_out/   `datasets.Dataset` folders (Arrow). Columns of a row:
-                    input_ids [seq_length] uint16 or int32: whole pieces ``[CLS] … [SEP]``, then padding;
+                    input_ids [seq_length] uint16 or int32: whole pieces (packing.py), then padding;
                     document_lengths, int32: the tokens of each piece; real_tokens: their sum;
                     maskable_tokens: the number of tokens that are not in the manifest's ``special_ids``
 token_counts.npy    int64 [vocabulary]: how often each token occurs in train, without padding
@@ -21,7 +21,8 @@ import pyarrow.compute as pc
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distilspeed.trainer.corpus.shard import WHOLE, Shard
-from distilspeed.trainer.corpus.vocabulary import check_case
+from distilspeed.trainer.corpus.training_objective import TrainingObjective
+from distilspeed.trainer.corpus.vocabulary import check_case, objective_of
 from distilspeed.trainer.errors import UserError, first_line
 from distilspeed.trainer.files import FileRecord, from_json
 
@@ -39,7 +40,7 @@ class SourceRecord:
 
 @dataclass(frozen=True)
 class CorpusCounts:
-    """Counts of documents, pieces, rows and tokens; tokens include ``[CLS]`` and ``[SEP]`` but no padding.
+    """Counts of documents, pieces, rows and tokens; tokens include ``[CLS]``, ``[SEP]`` and ``<|endoftext|>``.
 
     ``documents`` have text. ``dropped_null`` and ``dropped_blank`` count documents without text; older corpora have 0
     there. ``dropped_short`` and ``dropped_unknown`` count pieces.
@@ -66,7 +67,8 @@ class Manifest:
     """The metadata of a corpus.
 
     ``vocab_size`` is the tokenizer's length, added tokens included. ``special_ids`` are never masked. They include the
-    unknown token, but not added tokens that stand for content ("<url>").
+    unknown token, but not added tokens that stand for content ("<url>"). In a causal corpus ``cls_id``, ``sep_id`` and
+    ``pad_id`` are the end-of-text token, and there is no ``mask_id``.
     """
 
     format_version: int
@@ -76,7 +78,7 @@ class Manifest:
     pad_id: int
     cls_id: int
     sep_id: int
-    mask_id: int
+    mask_id: int | None
     unk_id: int
     special_ids: tuple[int, ...]
     counts: CorpusCounts
@@ -87,6 +89,7 @@ class Manifest:
     # The first corpora of this format do not have these fields.
     shard: Shard = WHOLE
     document_separator: str = "line"
+    objective: TrainingObjective = "masked"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
@@ -157,7 +160,8 @@ def read_rows(dataset: datasets.Dataset, indices: Sequence[int] | np.ndarray) ->
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """Load a fast tokenizer from a folder or the hub.
 
-    Raises ``UserError`` if it cannot be loaded or used for masking, or lower-cases text for a cased vocabulary.
+    Raises ``UserError`` if it cannot be loaded, can be used neither for masking nor for a causal corpus, or lower-cases
+    text for a cased vocabulary.
     """
     try:
         # The default makes transformers ask at the terminal whether to run the repository's code.
@@ -174,7 +178,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
             f"{name} has no fast tokenizer; convert it (tokenizer.json) or choose another",
         )
     missing = [kind for kind in SPECIAL_TOKENS if getattr(tokenizer, f"{kind}_token_id") is None]
-    if missing:
+    if missing and objective_of(tokenizer) == "masked":
         raise UserError(
             "unusable-tokenizer",
             f"the tokenizer {name} has no {', '.join(missing)} token; add it or choose another tokenizer",
@@ -231,7 +235,10 @@ def _check_agreement(corpus: Corpus, token_ids: bool) -> None:
     """Raise ``ValueError`` unless the files match the manifest; reads all rows if ``token_ids`` is true."""
     manifest = corpus.manifest
     length, vocab_size = manifest.seq_length, manifest.vocab_size
-    ids = {manifest.pad_id, manifest.cls_id, manifest.sep_id, manifest.mask_id, manifest.unk_id}
+    ids = {manifest.pad_id, manifest.cls_id, manifest.sep_id, manifest.unk_id}
+    ids |= set() if manifest.mask_id is None else {manifest.mask_id}
+    if (manifest.mask_id is None) != (manifest.objective == "causal"):
+        raise ValueError("manifest.json has a mask_id in a causal corpus, or none in a masked one")
     if length < 1 or not all(0 <= token < vocab_size for token in ids | set(manifest.special_ids)):
         raise ValueError(
             "manifest.json has special token ids outside the vocabulary, or a seq_length below 1"

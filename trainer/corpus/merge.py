@@ -13,7 +13,7 @@ from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.files import check_unoccupied, folder_written_whole, parents_made
 
 # Manifest fields that are equal in all shards of a corpus.
-COMMON_FIELDS = ("tokenizer_hash", "seq_length", "sources", "document_separator", "versions")
+COMMON_FIELDS = ("tokenizer_hash", "seq_length", "sources", "document_separator", "objective", "versions")
 
 
 def merge_shards(shard_dirs: Sequence[Path], output_dir: Path) -> Corpus:

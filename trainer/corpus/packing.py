@@ -1,8 +1,13 @@
 """Pack token ids into rows: cut documents into pieces, then pack whole pieces into rows.
 
-A *piece* is ``[CLS] … [SEP]``: a whole document, or a part of a document that is longer than a row. A *row* has whole
-pieces, at most ``seq_length`` tokens in all. Workers import this module, so it imports no torch, transformers or
-datasets.
+A *piece* is a whole document, or a part of a document that is longer than a row. A *row* has whole pieces, at most
+``seq_length`` tokens in all.
+
+In a masked corpus each piece is ``[CLS] … [SEP]``. In a causal corpus ``<|endoftext|>`` begins and ends each document,
+which is then cut into pieces. GPT-2 was trained on documents with ``<|endoftext|>`` between them, so it has seen that
+token before a document's first token and after its last one, but not where a row ends inside a document.
+
+Workers import this module, so it imports no torch, transformers or datasets.
 """
 
 from collections.abc import Sequence
@@ -13,6 +18,7 @@ from typing import Self
 import numpy as np
 
 from distilspeed.trainer.corpus.tokenization import TokenizedDocuments
+from distilspeed.trainer.corpus.training_objective import TrainingObjective
 
 # DistilBERT's original code drops sequences of at most 11 tokens, and sequences with at least half unknown tokens. Both
 # counts include special tokens: remove_empty_sequences and remove_unknown_sequences in lm_seqs_dataset.py.
@@ -22,9 +28,10 @@ UNKNOWN_SHARE_LIMIT = 0.5
 
 @dataclass(frozen=True)
 class RowRules:
-    """The layout of a row: pieces ``cls_id … sep_id``, at most ``seq_length`` tokens, then ``pad_id``.
+    """The layout of a row: pieces, at most ``seq_length`` tokens, then ``pad_id``.
 
-    ``dtype``: type of the stored ids. ``special_ids`` are never masked; text never becomes one, except ``unk_id``.
+    ``cls_id … sep_id`` is a piece of a masked corpus, or a document of a causal one. ``dtype``: type of the stored ids.
+    ``special_ids`` are never masked; text never becomes one, except ``unk_id``.
     """
 
     seq_length: int
@@ -34,6 +41,12 @@ class RowRules:
     unk_id: int
     special_ids: tuple[int, ...]
     dtype: str
+    objective: TrainingObjective = "masked"
+
+    @property
+    def tokens_around_piece(self) -> int:
+        """The number of tokens of a piece that are not in its document: ``cls_id`` and ``sep_id``, or none."""
+        return 2 if self.objective == "masked" else 0
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,7 @@ class Pieces:
     """The pieces of a batch of documents, and how many were dropped.
 
     ``starts``: [pieces] int64, index of each piece's first token in ``tokens``. ``lengths``: [pieces] int64, including
-    ``[CLS]`` and ``[SEP]``, which are not in ``tokens``.
+    the tokens around a piece, which are not in ``tokens``.
     """
 
     tokens: np.ndarray
@@ -82,8 +95,12 @@ def cut_into_pieces(documents: TokenizedDocuments, rules: RowRules) -> Pieces:
 
     A special token that the text spells out as a word of the vocabulary becomes the unknown token.
     """
-    tokens = np.where(np.isin(documents.tokens, rules.special_ids), rules.unk_id, documents.tokens)
-    room = rules.seq_length - 2
+    text = np.where(np.isin(documents.tokens, rules.special_ids), rules.unk_id, documents.tokens)
+    documents = TokenizedDocuments(text, documents.lengths)
+    if rules.objective == "causal":
+        documents = _begun_and_ended(documents, rules)
+    tokens = documents.tokens
+    room = rules.seq_length - rules.tokens_around_piece
     pieces_per_document = -(-documents.lengths // room)
     document = np.repeat(np.arange(len(documents.lengths)), pieces_per_document)
     first_piece = np.cumsum(pieces_per_document) - pieces_per_document
@@ -93,7 +110,7 @@ def cut_into_pieces(documents: TokenizedDocuments, rules: RowRules) -> Pieces:
     inside = np.minimum(documents.lengths[document] - before, room)
     unknown_up_to = np.concatenate([[0], np.cumsum(tokens == rules.unk_id)])
     unknown = unknown_up_to[starts + inside] - unknown_up_to[starts]
-    lengths = inside + 2
+    lengths = inside + rules.tokens_around_piece
     is_short = lengths < MINIMUM_PIECE_TOKENS
     is_unknown = ~is_short & (unknown >= UNKNOWN_SHARE_LIMIT * lengths)
     kept = ~(is_short | is_unknown)
@@ -104,6 +121,14 @@ def cut_into_pieces(documents: TokenizedDocuments, rules: RowRules) -> Pieces:
         dropped_short=int(is_short.sum()),
         dropped_unknown=int(is_unknown.sum()),
     )
+
+
+def _begun_and_ended(documents: TokenizedDocuments, rules: RowRules) -> TokenizedDocuments:
+    """Put ``cls_id`` before each document and ``sep_id`` after it."""
+    ends = np.cumsum(documents.lengths)
+    places = np.stack([ends - documents.lengths, ends], axis=1).ravel()
+    around = np.tile(np.array([rules.cls_id, rules.sep_id], dtype=documents.tokens.dtype), len(ends))
+    return TokenizedDocuments(np.insert(documents.tokens, places, around), documents.lengths + 2)
 
 
 def pack_best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -149,10 +174,15 @@ def lay_out_rows(pieces: Pieces, rows: Sequence[Sequence[int]], rules: RowRules)
     places = ends[:-1] + np.repeat(padding_before, pieces_per_row)
     flat = np.full(len(rows) * rules.seq_length, rules.pad_id, dtype=rules.dtype)
     tokens = pieces.tokens.astype(rules.dtype)
-    flat[places] = rules.cls_id
-    flat[places + lengths - 1] = rules.sep_id
+    around = rules.tokens_around_piece
+    if around:
+        flat[places] = rules.cls_id
+        flat[places + lengths - 1] = rules.sep_id
     for place, start, inside in zip(
-        (places + 1).tolist(), pieces.starts[order].tolist(), (lengths - 2).tolist(), strict=True
+        (places + around // 2).tolist(),
+        pieces.starts[order].tolist(),
+        (lengths - around).tolist(),
+        strict=True,
     ):
         flat[place : place + inside] = tokens[start : start + inside]
     input_ids = flat.reshape(len(rows), rules.seq_length)

@@ -5,11 +5,13 @@ import re
 
 from transformers import PreTrainedTokenizerFast
 
+from distilspeed.trainer.corpus.training_objective import TrainingObjective
 from distilspeed.trainer.errors import UserError
 
 # Structure tokens, by transformers' names: text never becomes one, and they are never masked. Every other added token
 # ("<url>", "[NUM]") stands for content.
 STRUCTURE_TOKENS = ("pad", "cls", "sep", "mask", "unk", "bos", "eos")
+MLM_TOKENS = ("cls", "sep", "mask")
 
 # Pieces with capitals that a lower-cased vocabulary may have: two, or this share of the pieces whose letters have upper
 # and lower case. BERT's uncased vocabulary has capitals only in special tokens. A cased vocabulary has them in every
@@ -24,6 +26,15 @@ def structure_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
     """Return the sorted ids of the structure tokens that the tokenizer has."""
     ids = (getattr(tokenizer, f"{kind}_token_id") for kind in STRUCTURE_TOKENS)
     return tuple(sorted({token for token in ids if token is not None}))
+
+
+def objective_of(tokenizer: PreTrainedTokenizerFast) -> TrainingObjective:
+    """Return the objective of the corpora that a tokenizer makes.
+
+    A tokenizer without [CLS], [SEP] and [MASK] but with an end-of-text token, such as GPT-2's, makes causal corpora.
+    """
+    has_mlm_token = any(getattr(tokenizer, f"{kind}_token_id") is not None for kind in MLM_TOKENS)
+    return "masked" if has_mlm_token or tokenizer.eos_token_id is None else "causal"
 
 
 def document_pipeline(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -23,7 +23,7 @@ from distilspeed.trainer.corpus.format import (
 from distilspeed.trainer.corpus.packing import PackedRows, RowRules
 from distilspeed.trainer.corpus.pool import PackedBatch
 from distilspeed.trainer.corpus.shard import Shard
-from distilspeed.trainer.corpus.vocabulary import structure_ids
+from distilspeed.trainer.corpus.vocabulary import objective_of, structure_ids
 from distilspeed.trainer.files import FileRecord
 
 VERSIONED_PACKAGES = ("distilspeed", "datasets", "pyarrow", "tokenizers", "transformers", "numpy")
@@ -41,14 +41,17 @@ class WriterState:
 
 
 def row_rules(tokenizer: PreTrainedTokenizerFast, seq_length: int) -> RowRules:
+    objective, end, unknown = objective_of(tokenizer), tokenizer.eos_token_id, tokenizer.unk_token_id
+    is_causal = objective == "causal"
     return RowRules(
         seq_length=seq_length,
-        pad_id=tokenizer.pad_token_id,
-        cls_id=tokenizer.cls_token_id,
-        sep_id=tokenizer.sep_token_id,
-        unk_id=tokenizer.unk_token_id,
+        pad_id=end if is_causal else tokenizer.pad_token_id,
+        cls_id=end if is_causal else tokenizer.cls_token_id,
+        sep_id=end if is_causal else tokenizer.sep_token_id,
+        unk_id=end if unknown is None else unknown,
         special_ids=structure_ids(tokenizer),
         dtype="uint16" if len(tokenizer) <= 1 << 16 else "int32",
+        objective=objective,
     )
 
 
@@ -221,6 +224,7 @@ def finish_corpus(
         sources=sources,
         document_separator=document_separator,
         shard=shard,
+        objective=rules.objective,
         versions=installed_versions(),
         files=tuple(FileRecord.of(folder, path) for path in _corpus_files(folder)),
     )

@@ -1,1 +1,1 @@
-"""Turn rows of a corpus into masked micro-batches."""
+"""Turn rows of a corpus into micro-batches with labels: masked tokens, or the next tokens."""

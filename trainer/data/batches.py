@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from distilspeed.trainer.corpus.format import Corpus, read_rows
 from distilspeed.trainer.data.batch_equation import BatchEquation
 from distilspeed.trainer.data.masking import MaskingRule, masking_rule, philox
-from distilspeed.trainer.data.micro_batch import MicroBatch, masked_micro_batch, row_token_counts
+from distilspeed.trainer.data.micro_batch import MicroBatch, labelled_micro_batch, row_token_counts
 from distilspeed.trainer.job.processes import STOP_SIGNALS, children_deaf_to
 
 # Random streams besides the masking stream, 0.
@@ -36,8 +36,10 @@ def total_steps(num_rows: int, train_batch_size: int, max_steps: int | None, num
     return max_steps or math.ceil(num_rows * num_train_epochs / train_batch_size)
 
 
-def corpus_masking_rule(corpus: Corpus) -> MaskingRule:
-    """Return the masking rule for the token counts and special tokens of a corpus."""
+def corpus_masking_rule(corpus: Corpus) -> MaskingRule | None:
+    """Return the masking rule for the token counts and special tokens of a corpus; None for a causal corpus."""
+    if corpus.manifest.mask_id is None:
+        return None
     return masking_rule(corpus.token_counts, list(corpus.manifest.special_ids), corpus.manifest.mask_id)
 
 
@@ -71,7 +73,7 @@ class MicroBatches(Dataset[MicroBatch]):
         self.rows = corpus.train
         self.row_length = corpus.manifest.seq_length
         self.rule = corpus_masking_rule(corpus)
-        self.real_tokens, self.masked_tokens = row_token_counts(self.rows)
+        self.real_tokens, self.labelled_tokens = row_token_counts(self.rows, corpus.manifest.objective)
         self.batch = batch
         self.rank = rank
         self.seed = seed
@@ -104,14 +106,14 @@ class MicroBatches(Dataset[MicroBatch]):
         epochs, rows = self.global_batch(step)
         mine = self._places(accumulation_step)
 
-        return masked_micro_batch(
+        return labelled_micro_batch(
             read_rows(self.rows, rows[mine]),
             rows[mine],
             epochs[mine],
             self.rule,
             self.seed,
             real_tokens=int(self.real_tokens[rows].sum()),
-            masked_tokens=int(self.masked_tokens[rows].sum()),
+            labelled_tokens=int(self.labelled_tokens[rows].sum()),
         )
 
     def loader(self, first_batch: int, last_batch: int | None, num_workers: int) -> DataLoader[MicroBatch]:

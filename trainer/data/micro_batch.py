@@ -1,14 +1,16 @@
-"""The tensors of a micro-batch of packed and masked rows."""
+"""The tensors of a micro-batch of packed rows, masked or with the next tokens as labels."""
 
 import math
 from typing import NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
 from distilspeed.trainer.corpus.format import RowBatch
+from distilspeed.trainer.corpus.training_objective import TrainingObjective
 from distilspeed.trainer.data.masking import (
     IGNORE_INDEX,
     MASKED_FRACTION,
@@ -21,20 +23,20 @@ PADDING_DOCUMENT = -1
 
 
 class MicroBatch(NamedTuple):
-    """One rank's rows for one accumulation step, packed and masked.
+    """One rank's rows for one accumulation step, packed and labelled.
 
-    ``real_tokens`` and ``masked_tokens`` count the global batch (all ranks and accumulation steps). They are the
+    ``real_tokens`` and ``labelled_tokens`` count the global batch (all ranks and accumulation steps). They are the
     denominators of the losses.
     """
 
-    input_ids: torch.Tensor  # int64 [rows, length], masked
-    labels: torch.Tensor  # int64 [rows, length], -100 where not masked
+    input_ids: torch.Tensor  # int64 [rows, length], masked in a masked corpus
+    labels: torch.Tensor  # int64 [rows, length], the masked or the next tokens; -100 for none
     document_ids: torch.Tensor  # int64 [rows, length], numbered within the row, -1 on padding
     position_ids: torch.Tensor  # int64 [rows, length], from 0 in each document
     row_ids: torch.Tensor  # int64 [rows], row numbers in the split of the corpus
     real_tokens: torch.Tensor  # float32 []
-    masked_tokens: torch.Tensor  # float32 []
-    masked_places: torch.Tensor  # int64 [rows x 15 % of the length, rounded up], see masked_places()
+    labelled_tokens: torch.Tensor  # float32 []
+    labelled_places: torch.Tensor  # int64, see labelled_places()
 
     def to(self, device: torch.device) -> "MicroBatch":
         return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
@@ -61,66 +63,88 @@ def document_layout(
     return document_ids, position_ids
 
 
-def masked_places(labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the indices of the masked tokens, padded with unmasked tokens to a fixed length.
+def next_tokens(input_ids: NDArray[np.int64], document_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return each token's next token of the same document; -100 at a document's last token and on padding.
+
+    All arrays are int64 [rows, length].
+    """
+    labels = np.full_like(input_ids, IGNORE_INDEX)
+    has_next = (document_ids[:, :-1] == document_ids[:, 1:]) & (document_ids[:, :-1] != PADDING_DOCUMENT)
+    labels[:, :-1][has_next] = input_ids[:, 1:][has_next]
+    return labels
+
+
+def labelled_places(labels: NDArray[np.int64], share: float = MASKED_FRACTION) -> NDArray[np.int64]:
+    """Return the indices of the labelled tokens, padded with unlabelled tokens to a fixed length.
 
     The length depends only on the shape of ``labels``. So nothing waits for a device to count, and no kernel is
     selected or compiled again.
 
     Args:
-        labels: int64 [rows, length]; at most 15 % of a row, rounded up, have a label.
+        labels: int64 [rows, length].
+        share: the share of a row that may have labels: 15 % in a masked corpus.
 
     Returns:
-        indices into the flattened rows, int64 [rows x 15 % of the length, rounded up].
+        indices into the flattened rows, int64 [rows x share of the length, rounded up].
     """
     rows, length = labels.shape
-    most = rows * math.ceil(MASKED_FRACTION * length)
-    is_masked = labels.ravel() != IGNORE_INDEX
-    masked = np.flatnonzero(is_masked)
-    return np.concatenate([masked, np.flatnonzero(~is_masked)[: most - len(masked)]])
+    most = rows * math.ceil(share * length)
+    is_labelled = labels.ravel() != IGNORE_INDEX
+    labelled = np.flatnonzero(is_labelled)
+    return np.concatenate([labelled, np.flatnonzero(~is_labelled)[: most - len(labelled)]])
 
 
-def row_token_counts(rows: datasets.Dataset) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
-    """Return the real tokens of each row, and how many of them are masked."""
-    real_tokens, maskable_tokens = (
-        rows.data.column(name).to_numpy() for name in ("real_tokens", "maskable_tokens")
-    )
-    return real_tokens, masked_token_count(real_tokens, maskable_tokens)
+def row_token_counts(
+    rows: datasets.Dataset, objective: TrainingObjective
+) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
+    """Return the real tokens of each row, and how many of them have labels.
+
+    The counts depend on the rows alone, so every rank knows those of the global batch without communication.
+    """
+    columns = rows.data
+    real_tokens = columns.column("real_tokens").to_numpy()
+    if objective == "causal":  # every token but the last of each document
+        return real_tokens, real_tokens - pc.list_value_length(columns.column("document_lengths")).to_numpy()
+    return real_tokens, masked_token_count(real_tokens, columns.column("maskable_tokens").to_numpy())
 
 
-def masked_micro_batch(
+def labelled_micro_batch(
     stored: RowBatch,
     row_ids: NDArray[np.int64],
     epochs: NDArray[np.int64],
-    rule: MaskingRule,
+    rule: MaskingRule | None,
     seed: int,
     real_tokens: int,
-    masked_tokens: int,
+    labelled_tokens: int,
 ) -> MicroBatch:
-    """Mask rows and lay out their documents.
+    """Lay out the documents of rows, and mask the rows or label each token with the next.
 
     Args:
         stored: the rows.
         row_ids: row numbers, int64 [rows]; with ``epochs`` (int64 [rows]) and ``seed`` they determine the masks.
+        rule: how to mask; None for rows of a causal corpus.
         real_tokens: count in the global batch.
-        masked_tokens: count in the global batch.
+        labelled_tokens: count in the global batch.
     """
     document_ids, position_ids = document_layout(stored.document_lengths, stored.input_ids.shape[1])
-    masked = [
-        mask_row(ids, int(lengths.sum()), rule, seed, int(epoch), int(row))
-        for ids, lengths, epoch, row in zip(
-            stored.input_ids, stored.document_lengths, epochs, row_ids, strict=True
-        )
-    ]
-    labels = np.stack([labels for _, labels in masked])
+    if rule is None:
+        input_ids, labels = stored.input_ids, next_tokens(stored.input_ids, document_ids)
+    else:
+        masked = [
+            mask_row(ids, int(lengths.sum()), rule, seed, int(epoch), int(row))
+            for ids, lengths, epoch, row in zip(
+                stored.input_ids, stored.document_lengths, epochs, row_ids, strict=True
+            )
+        ]
+        input_ids, labels = np.stack([ids for ids, _ in masked]), np.stack([labels for _, labels in masked])
     return MicroBatch(
-        input_ids=torch.from_numpy(np.stack([ids for ids, _ in masked])),
+        input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
         document_ids=torch.from_numpy(document_ids),
         position_ids=torch.from_numpy(position_ids),
         row_ids=torch.from_numpy(row_ids),
         real_tokens=torch.tensor(real_tokens, dtype=torch.float32),
         # At least 1: rows with only special tokens have no masked tokens, and their loss must be 0, not 0 / 0.
-        masked_tokens=torch.tensor(max(1, masked_tokens), dtype=torch.float32),
-        masked_places=torch.from_numpy(masked_places(labels)),
+        labelled_tokens=torch.tensor(max(1, labelled_tokens), dtype=torch.float32),
+        labelled_places=torch.from_numpy(labelled_places(labels, MASKED_FRACTION if rule else 1.0)),
     )

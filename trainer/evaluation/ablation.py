@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from distilspeed.trainer.corpus.training_objective import TrainingObjective
 from distilspeed.trainer.evaluation.report import Environment, mean_and_deviation, percent_of
 from distilspeed.trainer.objective.registry import TERMS
 
-# The column of a report beside the tasks: accuracy on masked tokens of held-out rows.
-MASKED_ACCURACY = "masked accuracy"
+# The column of a report beside the tasks: accuracy on masked or next tokens of held-out rows.
+ACCURACY = "held-out accuracy"
 TASK_MEAN = "task mean"
 
 
@@ -26,7 +27,7 @@ class Variant:
         name: of its folder.
         title: of its row in the table.
         flags: for launch/train.py.
-        has_teacher: whether it is distilled; without a teacher it is trained by masked language modelling.
+        has_teacher: whether it is distilled; without a teacher it is trained by language modelling alone.
         from_layers: whether it starts from the teacher's layers, or from random weights.
         is_trained: whether it is trained at all.
     """
@@ -42,8 +43,8 @@ class Variant:
 FULL = Variant("full", "all losses")
 
 
-def variants() -> list[Variant]:
-    """Return all variants, the full loss first."""
+def variants(objective: TrainingObjective) -> list[Variant]:
+    """Return all variants for a training objective, the full loss first."""
     return [
         FULL,
         *(
@@ -51,7 +52,7 @@ def variants() -> list[Variant]:
                 f"without_{term.name}", f"without {term.shown.card.lower()}", (f"--alpha_{term.name}", "0")
             )
             for term in TERMS
-            if not term().is_optional
+            if not term().is_optional and term.objective in (None, objective)
         ),
         Variant("random_weights", "from random weights", from_layers=False),
         Variant("no_teacher", "no teacher, from random weights", has_teacher=False, from_layers=False),
@@ -60,7 +61,7 @@ def variants() -> list[Variant]:
     ]
 
 
-# The scores of one model by column: masked accuracy, and the first metric of each task; from 0 to 1.
+# The scores of one model by column: held-out accuracy, and the first metric of each task; from 0 to 1.
 Scores = Mapping[str, float]
 
 
@@ -91,7 +92,7 @@ class AblationReport:
 
     @property
     def columns(self) -> list[str]:
-        """Masked accuracy, the tasks, and their mean if there are several."""
+        """Held-out accuracy, the tasks, and their mean if there are several."""
         return list(self.teacher[0])
 
     def to_json(self) -> str:
@@ -132,7 +133,7 @@ class AblationReport:
 
 def with_task_mean(scores: Mapping[str, float]) -> Scores:
     """Add the mean of the tasks, if there are several."""
-    tasks = [value for column, value in scores.items() if column != MASKED_ACCURACY]
+    tasks = [value for column, value in scores.items() if column != ACCURACY]
     return {**scores, TASK_MEAN: statistics.fmean(tasks)} if len(tasks) > 1 else dict(scores)
 
 

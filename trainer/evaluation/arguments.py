@@ -12,8 +12,8 @@ from distilspeed.trainer.job.arguments import LARGEST_SEED, Settings, numbers, s
 class EvaluateArguments(Settings):
     """The arguments of ``launch/evaluate.py``. Models are folders or hub ids with safetensors weights."""
 
-    teacher: str = setting(metavar="ID_OR_DIR", help="masked language model with safetensors weights")
-    student: str = setting(metavar="ID_OR_DIR", help="masked language model distilled from the teacher")
+    teacher: str = setting(metavar="ID_OR_DIR", help="language model with safetensors weights")
+    student: str = setting(metavar="ID_OR_DIR", help="language model distilled from the teacher")
     baseline: str | None = setting(
         None, metavar="ID_OR_DIR", help="the student's architecture, trained without a teacher"
     )

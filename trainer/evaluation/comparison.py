@@ -17,7 +17,7 @@ from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.evaluation.arguments import EvaluateArguments
 from distilspeed.trainer.evaluation.fine_tuning import fine_tune
 from distilspeed.trainer.evaluation.latency import count_parameters, measure_latency, weights_bytes
-from distilspeed.trainer.evaluation.quality import ROWS_PER_BATCH, predict_masked_tokens
+from distilspeed.trainer.evaluation.quality import predict_held_out
 from distilspeed.trainer.evaluation.report import (
     Environment,
     EvaluationConditions,
@@ -78,6 +78,11 @@ def evaluate(arguments: EvaluateArguments) -> Report:
     _check_output_dir(arguments.output_dir)
     tasks = read_tasks(arguments.task_names)
     corpus = open_corpus(arguments.data_dir)
+    if tasks and corpus.manifest.objective == "causal":
+        raise UserError(
+            "conflicting-arguments",
+            f"--task fine-tunes encoders, but the corpus {corpus.path} is for causal language models; omit --task",
+        )
     models = [load_masked_language_model(role, name) for role, name in arguments.models.items()]
     for (role, name), model in zip(arguments.models.items(), models, strict=True):
         check_fits_corpus(role, name, model, corpus)
@@ -133,9 +138,7 @@ def _measure(
     predictions = []
     for role, model in zip(arguments.models, models, strict=True):
         logger.info("held-out rows: %s", role)
-        predictions.append(
-            predict_masked_tokens(model, corpus, arguments.max_rows, ROWS_PER_BATCH, arguments.seed)
-        )
+        predictions.append(predict_held_out(model, corpus, arguments.max_rows, None, arguments.seed))
     qualities = [prediction.quality() for prediction in predictions]
     scores = [
         _fine_tune_all(arguments, task, corpus, how, device)
@@ -151,7 +154,7 @@ def _measure(
             parameters_percent=100 * parameters / count_parameters(models[0]),
             weights_bytes=weights_bytes(name),
             quality=qualities[index],
-            mlm_retention_percent=percent_of(qualities[index].accuracy, qualities[0].accuracy),
+            retention_percent=percent_of(qualities[index].accuracy, qualities[0].accuracy),
             teacher_agreement=predictions[index].agreement(predictions[0]),
             latencies=tuple(of_device[index] for of_device in latencies),
             tasks=tuple(of_task[index] for of_task in scores),

@@ -1,7 +1,8 @@
 """The size and speed of a model."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
+from distilspeed.trainer.models.inputs import call_options
 from distilspeed.trainer.models.timing import seconds_of
 
 WARM_UP_PASSES = 3
@@ -43,17 +45,20 @@ def measure_latency(
     Args:
         input_ids: int64 [1, length], without padding.
     """
-    encoders = [nn.Module.to(model, device).eval().base_model for model in models]
     inputs = {"input_ids": input_ids.to(device), "attention_mask": torch.ones_like(input_ids).to(device)}
-    for encoder in encoders * WARM_UP_PASSES:
-        _forward_milliseconds(encoder, inputs, device)
+    passes = [
+        partial(nn.Module.to(model, device).eval().base_model, **inputs, **call_options(model))
+        for model in models
+    ]
+    for forward in passes * WARM_UP_PASSES:
+        _milliseconds(forward, device)
     times: list[list[float]] = []
     at_least, at_most = REPETITIONS
     deadline = time.perf_counter() + SECONDS_PER_MODEL * len(models)
     while len(times) < at_least or (len(times) < at_most and time.perf_counter() < deadline):
-        times.append([_forward_milliseconds(encoder, inputs, device) for encoder in encoders])
+        times.append([_milliseconds(forward, device) for forward in passes])
     return list(np.array(times).T)
 
 
-def _forward_milliseconds(encoder: nn.Module, inputs: dict[str, torch.Tensor], device: torch.device) -> float:
-    return 1000 * seconds_of(lambda: encoder(**inputs), device)
+def _milliseconds(forward: Callable[[], object], device: torch.device) -> float:
+    return 1000 * seconds_of(forward, device)

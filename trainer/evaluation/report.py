@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from distilspeed.kernels.profiling.machine import cpu_name
 from distilspeed.trainer.evaluation.tasks.names import GLUE_FOLDERS, GLUE_PREFIX
 from distilspeed.trainer.evaluation.tasks.task import Scores, TaskConditions
+from distilspeed.trainer.evaluation.token_quality import TokenQuality
 
 # Okabe & Ito 2008: distinct with every common colour blindness, and in grey.
 STUDENT_COLOURS = ("#0072B2", "#E69F00")
@@ -25,15 +27,6 @@ STUDENT_COLOURS = ("#0072B2", "#E69F00")
 def percent_of(value: float, teacher: float) -> float | None:
     """Return ``value`` in % of the teacher's value, or None if that is not above 0."""
     return 100 * value / teacher if teacher > 0 else None
-
-
-@dataclass(frozen=True)
-class MaskedTokenQuality:
-    """Quality on masked tokens: mean of -log softmax(logits)[label] in nats, and accuracy from 0 to 1."""
-
-    loss: float
-    accuracy: float
-    masked_tokens: int
 
 
 @dataclass(frozen=True)
@@ -107,6 +100,7 @@ class ModelReport:
     """The results of one model; relative values are relative to the teacher.
 
     ``role`` is teacher, student or baseline. ``name`` is a hub id or the end of a path, distinct for distinct models.
+    ``retention_percent`` compares accuracies.
     """
 
     role: str
@@ -114,8 +108,8 @@ class ModelReport:
     parameters: int
     parameters_percent: float
     weights_bytes: int
-    quality: MaskedTokenQuality
-    mlm_retention_percent: float | None
+    quality: TokenQuality
+    retention_percent: float | None
     teacher_agreement: float
     latencies: tuple[Latency, ...]
     tasks: tuple[TaskScore, ...]
@@ -123,6 +117,11 @@ class ModelReport:
     @property
     def title(self) -> str:
         return f"{self.role} ({self.name})"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the results as an object; "mlm_retention_percent" or "clm_retention_percent" names the objective."""
+        names = {"retention_percent": f"{self.quality.short.lower()}_retention_percent"}
+        return {names.get(name, name): value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
@@ -172,12 +171,13 @@ class Report:
     machine: Environment
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+        content = asdict(self) | {"models": [model.to_json() for model in self.models]}
+        return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
     def table(self) -> str:
         """Return a Markdown table with one row per model."""
         teacher = self.models[0]
-        headings = ["", "parameters", "weights", "held-out MLM loss", "MLM accuracy", "retention"]
+        headings = ["", "parameters", "weights", *teacher.quality.columns, "retention"]
         headings += ["same token as teacher"]
         headings += [f"{latency.device} latency (speed-up)" for latency in teacher.latencies]
         headings += [f"{score.task} {' / '.join(score.scores)} (retention)" for score in teacher.tasks]
@@ -205,10 +205,10 @@ class Report:
         conditions, machine, teacher = self.conditions, self.machine, self.models[0]
         lines = [
             f"Held-out rows: {conditions.held_out_rows} of the corpus {conditions.corpus}, "
-            f"{conditions.seq_length} tokens each; {teacher.quality.masked_tokens:,} masked tokens, drawn as in "
-            f"training, the same for every model (seed {conditions.seed}). Loss in nats per masked token.",
-            "Retention: accuracy, or a task's first metric, in % of the teacher's. Parameters: with the MLM head; a "
-            "shared parameter counts once. Weights: size of the files, in their stored precision.",
+            f"{conditions.seq_length} tokens each; {teacher.quality.conditions(conditions.seed)}",
+            "Retention: accuracy, or a task's first metric, in % of the teacher's. Parameters: with the "
+            f"{teacher.quality.head}; a shared parameter counts once. Weights: size of the files, in their stored "
+            "precision.",
             f"Latency: forward pass of the encoder without a head, batch 1, {conditions.seq_length} tokens, "
             f"float32, models in turns; median [quartiles] of {teacher.latencies[0].repetitions} runs on the CPU, "
             f"PyTorch threads: {machine.threads}. Speed-up: the teacher's median over the model's.",
@@ -251,9 +251,8 @@ def _cells(model: ModelReport) -> list[str]:
         model.title.replace("|", "\\|"),
         f"{model.parameters / 1e6:,.2f} M",
         f"{model.weights_bytes / 1e6:,.1f} MB",
-        f"{model.quality.loss:.3f}",
-        f"{100 * model.quality.accuracy:.1f} %",
-        _percent(model.mlm_retention_percent),
+        *model.quality.cells(),
+        _percent(model.retention_percent),
         _percent(100 * model.teacher_agreement),
         *(
             f"{latency.median_ms:.1f} [{latency.first_quartile_ms:.1f}, {latency.third_quartile_ms:.1f}] ms "
@@ -295,7 +294,7 @@ def draw_report(report: Report, path: Path) -> None:
     costs = {"parameters": [model.parameters_percent for model in others]}
     for index, latency in enumerate(teacher.latencies):
         costs[f"{latency.device} latency"] = [100 / model.latencies[index].speed_up for model in others]
-    worth = {"MLM accuracy": [model.mlm_retention_percent or 0.0 for model in others]}
+    worth = {teacher.quality.accuracy_name: [model.retention_percent or 0.0 for model in others]}
     for index, score in enumerate(teacher.tasks):
         worth[score.task] = [model.tasks[index].retention_percent or 0.0 for model in others]
 

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from distilspeed.trainer.corpus.training_objective import TrainingObjective
 from distilspeed.trainer.families.layers import half_of_layers, keep_layers
 from distilspeed.trainer.families.masks import document_mask
 from distilspeed.trainer.families.shape import ModelShape
@@ -43,6 +44,7 @@ _OTHER_PARTS = {
 class BertFamily:
     teacher_types: tuple[str, ...] = ("bert", "distilbert")
     student_types: tuple[str, ...] = ("distilbert",)
+    objective: TrainingObjective = "masked"
     model_class = AutoModelForMaskedLM
 
     def refusal(self, config: PreTrainedConfig) -> str | None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from distilspeed.trainer.corpus.training_objective import TrainingObjective
 from distilspeed.trainer.families.shape import ModelShape
 
 
@@ -16,11 +17,14 @@ class Family(Protocol):
     Attributes:
         teacher_types: transformers model types (``config.model_type``) that can be distilled.
         student_types: model types of the students. Models of teacher and student types can be run.
-        model_class: transformers Auto class of the training objective; so far only AutoModelForMaskedLM.
+        objective: "masked" if the models predict masked tokens, "causal" if they predict the next token. It decides
+            which corpora, losses and measures of quality go with the models.
+        model_class: transformers Auto class of the objective, AutoModelForMaskedLM or AutoModelForCausalLM.
     """
 
     teacher_types: tuple[str, ...]
     student_types: tuple[str, ...]
+    objective: TrainingObjective
     model_class: Any
 
     def refusal(self, config: PreTrainedConfig) -> str | None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
+from distilspeed.trainer.corpus.training_objective import TrainingObjective
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.families.layers import half_in_order_of_types, keep_layers
 from distilspeed.trainer.families.masks import document_mask
@@ -24,6 +25,7 @@ ROPE_OF_THE_BATCH = ("dynamic", "longrope")
 class ModernBertFamily:
     teacher_types: tuple[str, ...] = ("modernbert",)
     student_types: tuple[str, ...] = teacher_types
+    objective: TrainingObjective = "masked"
     model_class = AutoModelForMaskedLM
 
     def refusal(self, config: PreTrainedConfig) -> str | None:

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.families.bert import BertFamily
 from distilspeed.trainer.families.family import Family
+from distilspeed.trainer.families.gpt2 import Gpt2Family
 from distilspeed.trainer.families.modernbert import ModernBertFamily
 from distilspeed.trainer.families.roberta import RobertaFamily
 
@@ -14,6 +15,7 @@ FAMILIES: list[Family] = [
     BertFamily(),
     RobertaFamily(),
     ModernBertFamily(),
+    Gpt2Family(),
 ]
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
+from distilspeed.trainer.corpus.training_objective import TrainingObjective
 from distilspeed.trainer.families.layers import half_of_layers, keep_layers
 from distilspeed.trainer.families.masks import document_mask
 from distilspeed.trainer.families.shape import ModelShape
@@ -16,6 +17,7 @@ from distilspeed.trainer.families.shape import ModelShape
 class RobertaFamily:
     teacher_types: tuple[str, ...] = ("roberta", "xlm-roberta", "camembert")
     student_types: tuple[str, ...] = teacher_types
+    objective: TrainingObjective = "masked"
     model_class = AutoModelForMaskedLM
 
     def refusal(self, config: PreTrainedConfig) -> str | None:

@@ -20,10 +20,15 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """Number of weights in embeddings, layers and a tied MLM head, without biases and norms (below 1 %)."""
+        """Number of weights in embeddings, layers and a tied head, without biases and norms (below 1 %)."""
         positions = 0 if self.is_rotary else self.positions
         embeddings = (self.vocab_size + positions) * self.hidden_size
-        return embeddings + self.layers * self._layer_weights + self.hidden_size**2
+        return embeddings + self.layers * self._layer_weights + self._head_weights
+
+    @property
+    def _head_weights(self) -> int:
+        """The head's weights besides the vocabulary projection: an MLM head transforms the hidden states before it."""
+        return self.hidden_size**2
 
     @property
     def _layer_weights(self) -> int:
@@ -34,9 +39,8 @@ class ModelShape:
         """Return the forward FLOPs per token of the matrix products alone.
 
         These are projections, attention over the whole row (also in layers with a window, whose mask does not save
-        SDPA any work), feed-forward layers and MLM head. ``head_share``: fraction
-        of tokens that pass through the MLM head.
+        SDPA any work), feed-forward layers and head. ``head_share``: fraction of tokens that pass through the head.
         """
         attention = 2 * seq_length * self.hidden_size
-        head = head_share * (self.hidden_size**2 + self.hidden_size * self.vocab_size)
+        head = head_share * (self._head_weights + self.hidden_size * self.vocab_size)
         return FLOPS_PER_MULTIPLY_ADD * (self.layers * (self._layer_weights + attention) + head)

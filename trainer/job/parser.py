@@ -19,7 +19,12 @@ class CommandParser(PlainParser, HfArgumentParser):
     """Flags from dataclasses of :func:`~distilspeed.trainer.job.arguments.setting` fields, and ``--debug``.
 
     Unlike HfArgumentParser, it gives each flag one spelling; booleans are switches and tuples are repeatable.
+
+    Attributes:
+        given: the names of the flags on the command line that was parsed.
     """
+
+    given: frozenset[str] = frozenset()
 
     def __init__(self, *kinds: Any, prog: str, description: str | None) -> None:
         self._one_of: dict[str, Any] = {}
@@ -56,17 +61,14 @@ class CommandParser(PlainParser, HfArgumentParser):
         Raises:
             UserError: the command line is invalid, or a dataclass rejects a value.
         """
-        found = vars(self.parse_args(arguments))
+        typed = sys.argv[1:] if arguments is None else arguments
+        found = vars(self.parse_args(typed))
+        flags = {part.partition("=")[0] for part in typed}
+        self.given = frozenset(name for name in found if f"--{name}" in flags)
         return tuple(
             kind(**{each.name: _unchangeable(found[each.name]) for each in fields(kind)})
             for kind in self.dataclass_types
         )
-
-
-def given_flags(arguments: Sequence[str] | None = None) -> frozenset[str]:
-    """Return the names of the flags on a valid command line: each flag of a parser has one spelling."""
-    parts = sys.argv[1:] if arguments is None else arguments
-    return frozenset(part.removeprefix("--").partition("=")[0] for part in parts if part.startswith("--"))
 
 
 def _make_repeatable(options: dict[str, Any]) -> None:

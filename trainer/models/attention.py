@@ -68,6 +68,8 @@ def choose_attention(
     if candidates is None:
         dropout = family.attention_dropout(model.config) if is_trained else 0.0
         candidates = attention_candidates(device, dropout)
+    # transformers does not run every architecture with flex attention: GPT-2 is one that it refuses.
+    candidates = [name for name in candidates if name != FLEX or model._supports_flex_attn]
     if len(candidates) == 1:
         model.set_attn_implementation(candidates[0])
         return AttentionChoice(candidates[0], {})

@@ -21,7 +21,7 @@ def flops_per_token(
 ) -> float:
     """Return the training FLOPs per token: student forward and backward, teacher forward.
 
-    ``head_share``: fraction of tokens that pass through the MLM heads.
+    ``head_share``: fraction of tokens that pass through the heads.
     """
     flops = TRAINING_OVER_FORWARD * student.forward_flops_per_token(seq_length, head_share)
     return flops + (teacher.forward_flops_per_token(seq_length, head_share) if teacher else 0.0)

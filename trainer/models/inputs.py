@@ -1,8 +1,11 @@
 """The inputs of a model."""
 
 import inspect
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from distilspeed.trainer.families.registry import family_of
 
 TOKENIZER_OUTPUTS = ("input_ids", "token_type_ids", "attention_mask")
 
@@ -28,3 +31,8 @@ def tokenizer_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) ->
     # save_pretrained writes init_kwargs, not the attribute.
     tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names = names
     return tokenizer
+
+
+def call_options(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the options of a forward pass: a causal model would otherwise keep keys and values for generation."""
+    return {"use_cache": False} if family_of(model.config).objective == "causal" else {}

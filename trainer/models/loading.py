@@ -71,7 +71,7 @@ def _listed(layers: Sequence[int]) -> str:
 
 
 def load_masked_language_model(role: str, name: str) -> PreTrainedModel:
-    """Load a model of any family with its MLM head: float32, evaluation mode, on the CPU.
+    """Load a model of any family with its head: float32, evaluation mode, on the CPU.
 
     Args:
         role: name of the model in error messages, for example "teacher".
@@ -80,8 +80,8 @@ def load_masked_language_model(role: str, name: str) -> PreTrainedModel:
     Raises:
         UserError: the model cannot be loaded, has missing or non-finite weights, or has an unsupported architecture.
     """
-    _refuse_pickles(role, Path(name))
     family = checked_family(_load(AutoConfig, role, name), f"the {role} {name}")
+    _refuse_pickles(role, Path(name), family.model_class.__name__)
     model, loading = _load(
         family.model_class,
         role,
@@ -120,16 +120,18 @@ def _missing_weights(model_name: str, model: PreTrainedModel, missing: Sequence[
             f'{model_name} has no {", ".join(missing)}, and its config.json has "tie_word_embeddings": false; '
             "set it to true, and transformers ties exactly the missing weights"
         )
-    return f"{model_name} has missing weights ({', '.join(missing[:3])}, …); give a masked language model with its head"
+    return (
+        f"{model_name} has missing weights ({', '.join(missing[:3])}, …); give a language model with its head"
+    )
 
 
-def _refuse_pickles(role: str, folder: Path) -> None:
+def _refuse_pickles(role: str, folder: Path, model_class: str) -> None:
     pickles, whole = sorted(folder.glob("pytorch_model*.bin")), sorted(folder.glob("*.safetensors"))
     if pickles and not whole:
         raise UserError(
             "pickled-weights",
             f"the {role} {folder} has only pickled weights ({pickles[0].name}), and pickles can run code; "
-            "if you trust them, convert them: AutoModelForMaskedLM.from_pretrained(FOLDER, use_safetensors=False)"
+            f"if you trust them, convert them: {model_class}.from_pretrained(FOLDER, use_safetensors=False)"
             ".save_pretrained(FOLDER)",
         )
 
@@ -159,7 +161,7 @@ def make_student(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedM
 
 
 def model_from_config(name: str, seed: int) -> PreTrainedModel:
-    """Make a masked language model with random weights, float32, from a config file, folder or hub id.
+    """Make a language model with random weights, float32, from a config file, folder or hub id.
 
     Raises:
         UserError: the config cannot be loaded, or its model cannot be built or run on packed rows.
@@ -231,7 +233,7 @@ def load_fine_tuned(name: str, head: Head) -> PreTrainedModel:
     Raises:
         UserError: the model cannot be loaded, has no such head, or has other classes or another order of them.
     """
-    _refuse_pickles("teacher", Path(name))
+    _refuse_pickles("teacher", Path(name), head.model_class.__name__)
     model, loading = _load(
         head.model_class,
         "teacher",
@@ -262,11 +264,18 @@ def load_fine_tuned(name: str, head: Head) -> PreTrainedModel:
 
 
 def check_fits_corpus(role: str, name: str, model: PreTrainedModel, corpus: Corpus) -> None:
-    """Raise a UserError unless the model fits the corpus: same tokenizer, large enough vocabulary, enough positions.
+    """Raise a UserError unless the model fits the corpus: objective, tokenizer, size of vocabulary, enough positions.
 
     Without tokenizer files, only the vocabulary size is compared; see :func:`warn_without_tokenizer`.
     """
     manifest, shape = corpus.manifest, model_shape(model.config)
+    objective = family_of(model.config).objective
+    if objective != manifest.objective:
+        raise UserError(
+            "objective-mismatch",
+            f"the {role} {name} is a {objective} language model, but the corpus {corpus.path} was prepared for "
+            f"{manifest.objective} ones; prepare a corpus with this model's tokenizer",
+        )
     if _has_tokenizer(name):
         _check_same_tokenizer(role, name, corpus)
     if shape.vocab_size < manifest.vocab_size:

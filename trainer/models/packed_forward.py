@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from distilspeed.trainer.data.micro_batch import MicroBatch
 from distilspeed.trainer.families.registry import family_of
+from distilspeed.trainer.models.inputs import call_options
 
 
 class ModelOutputs(NamedTuple):
@@ -32,7 +33,13 @@ def _encode(model: PreTrainedModel, batch: MicroBatch, **options: bool) -> Any:
     family = family_of(config)
     mask = family.attention_mask(config, batch.document_ids, config._attn_implementation)
     positions = family.position_ids(config, batch.position_ids)
-    return encoder(input_ids=batch.input_ids, attention_mask=mask, position_ids=positions, **options)
+    return encoder(
+        input_ids=batch.input_ids,
+        attention_mask=mask,
+        position_ids=positions,
+        **call_options(model),
+        **options,
+    )
 
 
 def forward_packed(
@@ -41,7 +48,7 @@ def forward_packed(
     places: torch.Tensor | None = None,
     layers: Sequence[int] = (),
 ) -> ModelOutputs:
-    """Run a masked language model on packed rows; see :func:`encode_packed`.
+    """Run a language model on packed rows; see :func:`encode_packed`.
 
     Args:
         places: int64 [tokens], indices into the flattened rows of the tokens to compute logits for; None for all.

@@ -1,4 +1,4 @@
-"""Soft targets and masked language modelling, with their gradient, in one pass over the logits.
+"""Soft targets and hard labels, with their gradient, in one pass over the logits.
 
 The kernel computes the same values as the two terms separately. It reads both models' logits once, and can write the
 gradient over the student's logits.
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from distilspeed.kernels.weighted_distillation_loss import weighted_distillation_loss
-from distilspeed.trainer.objective.masked_lm import MaskedLM
+from distilspeed.trainer.objective.hard_labels import HardLabels
 from distilspeed.trainer.objective.outputs import Outputs
 from distilspeed.trainer.objective.soft_targets import SoftTargets
 from distilspeed.trainer.objective.term import Term
@@ -20,13 +20,13 @@ class FusedTerms(NamedTuple):
     """The two terms of one kernel call."""
 
     soft: SoftTargets
-    hard: MaskedLM
+    hard: HardLabels
 
 
 def fused_terms(terms: Sequence[Term]) -> FusedTerms | None:
     """Return the pair among ``terms``; None if one of them is missing."""
     soft = next((term for term in terms if isinstance(term, SoftTargets)), None)
-    hard = next((term for term in terms if isinstance(term, MaskedLM)), None)
+    hard = next((term for term in terms if isinstance(term, HardLabels)), None)
     return FusedTerms(soft, hard) if soft and hard else None
 
 
@@ -51,7 +51,7 @@ def fused_losses(
         temperature=soft.temperature,
         soft_mask=rows.mask,
         soft_normalizer=rows.normalizer,
-        hard_normalizer=outputs.batch.masked_tokens,
+        hard_normalizer=outputs.batch.labelled_tokens,
         vocab_size=outputs.vocab_size,
         inplace=inplace,
     )

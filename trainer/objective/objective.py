@@ -5,8 +5,8 @@
 Every mean is over the global batch. DeepSpeed averages gradients over ranks and accumulation steps, so a
 micro-batch's sums are divided by the global counts and multiplied by ranks x accumulation steps.
 
-If the terms read only logits of masked tokens, the MLM heads of both models run only on masked tokens. The vocabulary
-size is the length of the corpus's tokenizer. Either model may have more rows, and projections are padded further
+If the terms read only logits of labelled tokens, the heads of both models run only on those. The vocabulary size is the
+length of the corpus's tokenizer. Either model may have more rows, and projections are padded further
 (families/vocabulary.py); the losses ignore the padding.
 
 The losses must stay inside the module that DeepSpeed wraps, and the module must return one scalar: DeepSpeed 0.18.3
@@ -35,10 +35,10 @@ from distilspeed.trainer.objective.term import Logits, Needs, Term
 
 @dataclass(frozen=True)
 class Objective:
-    """The registered terms with a run's settings, and what they need of the two models together.
+    """The terms that apply to a run, with their settings, and what they need of the two models together.
 
     Attributes:
-        registered: all terms, in the registry's order.
+        registered: the registered terms that apply to the training objective, in the registry's order.
     """
 
     registered: tuple[Term, ...]
@@ -78,12 +78,12 @@ class Objective:
 
     @property
     def head_share(self) -> float:
-        """The fraction of tokens that pass through the MLM heads."""
+        """The fraction of tokens that pass through the heads."""
         return 1.0 if self.needs.logits is Logits.EVERYWHERE else MASKED_FRACTION
 
     def places(self, batch: MicroBatch) -> torch.Tensor | None:
-        """Return where the logits of both models are needed: None for all tokens, or the places of masked tokens."""
-        return None if self.needs.logits is Logits.EVERYWHERE else batch.masked_places
+        """Return where the logits of both models are needed: None for all tokens, or the places of labelled tokens."""
+        return None if self.needs.logits is Logits.EVERYWHERE else batch.labelled_places
 
     def check(self, given: Collection[str] = ()) -> None:
         """Check that the chosen terms can be computed for the two models; default terms that cannot take no part.
@@ -127,7 +127,7 @@ class Distillation(nn.Module):
     """Student and objective in one module; ``forward`` returns the scalar for DeepSpeed's backward pass.
 
     Args:
-        student: the masked language model to train.
+        student: the language model to train.
         objective: the terms.
         world_size, accumulation_steps: the numbers over which DeepSpeed averages gradients.
 
@@ -137,7 +137,7 @@ class Distillation(nn.Module):
             multiplied by ranks x accumulation steps. Summed over the micro-batches of a global batch, they give its
             means.
         last_gradient_is_finite: bool scalar on the device: whether the gradient that the last backward pass sent
-            from the losses and the MLM head into the encoder's layers was finite.
+            from the losses and the head into the encoder's layers was finite.
     """
 
     last_parts: torch.Tensor

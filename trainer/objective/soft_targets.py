@@ -2,12 +2,13 @@
 
     L_ce = T^2 * mean over real tokens of KL(softmax(u / T) || softmax(z / T))
 
-with student logits z and teacher logits u. ``fused.py`` computes it together with masked language modelling.
+with student logits z and teacher logits u. ``fused.py`` computes it together with the hard labels.
 """
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from distilspeed.trainer.corpus.training_objective import TrainingObjective
 from distilspeed.trainer.job.arguments import setting
 from distilspeed.trainer.objective.term import Logits, Needs, Shown, Term
 
@@ -36,13 +37,16 @@ class SoftTargets(Term):
     alpha_ce: float = setting(5.0, help="weight of the soft-target loss")
     restrict_ce_to_mask: bool = setting(False, help="soft targets on masked tokens only (another objective)")
 
+    def refused_flag(self, objective: TrainingObjective) -> str | None:
+        return "restrict_ce_to_mask" if self.restrict_ce_to_mask and objective == "causal" else None
+
     def needs(self, models: "Models") -> Needs:
-        return Needs(Logits.MASKED if self.restrict_ce_to_mask else Logits.EVERYWHERE)
+        return Needs(Logits.LABELLED if self.restrict_ce_to_mask else Logits.EVERYWHERE)
 
     def rows(self, outputs: "Outputs") -> SoftRows:
         """Return the tokens at which the loss is computed."""
         if self.restrict_ce_to_mask:
-            return SoftRows(outputs.is_labelled, outputs.batch.masked_tokens)
+            return SoftRows(outputs.is_labelled, outputs.batch.labelled_tokens)
         return SoftRows(outputs.is_real, outputs.batch.real_tokens)
 
     def loss(self, outputs: "Outputs", own: "nn.Module") -> "torch.Tensor":

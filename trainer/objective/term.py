@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from distilspeed.trainer.corpus.training_objective import TrainingObjective
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.job.arguments import Settings
 
@@ -24,7 +25,7 @@ class Logits(IntEnum):
     """The tokens at which a term reads both models' logits; a larger value includes the smaller ones."""
 
     NOWHERE = 0
-    MASKED = 1
+    LABELLED = 1
     EVERYWHERE = 2
 
 
@@ -59,11 +60,14 @@ class Term(Settings, ABC):
 
     Attributes:
         name: NAME in the flag ``alpha_NAME`` and the metric ``loss_NAME``.
+        objective: the training objective that the term is for, or None for any. Terms for the other objective take no
+            part in a run, and their flags are refused.
         needs_teacher: if true, the term is not computed without a teacher.
     """
 
     name: ClassVar[str]
     shown: ClassVar[Shown]
+    objective: ClassVar[TrainingObjective | None] = None
     needs_teacher: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -104,6 +108,10 @@ class Term(Settings, ABC):
     @abstractmethod
     def described(self) -> str:
         """Describe what the weight multiplies, for the model card."""
+
+    def refused_flag(self, objective: TrainingObjective) -> str | None:
+        """Return the name of a flag that is set but does not apply to the run's objective, or None."""
+        return None
 
     @property
     def weight_flag(self) -> str:

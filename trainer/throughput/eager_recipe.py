@@ -112,7 +112,9 @@ class EagerRecipe:
         self.accumulation_steps = accumulation_steps
         self.device = device
         self.batches = pieces.batches()
-        self.rule = corpus_masking_rule(pieces.corpus)
+        rule = corpus_masking_rule(pieces.corpus)
+        assert rule is not None  # launch/benchmark.py refuses causal corpora
+        self.rule = rule
         self.dtype = dtype
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.weights = torch.from_numpy(self.rule.sampling_weights).float().to(device)

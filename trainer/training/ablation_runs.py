@@ -22,10 +22,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from distilspeed.trainer.corpus.format import Corpus, open_corpus
+from distilspeed.trainer.corpus.training_objective import TrainingObjective
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.evaluation.ablation import (
+    ACCURACY,
     FULL,
-    MASKED_ACCURACY,
     AblationReport,
     Variant,
     VariantResult,
@@ -36,7 +37,7 @@ from distilspeed.trainer.evaluation.ablation import (
 from distilspeed.trainer.evaluation.ablation_arguments import AblationArguments
 from distilspeed.trainer.evaluation.comparison import choose_device
 from distilspeed.trainer.evaluation.fine_tuning import fine_tune
-from distilspeed.trainer.evaluation.quality import masked_token_quality
+from distilspeed.trainer.evaluation.quality import held_out_quality
 from distilspeed.trainer.evaluation.report import Environment
 from distilspeed.trainer.evaluation.tasks.registry import read_tasks
 from distilspeed.trainer.evaluation.tasks.task import FineTuning, Task
@@ -95,11 +96,12 @@ def run_ablation(arguments: AblationArguments) -> AblationReport:
         UserError: anything the caller can fix, if possible before the first training.
         NumericalError: a loss or a score is not finite.
     """
+    corpus = open_corpus(arguments.data_dir)
     ablation = _Ablation(
         arguments,
-        open_corpus(arguments.data_dir),
+        corpus,
         read_tasks(arguments.task_names),
-        _chosen_variants(arguments.variants),
+        _chosen_variants(arguments.variants, corpus.manifest.objective),
         choose_device(arguments.device),
     )
     _check_settings(arguments)
@@ -123,8 +125,8 @@ def run_ablation(arguments: AblationArguments) -> AblationReport:
     return report
 
 
-def _chosen_variants(names: str | None) -> list[Variant]:
-    known = {variant.name: variant for variant in variants()}
+def _chosen_variants(names: str | None, objective: TrainingObjective) -> list[Variant]:
+    known = {variant.name: variant for variant in variants(objective)}
     chosen = list(known) if names is None else names.split(",")
     for name in chosen:
         if name not in known:
@@ -209,8 +211,8 @@ def _scores(
     started = time.monotonic()
     logger.info("%s, seed %d: evaluation", name, seed)
     loaded = nn.Module.to(load_masked_language_model(name, model), ablation.device)
-    quality = masked_token_quality(loaded, ablation.corpus, ablation.arguments.max_rows)
-    scores = {MASKED_ACCURACY: quality.accuracy}
+    quality = held_out_quality(loaded, ablation.corpus, ablation.arguments.max_rows)
+    scores = {ACCURACY: quality.accuracy}
     tokenizer = ablation.corpus.load_tokenizer()
     for task in ablation.tasks:
         how = task.fine_tuning

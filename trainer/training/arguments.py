@@ -14,7 +14,7 @@ class StepArguments(Settings):
     deepspeed_config: Path = setting(
         help='DeepSpeed config: a file or a shipped name, for example v100x8_fp16; "auto" values are filled in',
     )
-    teacher: str = setting(help="hub id or folder of a masked language model")
+    teacher: str = setting(help="hub id or folder of a language model")
     data_dir: Path = setting(help="corpus made by launch/prepare_data.py")
     train_batch_size: int | None = setting(
         None, above=0, help='rows per optimiser step over all GPUs, if the config says "auto"'
@@ -35,7 +35,7 @@ class TrainArguments(StepArguments):
     The DeepSpeed config holds batch, optimiser, schedule and precision.
     """
 
-    teacher: str = setting(help="hub id or folder of a masked language model; none: plain MLM training")
+    teacher: str = setting(help="hub id or folder of a language model; none: pre-training without a teacher")
     output_dir: Path = setting(help="folder for student/, checkpoints/, metrics.jsonl, loss.png")
     student: str | None = setting(
         None,

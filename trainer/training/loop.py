@@ -15,7 +15,7 @@ from distilspeed.trainer.engine.checkpoint import Checkpoints, Progress
 from distilspeed.trainer.engine.optimizers import describe_fused_parts
 from distilspeed.trainer.engine.student import DTYPES
 from distilspeed.trainer.errors import StoppedError, UserError
-from distilspeed.trainer.evaluation.quality import masked_token_quality
+from distilspeed.trainer.evaluation.quality import held_out_quality
 from distilspeed.trainer.files import bring_back_replaced, locked, writing
 from distilspeed.trainer.job.ranks import joined_job
 from distilspeed.trainer.job.watch import JobWatch
@@ -270,7 +270,7 @@ def _finish(training: _Training) -> None:
             layers=run.layers,
             world_size=run.process.world_size,
             last_step=metrics[-1],
-            held_out=masked_token_quality(
+            held_out=held_out_quality(
                 nn.Module.to(student, run.process.device), run.corpus, HELD_OUT_ROWS_FOR_CARD
             ),
             changes=changed.changes if changed else (),

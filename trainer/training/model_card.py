@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from distilspeed.trainer.corpus.format import Corpus
 from distilspeed.trainer.engine.config import ResolvedConfig
-from distilspeed.trainer.evaluation.quality import MaskedTokenQuality
+from distilspeed.trainer.evaluation.token_quality import TokenQuality
 from distilspeed.trainer.objective.term import Term
 from distilspeed.trainer.training.arguments import TrainArguments
 from distilspeed.trainer.training.load import described_start, public_name
@@ -26,7 +26,7 @@ class TrainingRecord:
     layers: Sequence[int]
     world_size: int
     last_step: StepMetrics
-    held_out: MaskedTokenQuality
+    held_out: TokenQuality
     changes: Sequence[str] = ()  # settings changed when the run was resumed
 
 
@@ -41,21 +41,18 @@ def _metadata(record: TrainingRecord) -> ModelCardData:
     # A source without a recorded size is a data set of the hub, NAME[:CONFIG[:SPLIT]].
     sources = record.corpus.manifest.sources
     hub_ids = [source.name.partition(":")[0] for source in sources if source.bytes is None]
-    task = "fill-mask"
+    task = record.held_out.hub_task
     results = [
         EvalResult(
             task_type=task,
-            task_name="Masked language modelling",
+            task_name=record.held_out.task,
             dataset_type=hub_ids[0] if len(hub_ids) == len(sources) == 1 else "text",
             dataset_name=f"held-out rows of {', '.join(source.name for source in sources)}",
             metric_type=kind,
             metric_value=value,
             metric_name=name,
         )
-        for kind, value, name in (
-            ("accuracy", record.held_out.accuracy, "Accuracy on masked tokens"),
-            ("loss", record.held_out.loss, "Cross-entropy of masked tokens in nats"),
-        )
+        for kind, value, name in record.held_out.hub_metrics()
     ]
     models = [arguments.teacher] if arguments.has_teacher else []
     models += [arguments.student] if arguments.student is not None else []
@@ -73,6 +70,7 @@ def _metadata(record: TrainingRecord) -> ModelCardData:
 
 def _text(record: TrainingRecord) -> str:
     arguments, config, last = record.arguments, record.deepspeed_config, record.last_step
+    held_out = record.held_out
     optimizer, scheduler = config.optimizer, config.scheduler
     assert optimizer is not None
     parts = ", ".join(f"{term.shown.short} {last.losses[term.name]:.4f}" for term in record.terms)
@@ -85,11 +83,11 @@ def _text(record: TrainingRecord) -> str:
             *((term.shown.card, f"{term.weight:g} × {term.described()}") for term in record.terms),
         ]
     else:
-        rows += [("Teacher", "none: masked language modelling"), ("Starts from", start)]
+        rows += [("Teacher", f"none: {held_out.task.lower()}"), ("Starts from", start)]
     rows += [
         ("Data", ", ".join(source.name for source in record.corpus.manifest.sources)),
         ("Row length", f"{record.corpus.manifest.seq_length} tokens, packed, attention within documents"),
-        ("Masking", "dynamic, 15 % of the tokens, probability ∝ count^-0.7"),
+        held_out.labels,
         ("Real tokens seen", f"{last.tokens:,} in {last.step:,} steps ({last.epoch:.2f} epochs)"),
         ("Global batch", f"{config.batch.train_batch_size} rows on {record.world_size} ranks"),
         ("Optimiser", f"{optimizer.type} {optimizer.params}"),
@@ -103,16 +101,16 @@ def _text(record: TrainingRecord) -> str:
         ),
         (
             "Held-out rows",
-            f"MLM loss {record.held_out.loss:.4f}, accuracy {record.held_out.accuracy:.1%} "
-            f"of {record.held_out.masked_tokens:,} masked tokens",
+            held_out.described(),
         ),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    what = "distilled student" if arguments.has_teacher else "masked language model"
+    model = held_out.task.lower().replace("modelling", "model")
+    what = "distilled student" if arguments.has_teacher else model
     return f"""# {what.capitalize()}
 
 A {what} trained with distilspeed, after Sanh et al. 2019 (arXiv 1910.01108).
-Load it with `AutoModelForMaskedLM.from_pretrained`.
+Load it with `{held_out.auto_class}.from_pretrained`.
 
 | | |
 |---|---|

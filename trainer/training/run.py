@@ -25,7 +25,7 @@ from distilspeed.trainer.models.flops import flops_per_token, model_shape
 from distilspeed.trainer.models.loading import warn_without_tokenizer
 from distilspeed.trainer.objective.objective import Objective
 from distilspeed.trainer.objective.outputs import Models
-from distilspeed.trainer.objective.registry import check_terms, take_terms
+from distilspeed.trainer.objective.registry import check_terms, take_terms, terms_for
 from distilspeed.trainer.objective.term import Term
 from distilspeed.trainer.training.arguments import TrainArguments
 from distilspeed.trainer.training.checks import check_device, check_output_dir
@@ -98,13 +98,14 @@ def prepare_run(
     """Check the arguments and load the models.
 
     Args:
-        terms: the terms of the objective, one of each registered class; None for their defaults.
-        given: the flags on the command line: see :meth:`Objective.check`.
+        terms: the terms of the objective, one of each registered class; None for their defaults. Those that do not
+            apply to the corpus's training objective are left out.
+        given: the flags on the command line, to refuse those of terms that do not apply or cannot be computed.
 
     Raises:
         UserError: an input is invalid; nothing has been written.
     """
-    inputs = _read_inputs(arguments, take_terms({}) if terms is None else tuple(terms), given)
+    inputs = _read_inputs(arguments, terms, given)
     return _prepare_plan(inputs) if arguments.plan else _prepare_training(inputs)
 
 
@@ -135,21 +136,23 @@ def _prepare_plan(inputs: _Inputs) -> Run:
     return _make_run(inputs, config, load_models(inputs.arguments, inputs.corpus))
 
 
-def _read_inputs(arguments: TrainArguments, terms: tuple[Term, ...], given: Collection[str]) -> _Inputs:
-    check_terms(terms, arguments.has_teacher)
+def _read_inputs(arguments: TrainArguments, terms: Sequence[Term] | None, given: Collection[str]) -> _Inputs:
     process = this_process()
     config = read_deepspeed_config(arguments.deepspeed_config)
     batch = resolve_batch_equation(
         config, process.world_size, arguments.train_batch_size, arguments.per_device_train_batch_size
     )
     corpus = load_corpus(arguments)
+    objective = corpus.manifest.objective
+    applicable = take_terms({}, objective) if terms is None else terms_for(terms, objective, given)
+    check_terms(applicable, arguments.has_teacher)
     steps = total_steps(
         corpus.manifest.counts.train_rows,
         batch.train_batch_size,
         arguments.max_steps,
         arguments.num_train_epochs,
     )
-    return _Inputs(arguments, terms, given, process, config, batch, corpus, steps)
+    return _Inputs(arguments, applicable, given, process, config, batch, corpus, steps)
 
 
 def _resolve_config(inputs: _Inputs, started: Started | None) -> ResolvedConfig:

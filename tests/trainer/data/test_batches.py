@@ -27,7 +27,7 @@ def corpus(small_corpus_dir: Path) -> Corpus:
     return open_corpus(small_corpus_dir)
 
 
-OF_ROWS, COUNTS = MicroBatch._fields[:5], ("real_tokens", "masked_tokens")
+OF_ROWS, COUNTS = MicroBatch._fields[:5], ("real_tokens", "labelled_tokens")
 
 
 def global_batch(corpus: Corpus, micro: int, accumulation: int, world: int, step: int, seed: int = 5) -> dict:
@@ -58,7 +58,7 @@ def test_a_global_batch_does_not_depend_on_how_it_is_split(
 def test_the_counts_are_those_of_the_whole_global_batch(corpus: Corpus) -> None:
     batch = global_batch(corpus, 6, 2, 2, step=1)
     assert batch["real_tokens"] == {float((batch["document_ids"] >= 0).sum())}
-    assert batch["masked_tokens"] == {float((batch["labels"] != IGNORE_INDEX).sum())}
+    assert batch["labelled_tokens"] == {float((batch["labels"] != IGNORE_INDEX).sum())}
 
 
 def test_every_epoch_has_every_row_once_and_in_another_order(corpus: Corpus) -> None:
@@ -146,13 +146,13 @@ def test_a_worker_shows_real_errors(error: Exception, monkeypatch: pytest.Monkey
     assert shown == [error]
 
 
-def test_the_masked_places_include_every_masked_token_and_have_a_fixed_length(corpus: Corpus) -> None:
+def test_the_labelled_places_include_every_labelled_token_and_have_a_fixed_length(corpus: Corpus) -> None:
     equation = BatchEquation(6, 6, 1, 1)
     for batch in MicroBatches(corpus, equation, rank=0, seed=0).loader(0, 4, num_workers=0):
         rows, length = batch.labels.shape
-        assert batch.masked_places.shape == (rows * math.ceil(0.15 * length),)
-        assert len(set(batch.masked_places.tolist())) == len(batch.masked_places)
-        found = batch.labels.flatten()[batch.masked_places]
+        assert batch.labelled_places.shape == (rows * math.ceil(0.15 * length),)
+        assert len(set(batch.labelled_places.tolist())) == len(batch.labelled_places)
+        found = batch.labels.flatten()[batch.labelled_places]
         assert (found != IGNORE_INDEX).sum() == (batch.labels != IGNORE_INDEX).sum()
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from distilspeed.trainer.evaluation.ablation import (
+    ACCURACY,
     FULL,
-    MASKED_ACCURACY,
     TASK_MEAN,
     AblationReport,
     VariantResult,
@@ -20,7 +20,7 @@ from distilspeed.trainer.evaluation.report import Environment
 
 
 def scores(masked: float, rte: float, sst2: float) -> dict[str, float]:
-    return dict(with_task_mean({MASKED_ACCURACY: masked, "rte": rte, "sst2": sst2}))
+    return dict(with_task_mean({ACCURACY: masked, "rte": rte, "sst2": sst2}))
 
 
 @pytest.fixture
@@ -41,20 +41,25 @@ def report() -> AblationReport:
 
 
 def test_each_variant_leaves_out_one_thing() -> None:
-    names = [variant.name for variant in variants()]
+    names = [variant.name for variant in variants("masked")]
     assert names == [
         *("full", "without_ce", "without_mlm", "without_cos", "random_weights"),
         *("no_teacher", "no_teacher_from_layers", "untrained"),
     ]
-    assert variants()[0] is FULL
+    causal = [variant.name for variant in variants("causal")]
+    assert causal == [name.replace("mlm", "clm") for name in names]
+    assert variants("masked")[0] is FULL
     assert (
-        len({(each.flags, each.has_teacher, each.from_layers, each.is_trained) for each in variants()}) == 8
+        len(
+            {(each.flags, each.has_teacher, each.from_layers, each.is_trained) for each in variants("masked")}
+        )
+        == 8
     )
 
 
 def test_the_table_has_differences_with_the_same_seed(report: AblationReport) -> None:
     heading, _, teacher, full, without = report.table().splitlines()
-    assert heading == f"|  | {MASKED_ACCURACY} | rte | sst2 | {TASK_MEAN} |"
+    assert heading == f"|  | {ACCURACY} | rte | sst2 | {TASK_MEAN} |"
     assert teacher == "| teacher | 50.0 ± 0.0 | 70.0 ± 0.0 | 90.0 ± 0.0 | 80.0 ± 0.0 |"
     # Retention is the share of the means: 0.42 of 0.5.
     assert full.startswith("| all losses | 42.0 ± 2.8 (84.0 %) | 63.0 ± 4.2 (90.0 %) |")
@@ -62,7 +67,7 @@ def test_the_table_has_differences_with_the_same_seed(report: AblationReport) ->
 
 
 def test_one_seed_has_no_deviation_and_one_task_no_mean(report: AblationReport) -> None:
-    assert with_task_mean({MASKED_ACCURACY: 0.5, "rte": 0.7}) == {MASKED_ACCURACY: 0.5, "rte": 0.7}
+    assert with_task_mean({ACCURACY: 0.5, "rte": 0.7}) == {ACCURACY: 0.5, "rte": 0.7}
     one = VariantResult("without_ce", "without", (scores(0.3, 0.5, 0.8),))
     full = VariantResult("full", "all losses", (scores(0.4, 0.6, 0.8),))
     changed = AblationReport(**{**vars(report), "results": (full, one), "teacher": report.teacher[:1]})

@@ -17,7 +17,7 @@ from distilspeed.trainer.corpus.format import open_corpus
 from distilspeed.trainer.evaluation import comparison
 from distilspeed.trainer.evaluation.arguments import EvaluateArguments
 from distilspeed.trainer.evaluation.comparison import choose_device, evaluate, shown_names
-from distilspeed.trainer.evaluation.quality import masked_token_quality
+from distilspeed.trainer.evaluation.quality import held_out_quality
 from distilspeed.trainer.evaluation.tasks.task import Scores
 from distilspeed.trainer.models.loading import load_teacher, make_student
 
@@ -89,18 +89,18 @@ def test_student_and_baseline_are_measured_against_the_teacher(
     teacher, student, baseline = report.models
     assert [model.role for model in report.models] == ["teacher", "student", "baseline"]
     model = AutoModelForMaskedLM.from_pretrained(arguments.student)
-    assert student.quality == masked_token_quality(model, open_corpus(arguments.data_dir), 12, seed=5)
+    assert student.quality == held_out_quality(model, open_corpus(arguments.data_dir), 12, seed=5)
     assert student.parameters == model.num_parameters()
     assert [model.name for model in report.models] == [
         f"{Path(arguments.student).parent.name}/{name}" for name in ("teacher", "student", "student")
     ]
     assert teacher.quality.accuracy > 0
-    assert student.mlm_retention_percent == pytest.approx(
+    assert student.retention_percent == pytest.approx(
         100 * student.quality.accuracy / teacher.quality.accuracy
     )
     assert student.tasks[0].retention_percent == pytest.approx(100 * 0.65 / 0.85)
     assert teacher.teacher_agreement == 1.0 > student.teacher_agreement
-    assert (teacher.mlm_retention_percent, teacher.latencies[0].speed_up) == (100.0, 1.0)
+    assert (teacher.retention_percent, teacher.latencies[0].speed_up) == (100.0, 1.0)
     assert (baseline.quality, baseline.teacher_agreement) == (student.quality, student.teacher_agreement)
     assert [seed for _, seed in given] == [5, 6] * 3
     assert sorted(path.name for path in arguments.output_dir.iterdir()) == [

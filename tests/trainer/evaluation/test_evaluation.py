@@ -20,8 +20,8 @@ from distilspeed.trainer.evaluation import quality
 from distilspeed.trainer.evaluation.latency import count_parameters, measure_latency, weights_bytes
 from distilspeed.trainer.evaluation.quality import (
     held_out_batches,
-    masked_token_quality,
-    predict_masked_tokens,
+    held_out_quality,
+    predict_held_out,
 )
 from distilspeed.trainer.evaluation.report import Latency
 from distilspeed.trainer.models.packed_forward import ModelOutputs
@@ -78,7 +78,7 @@ def test_quality_equals_that_of_every_document_run_alone_in_float64(corpus: Corp
                     probability = token_logits[label].exp() / token_logits.exp().sum()
                     losses.append(-probability.log().item())
                     hits.append(token_logits.argmax() == label)
-    quality = masked_token_quality(model, corpus, ROWS, batch_size=4, seed=3)
+    quality = held_out_quality(model, corpus, ROWS, batch_size=4, seed=3)
     assert quality.masked_tokens == len(losses)
     assert quality.loss == pytest.approx(np.mean(losses), rel=1e-5)
     assert quality.accuracy == pytest.approx(np.mean(hits), abs=1e-12)
@@ -87,7 +87,7 @@ def test_quality_equals_that_of_every_document_run_alone_in_float64(corpus: Corp
 @pytest.mark.parametrize("batch_size", [1, 5, 100])
 def test_quality_does_not_depend_on_the_batch_size(corpus: Corpus, batch_size: int) -> None:
     model = tiny_model(corpus)
-    one, other = (masked_token_quality(model, corpus, ROWS, size) for size in (4, batch_size))
+    one, other = (held_out_quality(model, corpus, ROWS, size) for size in (4, batch_size))
     assert other.loss == pytest.approx(one.loss, rel=1e-6)
     assert (other.accuracy, other.masked_tokens) == (one.accuracy, one.masked_tokens)
 
@@ -96,7 +96,7 @@ def test_a_model_that_knows_every_token_scores_all_of_them(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quality, "forward_packed", Oracle(corpus))
-    found = masked_token_quality(tiny_model(corpus), corpus, ROWS)
+    found = held_out_quality(tiny_model(corpus), corpus, ROWS)
     assert found.accuracy == 1.0
     assert found.loss < 1e-6
 
@@ -109,7 +109,7 @@ def test_every_model_sees_the_same_masks_for_any_global_random_state(
         torch.manual_seed(batch_size)
         np.random.seed(batch_size)
         monkeypatch.setattr(quality, "forward_packed", oracle)
-        masked_token_quality(tiny_model(corpus, seed=batch_size), corpus, ROWS, batch_size=batch_size)
+        held_out_quality(tiny_model(corpus, seed=batch_size), corpus, ROWS, batch_size=batch_size)
     assert torch.equal(torch.cat(one.seen), torch.cat(other.seen))
 
 
@@ -151,15 +151,15 @@ def test_fifteen_percent_of_the_requested_rows_are_masked(corpus: Corpus) -> Non
 
 def test_the_model_keeps_its_mode_and_gets_no_gradient(corpus: Corpus) -> None:
     model = tiny_model(corpus, hidden_dropout_prob=0.5)
-    in_eval = masked_token_quality(model, corpus, ROWS)
+    in_eval = held_out_quality(model, corpus, ROWS)
     assert not model.training
-    assert masked_token_quality(model.train(), corpus, ROWS) == in_eval
+    assert held_out_quality(model.train(), corpus, ROWS) == in_eval
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_agreement_counts_equal_predictions(corpus: Corpus) -> None:
-    one, other = (predict_masked_tokens(tiny_model(corpus, seed), corpus, ROWS, 4, 0) for seed in (0, 1))
+    one, other = (predict_held_out(tiny_model(corpus, seed), corpus, ROWS, 4, 0) for seed in (0, 1))
     same = sum(a == b for a, b in zip(one.predicted.tolist(), other.predicted.tolist(), strict=True))
     assert one.agreement(one) == 1.0
     assert one.agreement(other) == same / len(one.labels)
@@ -169,7 +169,7 @@ def test_a_model_with_damaged_weights_raises_a_numerical_error(corpus: Corpus) -
     model = tiny_model(corpus)
     nn.init.constant_(model.bert.embeddings.LayerNorm.weight, float("nan"))
     with pytest.raises(NumericalError, match="nan"):
-        masked_token_quality(model, corpus, ROWS)
+        held_out_quality(model, corpus, ROWS)
 
 
 def test_each_shared_parameter_counts_once(corpus: Corpus) -> None:
@@ -190,6 +190,8 @@ def test_size_on_disk_counts_only_the_weights(corpus: Corpus, tmp_path: Path) ->
 
 class SleepingModel(nn.Module):
     """A model whose encoder takes a known time and records its calls."""
+
+    config = BertConfig()
 
     def __init__(self, name: str, seconds: float, calls: list[str]) -> None:
         super().__init__()
@@ -220,7 +222,7 @@ def test_latency_is_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_quality_and_latency_on_a_gpu(corpus: Corpus) -> None:
     model, gpu = tiny_model(corpus), torch.device("cuda")
-    on_cpu = masked_token_quality(model, corpus, ROWS)
+    on_cpu = held_out_quality(model, corpus, ROWS)
     (times,) = measure_latency([model], torch.ones(1, 64, dtype=torch.int64), gpu)
     assert (times > 0).all()
-    assert masked_token_quality(model, corpus, ROWS).loss == pytest.approx(on_cpu.loss, rel=1e-4)
+    assert held_out_quality(model, corpus, ROWS).loss == pytest.approx(on_cpu.loss, rel=1e-4)

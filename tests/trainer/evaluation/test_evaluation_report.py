@@ -12,7 +12,6 @@ from distilspeed.trainer.evaluation.report import (
     Environment,
     EvaluationConditions,
     Latency,
-    MaskedTokenQuality,
     ModelReport,
     Report,
     TaskScore,
@@ -22,6 +21,7 @@ from distilspeed.trainer.evaluation.report import (
 )
 from distilspeed.trainer.evaluation.tasks.jsonl_classification import ClassificationConditions
 from distilspeed.trainer.evaluation.tasks.task import FineTuning, Scores
+from distilspeed.trainer.evaluation.token_quality import MaskedTokenQuality
 
 FINE_TUNING = FineTuning(epochs=3, learning_rate=5e-5, batch_size=32, max_length=64)
 
@@ -38,7 +38,7 @@ def model_report(role: str, accuracy: float, milliseconds: float, task: list[flo
         parameters_percent=60.0,
         weights_bytes=8_000_000,
         quality=MaskedTokenQuality(loss=2.5, accuracy=accuracy, masked_tokens=100),
-        mlm_retention_percent=percent_of(accuracy, 0.5),
+        retention_percent=percent_of(accuracy, 0.5),
         teacher_agreement=0.75,
         latencies=(Latency.of("CPU", np.full(5, milliseconds), np.full(5, 20.0)),),
         tasks=(TaskScore.of("rte", of_seeds(task), of_seeds([0.8, 0.8]), 5e-5),),
@@ -152,6 +152,6 @@ def test_the_folder_contains_numbers_table_conditions_and_plot(report: Report, t
 
 
 def test_the_plot_works_without_tasks_baseline_and_retention(report: Report, tmp_path: Path) -> None:
-    bare = [replace(model, tasks=(), mlm_retention_percent=None) for model in report.models[:2]]
+    bare = [replace(model, tasks=(), retention_percent=None) for model in report.models[:2]]
     write_report(replace(report, models=tuple(bare)), tmp_path)
     assert (tmp_path / "report.png").stat().st_size > 1000

@@ -171,7 +171,7 @@ def test_an_optional_term_without_a_weight_needs_nothing(teacher: BertForMaskedL
     without, with_it = (
         Objective((*terms, SquaredLogits(weight)), models_of(teacher)) for weight in (0.0, 1.0)
     )
-    assert without.needs == Objective(terms, models_of(teacher)).needs == Needs(Logits.MASKED)
+    assert without.needs == Objective(terms, models_of(teacher)).needs == Needs(Logits.LABELLED)
     assert without.terms == terms
     assert with_it.needs == Needs(Logits.EVERYWHERE, student_layers=(1,), teacher_layers=(1, 2))
 

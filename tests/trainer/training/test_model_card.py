@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from distilspeed.trainer.corpus.format import Corpus, SourceRecord
 from distilspeed.trainer.data.batch_equation import BatchEquation
 from distilspeed.trainer.engine.config import ResolvedConfig
-from distilspeed.trainer.evaluation.quality import MaskedTokenQuality
+from distilspeed.trainer.evaluation.token_quality import MaskedTokenQuality
 from distilspeed.trainer.objective.registry import take_terms
 from distilspeed.trainer.training.arguments import TrainArguments
 from distilspeed.trainer.training.metrics import StepMetrics

@@ -1,0 +1,93 @@
+"""The quality of a language model on held-out rows, and the words for it in reports and model cards."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+HubMetric = tuple[str, float, str]  # type, value and name, in the hub's metadata
+
+
+@dataclass(frozen=True)
+class MaskedTokenQuality:
+    """Quality on masked tokens: mean of -log softmax(logits)[label] in nats, and accuracy from 0 to 1."""
+
+    loss: float
+    accuracy: float
+    masked_tokens: int
+
+    short: ClassVar[str] = "MLM"
+    task: ClassVar[str] = "Masked language modelling"
+    hub_task: ClassVar[str] = "fill-mask"
+    auto_class: ClassVar[str] = "AutoModelForMaskedLM"
+    accuracy_name: ClassVar[str] = "MLM accuracy"
+    head: ClassVar[str] = "MLM head"
+    columns: ClassVar[tuple[str, str]] = ("held-out MLM loss", accuracy_name)
+    labels: ClassVar[tuple[str, str]] = (
+        "Masking",
+        "dynamic, 15 % of the tokens, probability ∝ count^-0.7",
+    )
+
+    def cells(self) -> tuple[str, str]:
+        return f"{self.loss:.3f}", f"{100 * self.accuracy:.1f} %"
+
+    def conditions(self, seed: int) -> str:
+        """Describe the tokens of a comparison of models."""
+        return (
+            f"{self.masked_tokens:,} masked tokens, drawn as in training, the same for every model (seed {seed}). "
+            "Loss in nats per masked token."
+        )
+
+    def described(self) -> str:
+        return (
+            f"MLM loss {self.loss:.4f}, accuracy {self.accuracy:.1%} of {self.masked_tokens:,} masked tokens"
+        )
+
+    def hub_metrics(self) -> tuple[HubMetric, ...]:
+        return (
+            ("accuracy", self.accuracy, "Accuracy on masked tokens"),
+            ("loss", self.loss, "Cross-entropy of masked tokens in nats"),
+        )
+
+
+@dataclass(frozen=True)
+class NextTokenQuality:
+    """Quality on next tokens: mean of -log softmax(logits)[label] in nats, its exponential, accuracy from 0 to 1."""
+
+    loss: float
+    perplexity: float
+    accuracy: float
+    predicted_tokens: int
+
+    short: ClassVar[str] = "CLM"
+    task: ClassVar[str] = "Causal language modelling"
+    hub_task: ClassVar[str] = "text-generation"
+    auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    accuracy_name: ClassVar[str] = "next-token accuracy"
+    head: ClassVar[str] = "vocabulary projection"
+    columns: ClassVar[tuple[str, str]] = ("held-out perplexity", accuracy_name)
+    labels: ClassVar[tuple[str, str]] = ("Labels", "the next token of the same document")
+
+    def cells(self) -> tuple[str, str]:
+        return f"{self.perplexity:.2f}", f"{100 * self.accuracy:.1f} %"
+
+    def conditions(self, seed: int) -> str:
+        """Describe the tokens of a comparison of models."""
+        return (
+            f"{self.predicted_tokens:,} tokens, each predicted from the tokens before it in its document. "
+            "Perplexity: exponential of the mean loss per token."
+        )
+
+    def described(self) -> str:
+        return (
+            f"perplexity {self.perplexity:.2f}, CLM loss {self.loss:.4f}, accuracy {self.accuracy:.1%} "
+            f"of {self.predicted_tokens:,} next tokens"
+        )
+
+    def hub_metrics(self) -> tuple[HubMetric, ...]:
+        return (
+            ("perplexity", self.perplexity, "Perplexity per token"),
+            ("accuracy", self.accuracy, "Accuracy on next tokens"),
+            ("loss", self.loss, "Cross-entropy of next tokens in nats"),
+        )
+
+
+TokenQuality = MaskedTokenQuality | NextTokenQuality
