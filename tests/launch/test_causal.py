@@ -64,15 +64,16 @@ def test_plain_transformers_generates_text_with_the_student(pretrained: Path) ->
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("stage", [1, 3])
 def test_the_step_on_two_ranks_is_that_of_plain_pytorch(
-    family_dirs: Callable[[str], Any], tmp_path: Path
+    family_dirs: Callable[[str], Any], tmp_path: Path, stage: int
 ) -> None:
     folders = family_dirs("gpt2")
     sgd = {
         "optimizer": {"type": "SGD", "params": {"lr": RATE}},
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": 2},
+        "zero_optimization": {"stage": stage},
     }
     run = {
         "deepspeed_config": str(write_config(tmp_path / "sgd.json", sgd, remove=("scheduler",))),
