@@ -34,8 +34,8 @@ class ModelShape:
         """Return the forward FLOPs per token of the matrix products alone.
 
         These are projections, attention over the whole row (also in layers with a window, whose mask does not save
-        SDPA any work), feed-forward layers and MLM head. ``head_share``: fraction
-        of tokens that pass through the MLM head.
+        SDPA any work), feed-forward layers and MLM head. ``head_share``: fraction of tokens that pass through the MLM
+        head.
         """
         attention = 2 * seq_length * self.hidden_size
         head = head_share * (self.hidden_size**2 + self.hidden_size * self.vocab_size)
