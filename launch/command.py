@@ -31,6 +31,7 @@ COMMANDS = {
     "train": Command("train", "distil a teacher on the GPUs of this host (DeepSpeed's launcher)"),
     "evaluate": Command("evaluate", "compare a student with its teacher: quality, size, latency"),
     "finetune": Command("finetune", "fine-tune a model on a task, with a fine-tuned teacher if given"),
+    "ablation": Command("ablation", "train and evaluate a student without each loss, and without a teacher"),
     "plan": Command("train", "print batch equation, memory and FLOPs of a run without training"),
     "profile": Command("profile_kernels", "measure the fused losses; needs only torch and triton"),
     "benchmark": Command("benchmark", "measure the training step against the original recipe"),
