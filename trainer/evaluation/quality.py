@@ -67,7 +67,8 @@ def predict_masked_tokens(
     parts = []
     for batch in held_out_batches(corpus, max_rows, batch_size, seed):
         masked = batch.labels != IGNORE_INDEX
-        logits = forward_packed(model, batch.to(model.device)).logits[masked.to(model.device)].float()
+        logits = forward_packed(model, batch.to(model.device)).logits[masked.to(model.device)]
+        logits = logits[:, : corpus.manifest.vocab_size].float()  # a model may have more rows than tokens
         labels = batch.labels[masked]
         losses = nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="none")
         parts.append((losses.cpu(), logits.argmax(dim=-1).cpu(), labels))

@@ -6,8 +6,8 @@ Every mean is over the global batch. DeepSpeed averages gradients over ranks and
 micro-batch's sums are divided by the global counts and multiplied by ranks x accumulation steps.
 
 If the terms read only logits of masked tokens, the MLM heads of both models run only on masked tokens. The vocabulary
-size comes from the models' configs. Projections may be padded beyond it (families/vocabulary.py); the losses ignore
-the padding.
+size is the length of the corpus's tokenizer. Either model may have more rows, and projections are padded further
+(families/vocabulary.py); the losses ignore the padding.
 
 The losses must stay inside the module that DeepSpeed wraps, and the module must return one scalar: DeepSpeed 0.18.3
 to 0.18.9 divides gradients by the accumulation steps once per output tensor.

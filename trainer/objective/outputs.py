@@ -13,12 +13,13 @@ from distilspeed.trainer.models.packed_forward import ModelOutputs
 
 
 class Models(NamedTuple):
-    """The configs of the two models of a run."""
+    """The two models of a run: their configs, and what connects them."""
 
     student: PreTrainedConfig
     teacher: PreTrainedConfig | None
     # the teacher's layers that the student is initialised from, counted from 0; () if it starts elsewhere
     layers: tuple[int, ...]
+    vocab_size: int  # the length of the tokenizer; each model may have more rows of embeddings and logits
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Outputs:
 
     @property
     def vocab_size(self) -> int:
-        """The size of the vocabulary; columns of the logits beyond it are padding."""
-        return self.models.student.vocab_size
+        """The number of tokens of the tokenizer; columns of either model's logits beyond it are padding."""
+        return self.models.vocab_size
 
     @cached_property
     def labels(self) -> torch.Tensor:

@@ -163,7 +163,9 @@ def _resolve_config(inputs: _Inputs, started: Started | None) -> ResolvedConfig:
 def _make_run(inputs: _Inputs, config: ResolvedConfig, models: LoadedModels) -> Run:
     arguments = inputs.arguments
     teacher_config = models.teacher.config if models.teacher else None
-    objective = Objective(inputs.terms, Models(models.student.config, teacher_config, models.layers))
+    vocab_size = inputs.corpus.manifest.vocab_size
+    of_models = Models(models.student.config, teacher_config, models.layers, vocab_size)
+    objective = Objective(inputs.terms, of_models)
     objective.check(inputs.given)
     if inputs.process.rank == 0:
         logger.info("student: starts from %s", described_start(arguments, models.layers))
