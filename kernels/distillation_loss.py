@@ -58,7 +58,8 @@ def distillation_loss(
     Args:
         student_logits: [..., width], float16, bfloat16, float32 or float64, before any softmax or
             temperature. Any strides. Copied if the strides do not allow a view as rows.
-        teacher_logits: the same shape, dtype and device; must not require grad.
+        teacher_logits: the same shape, dtype and device; must not require grad. The width may differ if
+            ``vocab_size`` is given.
         labels: [...] int64, ``ignore_index`` in unlabelled rows. None: hard_ce is 0.
         temperature: T > 0. It applies to the soft terms only.
         soft_mask: [...] bool, True for the rows of the soft terms. None: all rows.
@@ -67,8 +68,9 @@ def distillation_loss(
             at least 1. The value of a tensor is not checked: 0 gives inf or NaN.
         hard_normalizer: the same for the labelled rows.
         ignore_index: the label of unlabelled rows.
-        vocab_size: the number of real columns if the logits are padded to a larger width. Padding columns
-            are excluded from every softmax and get a gradient of exactly 0. None: the whole width.
+        vocab_size: the number of real columns if the logits of one or both models are padded to a larger width.
+            Padding columns are excluded from every softmax, whatever they hold, and get a gradient of exactly 0.
+            None: the whole width.
         inplace_backward: write the gradient over the storage of ``student_logits`` instead of allocating
             it. Safe if the operation that produced ``student_logits`` did not save it for its own backward
             (a linear layer does not) and nothing reads it after ``backward``. If the operation did save it,
@@ -138,7 +140,7 @@ class DistillationLossFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         student_logits: Tensor,  # [rows, width]
-        teacher_logits: Tensor,  # [rows, width]
+        teacher_logits: Tensor,  # [rows, teacher's width]
         labels: Tensor | None,  # [rows]
         soft_mask: Tensor | None,  # [rows]
         temperature: float,

@@ -66,10 +66,11 @@ def linear_distillation_loss(
             vocabulary projection (in BERT's MLM head: the output of its transform).
         student_weight: [width, student hidden size], the same dtype, for example the tied input embeddings.
         teacher_hidden: [..., teacher hidden size], the same leading dimensions and dtype; frozen.
-        teacher_weight: [width, teacher hidden size]; frozen.
+        teacher_weight: [teacher's width, teacher hidden size]; frozen. If it has another width than the student's,
+            give ``vocab_size``.
         labels: [...] int64, ``ignore_index`` in unlabelled rows.
         student_bias: [width], the student weight's dtype; None: no bias.
-        teacher_bias: [width], frozen.
+        teacher_bias: [teacher's width], frozen.
         chunk_bytes: memory for one chunk of logits, both models together. None: 48 MiB on a CPU,
             512 MiB on a GPU. Smaller chunks make the products slower.
 
@@ -96,10 +97,11 @@ def linear_distillation_loss(
         projections = Projections._make(None if part is None else part.to(dtype) for part in projections)
     if not torch.is_grad_enabled():
         projections = Projections._make(None if part is None else part.detach() for part in projections)
-    check_fit(projections)
+    check_fit(projections, same_width=vocab_size is None)
     check_row_tensor("labels", labels, torch.int64, student_hidden)
     check_row_tensor("soft_mask", soft_mask, torch.bool, student_hidden)
-    vocab_size = check_settings(temperature, vocab_size, student_weight.shape[0])
+    width = min(student_weight.shape[0], teacher_weight.shape[0])
+    vocab_size = check_settings(temperature, vocab_size, width)
     labelled = None if labels is None else labels != ignore_index
     if chunk_bytes is None:
         chunk_bytes = CPU_CHUNK_BYTES if device == "cpu" else GPU_CHUNK_BYTES
@@ -128,16 +130,18 @@ def check_frozen(projections: Projections) -> None:
             )
 
 
-def check_fit(projections: Projections) -> None:
+def check_fit(projections: Projections, same_width: bool) -> None:
     student = projections.student_hidden
-    width, teacher_size = projections.student_weight.shape[:1], projections.teacher_hidden.shape[-1:]
+    width = projections.student_weight.shape[:1]
+    teacher_width = width if same_width else projections.teacher_weight.shape[:1]
+    teacher_size = projections.teacher_hidden.shape[-1:]
     shapes: tuple[tuple[int, ...], ...] = (
         student.shape,
         width + student.shape[-1:],
         width,
         student.shape[:-1] + teacher_size,
-        width + teacher_size,
-        width,
+        teacher_width + teacher_size,
+        teacher_width,
     )
     for name, part, shape in zip(projections._fields, projections, shapes, strict=True):
         if part is None:
@@ -203,8 +207,8 @@ class LinearDistillationLossFunction(torch.autograd.Function):
         student_weight: Tensor,  # [width, student hidden size]
         student_bias: Tensor | None,  # [width]
         teacher_hidden: Tensor,  # [rows, teacher hidden size]
-        teacher_weight: Tensor,  # [width, teacher hidden size]
-        teacher_bias: Tensor | None,  # [width]
+        teacher_weight: Tensor,  # [teacher's width, teacher hidden size]
+        teacher_bias: Tensor | None,  # [teacher's width]
         labels: Tensor | None,  # [rows]
         soft_mask: Tensor | None,  # [rows]
         soft_normalizer: Tensor,  # 0-dim

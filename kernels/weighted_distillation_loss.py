@@ -95,7 +95,7 @@ class WeightedDistillationLossFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         student_logits: Tensor,  # [rows, width]
-        teacher_logits: Tensor,  # [rows, width]
+        teacher_logits: Tensor,  # [rows, teacher's width]
         labels: Tensor | None,  # [rows]
         soft_mask: Tensor | None,  # [rows]
         temperature: float,

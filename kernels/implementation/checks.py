@@ -10,10 +10,14 @@ from distilspeed.kernels.implementation.backend import accumulation_dtype
 INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_pair(kind: str, student: Tensor, teacher: Tensor) -> None:
-    """Check that the teacher's tensor matches the student's and is frozen; ``kind`` is "logits" or "hidden"."""
+def check_pair(kind: str, student: Tensor, teacher: Tensor, same_width: bool = True) -> None:
+    """Check that the teacher's tensor matches the student's and is frozen; ``kind`` is "logits" or "hidden".
+
+    Without ``same_width``, the last dimensions may differ.
+    """
     check_floating_point(f"student_{kind}", student)
-    if teacher.shape != student.shape:
+    shape = student.shape if same_width else (*student.shape[:-1], *teacher.shape[-1:])
+    if teacher.shape != shape:
         raise ValueError(
             f"teacher_{kind} must have the shape of student_{kind}, {list(student.shape)}, "
             f"not {list(teacher.shape)}"

@@ -76,6 +76,7 @@ def row_sums(
     scale,  # log2(e) / T
     VOCAB_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
+    TEACHER_WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     GROUP: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
@@ -100,9 +101,8 @@ def row_sums(
     for start in range(0, tl.where(is_soft | is_labelled, VOCAB_SIZE, 0), TILE):
         columns = start + offsets
         student = load_logits(student_row, columns, columns < WIDTH, VOCAB_SIZE, WIDTH)
-        teacher = load_logits(
-            teacher_row, columns, tl.where(is_soft, columns < WIDTH, False), VOCAB_SIZE, WIDTH
-        )
+        teacher_mask = tl.where(is_soft, columns < TEACHER_WIDTH, False)
+        teacher = load_logits(teacher_row, columns, teacher_mask, VOCAB_SIZE, TEACHER_WIDTH)
         new_student_max = tl.maximum(student_max, tl.max(student, AXIS))
         student_raise = student_max - new_student_max
         student_max = new_student_max
@@ -177,6 +177,7 @@ def write_gradient(
     scale,  # log2(e) / T
     VOCAB_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
+    TEACHER_WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     TEMPERATURE_IS_2: tl.constexpr,
 ):
@@ -186,12 +187,9 @@ def write_gradient(
         columns = LAST - before_last + tl.arange(0, TILE)
         gradient = tl.zeros([TILE], tl.float32)
         if is_soft | is_labelled:
-            in_row = columns < WIDTH
-            student = load_logits(student_row, columns, in_row, VOCAB_SIZE, WIDTH) - student_max
-            teacher = (
-                load_logits(teacher_row, columns, tl.where(is_soft, in_row, False), VOCAB_SIZE, WIDTH)
-                - teacher_max
-            )
+            student = load_logits(student_row, columns, columns < WIDTH, VOCAB_SIZE, WIDTH) - student_max
+            teacher_mask = tl.where(is_soft, columns < TEACHER_WIDTH, False)
+            teacher = load_logits(teacher_row, columns, teacher_mask, VOCAB_SIZE, TEACHER_WIDTH) - teacher_max
             weights = tl.exp2(student * scale)
             if is_soft:
                 gradient = student_factor * weights - teacher_factor * tl.exp2(teacher * scale)
@@ -206,7 +204,7 @@ def write_gradient(
 @triton.jit(do_not_specialize=["num_rows"])
 def distillation_loss_kernel(
     student_ptr,  # [rows, WIDTH] fp16, bf16 or fp32
-    teacher_ptr,  # [rows, WIDTH] the same dtype
+    teacher_ptr,  # [rows, TEACHER_WIDTH] the same dtype
     gradient_ptr,  # [rows, WIDTH] the same dtype; may be student_ptr; any pointer without GRADIENT
     labels_ptr,  # [rows] int64; any pointer without HAS_LABELS
     soft_mask_ptr,  # [rows] bool; any pointer without HAS_MASK
@@ -222,6 +220,7 @@ def distillation_loss_kernel(
     GRADIENT: tl.constexpr,  # True: write the gradient; False: write the statistics into the table
     VOCAB_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
+    TEACHER_WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     ALIGNMENT: tl.constexpr,  # every row begins at a multiple of this many elements
     GROUP: tl.constexpr,  # columns of a tile that one thread sums up
@@ -253,6 +252,7 @@ def distillation_loss_kernel(
             scale,
             VOCAB_SIZE,
             WIDTH,
+            TEACHER_WIDTH,
             TILE,
             GROUP,
             NEIGHBOURS,
@@ -302,6 +302,7 @@ def distillation_loss_kernel(
             scale,
             VOCAB_SIZE,
             WIDTH,
+            TEACHER_WIDTH,
             TILE,
             TEMPERATURE_IS_2,
         )

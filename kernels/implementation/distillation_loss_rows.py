@@ -11,7 +11,7 @@ An implementation is a module with three functions. All three ignore rows that a
     coefficients  [2], accumulation dtype: c_soft and c_hard, the factors of q - p and softmax(z) -
                   onehot(y). They include normalizers, loss weights and loss scale, so that rounding
                   to the logits' dtype is the last operation on a gradient
-    gradient      [rows, width], the logits' dtype; may be ``rows.student_logits`` itself
+    gradient      [rows, student's width], the logits' dtype; may be ``rows.student_logits`` itself
 
 ``distillation_loss_triton`` runs on GPUs, ``distillation_loss_chunked`` everywhere else. Means, loss weights and
 autograd are in ``distillation_loss``, once for both.
@@ -30,10 +30,10 @@ class LossRows(NamedTuple):
     """Logits as rows, with labels and mask.
 
     student_logits  [rows, width], the last dimension contiguous, any row stride
-    teacher_logits  [rows, width], the same
+    teacher_logits  [rows, width], the same, but the width may differ
     labels          [rows] int64, contiguous; None: no row is labelled
     soft_mask       [rows] bool, contiguous; None: every row is soft
-    vocab_size      number of real columns; those from vocab_size to width are padding
+    vocab_size      number of real columns of both; those from vocab_size to a width are padding
     """
 
     student_logits: Tensor
@@ -69,10 +69,12 @@ def loss_rows(
         ValueError: shapes, dtypes or devices do not match, the teacher requires grad, the temperature is not a
             positive number, or the logits have fewer than ``vocab_size`` columns.
     """
-    check_pair("logits", student_logits, teacher_logits)
+    check_pair("logits", student_logits, teacher_logits, same_width=vocab_size is None)
     check_row_tensor("labels", labels, torch.int64, student_logits)
     check_row_tensor("soft_mask", soft_mask, torch.bool, student_logits)
-    vocab_size = check_settings(temperature, vocab_size, student_logits.shape[-1])
+    vocab_size = check_settings(
+        temperature, vocab_size, min(student_logits.shape[-1], teacher_logits.shape[-1])
+    )
     return LossRows(
         as_rows(student_logits),
         as_rows(teacher_logits),

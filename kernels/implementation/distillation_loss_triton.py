@@ -73,6 +73,7 @@ def launch(
             GRADIENT=pass_name != "forward",
             VOCAB_SIZE=rows.vocab_size,
             WIDTH=student.shape[1],
+            TEACHER_WIDTH=teacher.shape[1],
             **tile_constants(config, alignment(student, teacher, gradient), student.element_size()),
             HAS_LABELS=rows.labels is not None,
             HAS_MASK=rows.soft_mask is not None,

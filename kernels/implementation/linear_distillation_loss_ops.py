@@ -20,8 +20,8 @@ class Projections(NamedTuple):
     student_weight: Tensor  # [width, student hidden size]
     student_bias: Tensor | None  # [width]
     teacher_hidden: Tensor  # [..., teacher hidden size]
-    teacher_weight: Tensor  # [width, teacher hidden size]
-    teacher_bias: Tensor | None  # [width]
+    teacher_weight: Tensor  # [teacher's width, teacher hidden size]
+    teacher_bias: Tensor | None  # [teacher's width]
 
     def as_rows(self) -> Self:
         return self._replace(
@@ -52,22 +52,22 @@ def forward_backward(
     The gradients are of the hidden states [rows, hidden size], in their dtype, and of weight [width, hidden size]
     and bias [1, width], in the accumulation dtype.
     """
-    num_rows, width = student_hidden.shape[0], student_weight.shape[0]
+    num_rows, width, teacher_width = student_hidden.shape[0], student_weight.shape[0], teacher_weight.shape[0]
     needs_hidden, needs_weight, needs_bias = needs_gradient
     implementation = implementation_for(student_hidden)
     losses, hidden_gradient, weight_gradient, bias_gradient = new_results(
         student_hidden, width, needs_gradient
     )
 
-    columns = padded_width(width)
-    chunk_rows = balanced_chunk(num_rows, chunk_bytes // (2 * columns * student_hidden.itemsize))
-    buffers = student_hidden.new_empty((2, chunk_rows, columns))
+    columns = padded_width(width), padded_width(teacher_width)
+    chunk_rows = balanced_chunk(num_rows, chunk_bytes // (sum(columns) * student_hidden.itemsize))
+    buffers = [student_hidden.new_empty((chunk_rows, of_model)) for of_model in columns]
     for first in range(0, num_rows, chunk_rows):
         chunk = slice(first, first + chunk_rows)
         hidden = student_hidden[chunk]
-        student_logits, teacher_logits = buffers[:, : len(hidden)]
+        student_logits, teacher_logits = (buffer[: len(hidden)] for buffer in buffers)
         project(hidden, student_weight, student_bias, student_logits[:, :width])
-        project(teacher_hidden[chunk], teacher_weight, teacher_bias, teacher_logits[:, :width])
+        project(teacher_hidden[chunk], teacher_weight, teacher_bias, teacher_logits[:, :teacher_width])
         rows = LossRows(
             student_logits,
             teacher_logits,

@@ -84,6 +84,7 @@ def compile_pass(
         "GRADIENT": pass_name != "forward",
         "VOCAB_SIZE": vocab_size,
         "WIDTH": width,
+        "TEACHER_WIDTH": width,
         "HAS_LABELS": True,
         "HAS_MASK": True,
         "TEMPERATURE_IS_2": temperature_is_2,

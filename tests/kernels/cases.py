@@ -107,13 +107,17 @@ def cases(draw: st.DrawFn, dtype: torch.dtype, device: str) -> Case:
     # Few distinct widths: on a GPU each needs a compilation.
     vocab_size = draw(st.sampled_from([1, 3, 16, 37, 64]), label="vocab_size")
     padding = draw(st.sampled_from([0, 1, 11]), label="padding")
+    teacher_padding = draw(st.sampled_from([padding, 0, 21]), label="teacher's padding")
     leading = draw(st.sampled_from([(1,), (7,), (2, 4)]), label="leading shape")
     kind = draw(st.sampled_from(KINDS), label="kind")
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31), label="seed"))
 
     student, teacher = make_logits(kind, (*leading, vocab_size), generator)
-    junk = torch.full((*leading, padding), draw(st.sampled_from([0.0, 1e4, math.nan])), dtype=torch.float64)
-    student, teacher = (cast(torch.cat((logits, junk), -1), dtype) for logits in (student, teacher))
+    junk = draw(st.sampled_from([0.0, 1e4, math.inf, math.nan]), label="junk")
+    student, teacher = (
+        cast(torch.cat((logits, torch.full((*leading, columns), junk, dtype=torch.float64)), -1), dtype)
+        for logits, columns in ((student, padding), (teacher, teacher_padding))
+    )
     labels, soft_mask = draw(labels_and_masks(leading, vocab_size, generator))
     return Case(
         lay_out(student.to(device), draw(st.sampled_from(LAYOUTS))),

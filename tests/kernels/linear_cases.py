@@ -104,6 +104,7 @@ def linear_cases(draw: st.DrawFn, dtype: torch.dtype, device: str) -> LinearCase
     leading = draw(st.sampled_from([(0,), (1,), (7,), (MANY_ROWS,), (2, 4)]), label="leading shape")
     width = draw(st.sampled_from([1, 37, 64]), label="width")
     vocab_size = width - draw(st.sampled_from([0, 7 if width > 7 else 0]), label="padding")
+    teacher_width = draw(st.sampled_from([width, vocab_size, vocab_size + 40]), label="teacher's width")
     # No odd size except 1: oneDNN's bfloat16 products read one element past such a row, which may be NaN.
     student_size = draw(st.sampled_from([1, 6, 16]), label="student hidden size")
     teacher_size = draw(st.sampled_from([4, 16]), label="teacher hidden size")
@@ -113,16 +114,16 @@ def linear_cases(draw: st.DrawFn, dtype: torch.dtype, device: str) -> LinearCase
         numbers = size * torch.randn(shape, generator=generator, dtype=torch.float64)
         return lay_out(numbers.to(device, dtype), draw(st.sampled_from(LAYOUTS)))
 
-    def bias() -> Tensor | None:
+    def bias(width: int) -> Tensor | None:
         return normal(width) if draw(st.booleans(), label="with bias") else None
 
     projections = Projections(
         normal(*leading, student_size),
         normal(width, student_size, size=2 * student_size**-0.5),
-        bias(),
+        bias(width),
         normal(*leading, teacher_size),
-        normal(width, teacher_size, size=2 * teacher_size**-0.5),
-        bias(),
+        normal(teacher_width, teacher_size, size=2 * teacher_size**-0.5),
+        bias(teacher_width),
     )
     labels, soft_mask = draw(labels_and_masks(leading, vocab_size, generator))
     return LinearCase(

@@ -34,10 +34,13 @@ def gradient_of(losses: DistillationLosses, student_logits: Tensor, loss_scale: 
 
 
 @pytest.mark.memcheck
-@pytest.mark.parametrize("padding", [0, 6])
-def test_vocabulary_of_bert_in_the_tiles_and_blocks_of_production(padding: int, device: str) -> None:
+@pytest.mark.parametrize(("padding", "teacher_padding"), [(0, 0), (6, 6), (0, 70), (70, 6)])
+def test_vocabulary_of_bert_in_the_tiles_and_blocks_of_production(
+    padding: int, teacher_padding: int, device: str
+) -> None:
     vocab_size, temperature = 30522, 2.0
-    student, teacher = random_logits(10, vocab_size + padding, dtype=torch.float32, device=device)
+    student, teacher = random_logits(10, vocab_size + 70, dtype=torch.float32, device=device)
+    student, teacher = student[:, : vocab_size + padding], teacher[:, : vocab_size + teacher_padding]
     labels = torch.tensor([0, vocab_size - 1, -100, -100, 4095, 4096, -100, -100, -100, 7], device=device)
     options = {"temperature": temperature, "vocab_size": vocab_size}
 

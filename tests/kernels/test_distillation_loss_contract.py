@@ -26,6 +26,10 @@ def some_labels() -> Tensor:
     ("teacher", "labels", "options", "message"),
     [
         (torch.zeros(ROWS, 12), None, {}, "teacher_logits must have the shape"),
+        (torch.zeros(ROWS - 1, 12), None, {"vocab_size": 9}, "teacher_logits must have the shape"),
+        (torch.zeros(1, ROWS, 12), None, {"vocab_size": 9}, "teacher_logits must have the shape"),
+        (torch.zeros(ROWS, 10), None, {"vocab_size": 11}, "vocab_size must be from 1 to 10, not 11"),
+        (torch.zeros(ROWS, 12), None, {"vocab_size": 12}, "vocab_size must be from 1 to 11, not 12"),
         (torch.zeros(ROWS, VOCAB_SIZE).half(), None, {}, "teacher_logits must have the dtype"),
         (torch.zeros(ROWS, VOCAB_SIZE, device="meta"), None, {}, "teacher_logits must be on the device"),
         (torch.zeros(ROWS, VOCAB_SIZE, requires_grad=True), None, {}, "teacher_logits must not require grad"),

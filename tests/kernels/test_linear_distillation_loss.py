@@ -90,6 +90,21 @@ def test_losses_and_gradients_are_those_of_the_definition(dtype: torch.dtype, de
     check()
 
 
+@pytest.mark.parametrize("junk", [1e30, float("nan")])
+def test_padding_of_the_teachers_vocabulary_does_not_matter(junk: float, device: str) -> None:
+    case = random_case(7, width=37, device=device, vocab_size=37).in_dtype(torch.float32)
+    weight, bias = case.projections.teacher_weight, case.projections.teacher_bias
+    assert bias is not None
+    wider = case.projections._replace(
+        teacher_weight=torch.cat((weight, torch.full_like(weight[:5], junk))),
+        teacher_bias=torch.cat((bias, torch.full_like(bias[:5], junk))),
+    )
+    expected, found = linear_loss(case), linear_loss(replace(case, projections=wider))
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-6, atol=0)
+    errors = relative_errors(case.gradients(found.loss), case.gradients(expected.loss))
+    assert all(error <= 1e-6 for error in errors.values())
+
+
 def test_float64_is_exact(device: str) -> None:
     soft_mask = torch.arange(7, device=device) < 5
     case = random_case(7, width=37, device=device, temperature=3.0, soft_mask=soft_mask, vocab_size=30)

@@ -46,6 +46,14 @@ MIB = 2**20
         ({"teacher_hidden": torch.zeros(2, 6)}, r"teacher_hidden must have the shape \[3, 6\], not \[2, 6\]"),
         ({"teacher_hidden": torch.zeros(ROWS, 6).half()}, "teacher_hidden must have the dtype"),
         ({"teacher_weight": torch.zeros(4, 6)}, r"teacher_weight must have the shape \[5, 6\], not \[4, 6\]"),
+        (
+            {"teacher_weight": torch.zeros(4, 6), "vocab_size": 5},
+            "vocab_size must be from 1 to 4, not 5",
+        ),
+        (
+            {"teacher_weight": torch.zeros(7, 6), "teacher_bias": torch.zeros(5), "vocab_size": 5},
+            r"teacher_bias must have the shape \[7\], not \[5\]",
+        ),
         ({"teacher_weight": torch.zeros(5, 6, device="meta")}, "teacher_weight must be on the device"),
         ({"teacher_bias": torch.zeros(4)}, "teacher_bias must have the shape"),
         ({"labels": torch.zeros(ROWS)}, "labels must be torch.int64, not torch.float32"),

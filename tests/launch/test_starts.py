@@ -24,7 +24,7 @@ from user_errors import assert_names
 from distilspeed.trainer.corpus.format import open_corpus
 from distilspeed.trainer.data.batch_equation import BatchEquation
 from distilspeed.trainer.data.batches import MicroBatches
-from distilspeed.trainer.evaluation.quality import masked_token_quality
+from distilspeed.trainer.evaluation.quality import held_out_quality
 from distilspeed.trainer.models.loading import load_teacher, make_student, model_from_config
 from distilspeed.trainer.training.arguments import TrainArguments
 from distilspeed.trainer.training.identity import identity_of
@@ -124,7 +124,7 @@ def test_the_export_is_its_kind_of_model_and_better_than_its_start(
     student = AutoModelForMaskedLM.from_pretrained(runs / name / "student")
     assert type(student) is (BertForMaskedLM if name == "alone" else DistilBertForMaskedLM)
     assert student.config.num_hidden_layers == (4 if name == "alone" else 3)
-    before, after = (masked_token_quality(model, corpus, max_rows=16) for model in (start, student))
+    before, after = (held_out_quality(model, corpus, max_rows=16) for model in (start, student))
     assert after.loss < before.loss
 
 

@@ -29,9 +29,8 @@ MASK_BYTES = 1
 # On a CPU, attention with dropout keeps probabilities, mask and their product instead, [heads, length] per token. In
 # half precision they are float32, and the matrix product keeps its own copy.
 KEPT_PROBABILITIES = {4: 3 * 4, 2: 4 * 4}
-# With a teacher: the logits of both models; the gradient is written over the student's. Without a teacher: logits,
-# their float32 copy and the gradient.
-DISTILLATION_LOGITS = 2
+# Without a teacher: logits, their float32 copy and the gradient. With one: the logits of both models; the gradient is
+# written over the student's.
 MLM_LOGITS = 3
 # On a CPU the losses use three buffers, and copies of one buffer's labelled rows. A GPU needs none.
 LOSS_BUFFERS = 4
@@ -83,7 +82,7 @@ def estimate_memory(
 
     tokens = batch.micro_batch_size * seq_length
     keeps_probabilities = on_cpu and attention_dropout > 0
-    logits = head_share * (DISTILLATION_LOGITS if teacher else MLM_LOGITS)
+    columns = student.vocab_size + teacher.vocab_size if teacher else MLM_LOGITS * student.vocab_size
     return MemoryPlan(
         weights=0 if config.offload_param else share(student.parameters * width, 3),
         gradients=share(student.parameters * _bytes_per_gradient(batch, config), 2),
@@ -93,7 +92,7 @@ def estimate_memory(
         buckets=_bucket_bytes(config),
         teacher=teacher.parameters * width // (batch.world_size if teacher_zero3 else 1) if teacher else 0,
         activations=tokens * _activation_bytes_per_token(student, seq_length, width, keeps_probabilities),
-        logits=round(tokens * student.vocab_size * width * logits),
+        logits=round(tokens * columns * width * head_share),
         loss_buffers=LOSS_BUFFERS * min(BLOCK_BYTES, tokens * student.vocab_size * BYTES["fp32"])
         if on_cpu and teacher
         else 0,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
+from vocabularies import with_rows
 
 from distilspeed.trainer.corpus.format import Corpus, open_corpus, read_rows
 from distilspeed.trainer.data.batches import corpus_masking_rule
@@ -82,6 +83,16 @@ def test_quality_equals_that_of_every_document_run_alone_in_float64(corpus: Corp
     assert quality.masked_tokens == len(losses)
     assert quality.loss == pytest.approx(np.mean(losses), rel=1e-5)
     assert quality.accuracy == pytest.approx(np.mean(hits), abs=1e-12)
+
+
+def test_rows_beyond_the_tokenizer_do_not_change_the_quality(corpus: Corpus) -> None:
+    model = tiny_model(corpus)
+    plain, wider = (
+        predict_held_out(each, corpus, ROWS, batch_size=4, seed=0) for each in (model, with_rows(model, 1024))
+    )
+    assert torch.equal(wider.predicted, plain.predicted)
+    assert wider.agreement(plain) == 1.0
+    torch.testing.assert_close(wider.losses, plain.losses, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 100])

@@ -82,7 +82,7 @@ def test_a_packed_row_gives_the_same_hidden_states_as_its_documents_alone(
 
 
 def objective_of(student: PreTrainedModel, teacher: BertForMaskedLM | None, **settings: Any) -> Objective:
-    models = Models(student.config, teacher.config if teacher else None, LAYERS)
+    models = Models(student.config, teacher.config if teacher else None, LAYERS, student.config.vocab_size)
     return Objective(take_terms(settings), models)
 
 

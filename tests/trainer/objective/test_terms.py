@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import BertForMaskedLM
 from user_errors import raises_user_error
+from vocabularies import with_rows
 
 from distilspeed.trainer.corpus.format import open_corpus
 from distilspeed.trainer.data.batch_equation import BatchEquation
@@ -60,7 +61,7 @@ def batch(small_corpus_dir: Path) -> MicroBatch:
 
 
 def models_of(teacher: BertForMaskedLM) -> Models:
-    return Models(make_student(teacher, LAYERS).config, teacher.config, LAYERS)
+    return Models(make_student(teacher, LAYERS).config, teacher.config, LAYERS, teacher.config.vocab_size)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +128,30 @@ def test_the_fused_terms_equal_the_separate_ones(
         losses.append(torch.stack([loss, values["ce"], values["mlm"]]).detach())
     torch.testing.assert_close(*losses)
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+@pytest.mark.parametrize("rows", [(1000, 1024), (1030, 1000), (1003, 1100)])
+def test_rows_beyond_the_tokenizer_do_not_change_the_losses(
+    teacher: BertForMaskedLM, batch: MicroBatch, is_fused: bool, rows: tuple[int, int]
+) -> None:
+    soft, hard = SoftTargets(), MaskedLM()
+    student = make_student(teacher, LAYERS)
+    wider = [with_rows(model, count) for model, count in zip((student, teacher), rows, strict=True)]
+    found, gradients = [], []
+    for ours, theirs in ((student, teacher), wider):
+        models = Models(ours.config, theirs.config, LAYERS, teacher.config.vocab_size)
+        outputs = Outputs(batch, forward_packed(ours, batch), forward_packed(theirs, batch), None, models)
+        if is_fused:
+            loss, values = fused_losses(FusedTerms(soft, hard), outputs, loss_scale=1.0, inplace=True)
+        else:
+            values = {term.name: term.loss(outputs, nn.Identity()) for term in (soft, hard)}
+            loss = 5 * values["ce"] + 2 * values["mlm"]
+        found.append(torch.stack([loss, values["ce"], values["mlm"]]).detach())
+        gradients.append(torch.autograd.grad(loss, ours.distilbert.embeddings.word_embeddings.weight)[0])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=0)
+    assert (gradients[1][rows[0] :] == 0).all()
+    assert (gradients[1][:1000] - gradients[0]).norm() < 1e-5 * gradients[0].norm()
 
 
 def test_a_term_that_reads_logits_works_beside_the_fused_terms(

@@ -99,7 +99,9 @@ def test_the_eager_loss_equals_the_trainers_loss(corpus: Corpus, teacher: BertFo
     )
     with torch.no_grad():
         targets = forward_packed(teacher, packed)
-    objective = Objective(take_terms({}), Models(student.config, teacher.config, (0, 3)))
+    objective = Objective(
+        take_terms({}), Models(student.config, teacher.config, (0, 3), student.config.vocab_size)
+    )
     ours = Distillation(student, objective, world_size=1, accumulation_steps=1)(packed, targets)
     torch.testing.assert_close(eager, ours, rtol=1e-5, atol=1e-5)
 
