@@ -14,7 +14,7 @@ import pytest
 import torch
 from refusals import Inputs, Refused
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 from user_errors import assert_names
 
 Damage = Callable[[Path], None]
@@ -357,8 +357,9 @@ def pickled(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
-def gpt2(folder: Path) -> None:
-    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=8, n_layer=1, n_head=1)).save_pretrained(folder)
+def llama(folder: Path) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).save_pretrained(folder)
 
 
 def encoder_alone(folder: Path) -> None:
@@ -470,7 +471,7 @@ TEACHERS: dict[str, tuple[Damage, str, *tuple[str, ...]]] = {
         "64",
         "--seq_length 32",
     ),
-    "GPT-2": (gpt2, "unsupported-model", '"gpt2"', '"bert"'),
+    "a Llama": (llama, "unsupported-model", '"llama"', '"bert"'),
     "an encoder without a head": (encoder_alone, "damaged-model", "cls.predictions.bias"),
     "a decoder": (with_values("config.json", is_decoder=True), "unsupported-model", "is_decoder"),
     "another epsilon": (

@@ -21,9 +21,7 @@ class CausalLM(HardLabels):
     objective = "causal"
 
     # The default of the original code (Sanh et al. 2019).
-    alpha_clm: float = setting(
-        0.5, help="weight of the causal-language-modelling loss, for GPT-2"
-    )
+    alpha_clm: float = setting(0.5, help="weight of the causal-language-modelling loss, for GPT-2")
 
     def needs(self, models: "Models") -> Needs:
         return Needs(Logits.EVERYWHERE)
