@@ -114,7 +114,7 @@ def test_other_settings_in_the_same_folder_are_refused(
     [
         ({"variants": "without_nothing"}, "bad-argument", "without_ce"),
         ({"task": "nowhere"}, "bad-task", "nowhere"),
-        ({"teacher": "nowhere"}, "unusable-model", "nowhere"),
+        ({"teacher": "no/such/folder"}, "unusable-model", "no/such/folder"),
         ({"student_layers": "0,9"}, "bad-argument", "--student_layers"),
         ({"data_dir": "nowhere"}, "not-a-corpus", "nowhere"),
         ({"seeds": 0}, "bad-argument", "--seeds"),

@@ -20,8 +20,8 @@ from transformers import (
     BertModel,
     DistilBertConfig,
     DistilBertForMaskedLM,
-    GPT2Config,
-    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     RobertaConfig,
     RobertaForMaskedLM,
 )
@@ -385,8 +385,9 @@ def pickled(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
-def gpt2(folder: Path) -> None:
-    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=8, n_layer=1, n_head=1)).save_pretrained(folder)
+def llama(folder: Path) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).save_pretrained(folder)
 
 
 def encoder_alone(folder: Path) -> None:
@@ -498,7 +499,7 @@ TEACHERS: dict[str, tuple[Damage, str, *tuple[str, ...]]] = {
         "64",
         "--seq_length 32",
     ),
-    "GPT-2": (gpt2, "unsupported-model", '"gpt2"', '"bert"'),
+    "a Llama": (llama, "unsupported-model", '"llama"', '"bert"'),
     "an encoder without a head": (encoder_alone, "damaged-model", "cls.predictions.bias"),
     "a decoder": (with_values("config.json", is_decoder=True), "unsupported-model", "is_decoder"),
     "another epsilon": (

@@ -139,7 +139,7 @@ REFUSED = {
     "--task nowhere": ("bad-task", "nowhere"),
     "--bf16 --fp16": ("conflicting-arguments", "--bf16", "--fp16"),
     "--fp16 --device cpu": ("unsupported-precision", "--fp16"),
-    "--model nowhere": ("unusable-tokenizer", "nowhere"),
+    "--model no/such/folder": ("unusable-tokenizer", "no/such/folder"),
     "--resume --output_dir foreign": ("output-exists", "foreign"),
     "--resume --output_dir damaged": ("damaged-checkpoint", "damaged/checkpoint.pt"),
 }
