@@ -578,7 +578,7 @@ STUDENTS: dict[str, tuple[Damage, str, *tuple[str, ...]]] = {
         "--seq_length 63",
     ),
     "another family": (roberta_without_tokenizer, "unsupported-model", '"roberta"', '"bert"', '"distilbert"'),
-    "GPT-2": (gpt2, "unsupported-model", '"gpt2"'),
+    "a Llama": (llama, "unsupported-model", '"llama"'),
 }
 
 

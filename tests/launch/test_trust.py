@@ -144,7 +144,8 @@ def test_code_that_comes_with_a_model_is_never_run(tmp_path: Path, monkeypatch: 
 def test_only_the_benchmark_of_the_original_unpickles() -> None:
     """DeepSpeed's checkpoints are pickles, too; docs/operations.md says so."""
     loads = re.compile(
-        r"pickle\.load|torch\.load\((?!self\.path, weights_only=True)|allow_pickle=True|trust_remote_code=True|weights_only=False"
+        r"pickle\.load|torch\.load\((?!self\.path, weights_only=True)|allow_pickle=True|trust_remote_code=True"
+        r"|weights_only=False"
     )
     found = {
         path.name: loads.findall(path.read_text(encoding="utf-8"))
