@@ -140,6 +140,7 @@ REFUSED = {
     "--bf16 --fp16": ("conflicting-arguments", "--bf16", "--fp16"),
     "--fp16 --device cpu": ("unsupported-precision", "--fp16"),
     "--model no/such/folder": ("unusable-tokenizer", "no/such/folder"),
+    "--resume --output_dir tuned/teacher": ("changed-run", "tuned/teacher/results.json"),
     "--resume --output_dir foreign": ("output-exists", "foreign"),
     "--resume --output_dir damaged": ("damaged-checkpoint", "damaged/checkpoint.pt"),
 }

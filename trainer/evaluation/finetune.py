@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.evaluation.comparison import choose_device
 from distilspeed.trainer.evaluation.fine_tuning import FineTuningRun
 from distilspeed.trainer.evaluation.finetune_arguments import FinetuneArguments
-from distilspeed.trainer.evaluation.task_checkpoint import TaskCheckpoint
+from distilspeed.trainer.evaluation.task_checkpoint import TaskCheckpoint, check_same_settings
 from distilspeed.trainer.evaluation.task_distillation import TaskTeacher
 from distilspeed.trainer.evaluation.tasks.registry import read_tasks
 from distilspeed.trainer.evaluation.tasks.task import FineTuning, Scores, Task
@@ -65,8 +66,7 @@ def finetune(arguments: FinetuneArguments) -> Results:
     """
     device = choose_device(arguments.device)
     _check_precision(arguments.precision, device)
-    if finished := _finished(arguments):
-        return finished
+    _check_output_dir(arguments)
     (task,) = read_tasks([arguments.task_name])
     tokenizer = load_tokenizer(arguments.model)
     torch.manual_seed(arguments.seed)
@@ -87,9 +87,11 @@ def finetune(arguments: FinetuneArguments) -> Results:
         precision=arguments.precision,
         seed=arguments.seed,
     )
+    identity = {name: value for name, value in asdict(results).items() if name != "scores"}
+    if (arguments.output_dir / RESULTS).exists():
+        return _finished(arguments.output_dir / RESULTS, identity)
     with parents_made(arguments.output_dir):
         arguments.output_dir.mkdir(exist_ok=True)
-        identity = {name: value for name, value in asdict(results).items() if name != "scores"}
         checkpoint = TaskCheckpoint(arguments.output_dir / CHECKPOINT, identity, arguments.save_steps)
         run = FineTuningRun(
             task, tokenizer, settings, arguments.seed, arguments.precision, teacher, checkpoint
@@ -112,24 +114,27 @@ def _check_precision(precision: str, device: torch.device) -> None:
         raise UserError("unsupported-precision", "this GPU has no bf16; use --fp16, or neither")
 
 
-def _finished(arguments: FinetuneArguments) -> Results | None:
-    """Return the results of a finished run in the output folder.
-
-    Raises:
-        UserError: the folder is occupied by something that this command does not resume.
-    """
+def _check_output_dir(arguments: FinetuneArguments) -> None:
+    """Raise a UserError unless the output folder is new or empty, or holds a run to resume."""
     folder = arguments.output_dir
     with writing(folder):
         bring_back_replaced(folder)
         found = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if not found or (arguments.resume and CHECKPOINT in found):
-        return None
-    if not arguments.resume or RESULTS not in found:
+    if found and not (arguments.resume and found & {CHECKPOINT, RESULTS}):
         raise UserError(
             "output-exists", f"{folder} is not empty; continue with --resume, or choose another --output_dir"
         )
-    saved: dict[str, Any] = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    logger.info("%s is complete", folder)
+
+
+def _finished(path: Path, identity: Mapping[str, Any]) -> Results:
+    """Return the results of a finished run.
+
+    Raises:
+        UserError: they are of a run with other settings.
+    """
+    saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    check_same_settings(path, saved, identity)
+    logger.info("%s is complete", path.parent)
     return Results(**{**saved, "fine_tuning": FineTuning(**saved["fine_tuning"])})
 
 

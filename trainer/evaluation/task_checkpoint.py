@@ -61,13 +61,18 @@ class TaskCheckpoint:
                 "damaged-checkpoint",
                 f"cannot read {self.path}: {first_line(error)}; remove it to start from the beginning",
             ) from error
-        for name, value in self.identity.items():
-            if identity.get(name) != value:
-                raise UserError(
-                    "changed-run",
-                    f"{self.path} is of a run with {name} {identity.get(name)}, not {value}; use the same settings, or "
-                    "choose another --output_dir",
-                )
+        check_same_settings(self.path, identity, self.identity)
         for name, part in parts.items():
             part.load_state_dict(state[name])
         return step
+
+
+def check_same_settings(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise a UserError if a file is of a run with other settings."""
+    for name, value in wanted.items():
+        if saved.get(name) != value:
+            raise UserError(
+                "changed-run",
+                f"{path} is of a run with {name} {saved.get(name)}, not {value}; use the same settings, or choose "
+                "another --output_dir",
+            )
