@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from distilspeed.trainer.errors import UserError, first_line
 from distilspeed.trainer.evaluation.tasks.glue_specs import GLUE_SPECS, GlueSpec
+from distilspeed.trainer.evaluation.tasks.hub import load_split
 from distilspeed.trainer.evaluation.tasks.names import GLUE_FOLDERS, GLUE_PREFIX
 from distilspeed.trainer.evaluation.tasks.sentences import Example, encode
 from distilspeed.trainer.evaluation.tasks.task import Feature, FineTuning, Predictions, Scores, Task
@@ -144,16 +145,7 @@ def _read_file(path: Path, spec: GlueSpec, malformed: dict[str, int]) -> Iterato
 
 def _read_split(task: str, split: str, spec: GlueSpec) -> Iterator[Example]:
     """Yield the examples of a split on the hub."""
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(HUB_DATASET, task, split=split)
-    except Exception as error:  # the hub, the file system and datasets raise many types
-        raise UserError(
-            "bad-task",
-            f"cannot load {GLUE_PREFIX}{task} from the hub: {first_line(error)}; "
-            "check the connection, or give GLUE's own files with --glue_dir",
-        ) from error
+    rows = load_split(GLUE_PREFIX + task, HUB_DATASET, task, split, "give GLUE's own files with --glue_dir")
     for number, row in enumerate(rows):
         label = row["label"]
         if spec.classes and label not in range(len(spec.classes)):

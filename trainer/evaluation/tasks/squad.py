@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerFast
 
 from distilspeed.trainer.errors import UserError, first_line
+from distilspeed.trainer.evaluation.tasks.hub import load_split
 from distilspeed.trainer.evaluation.tasks.task import Feature, FineTuning, Predictions, Scores, Task
 from distilspeed.trainer.models.loading import Head
 
@@ -232,16 +233,7 @@ def _read_file(path: Path) -> Iterator[Question]:
 
 
 def _read_split(name: str, split: str) -> Iterator[Question]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(VERSIONS[name].hub, split=split)
-    except Exception as error:  # the hub, the file system and datasets raise many types
-        raise UserError(
-            "bad-task",
-            f"cannot load {name} from the hub: {first_line(error)}; "
-            "check the connection, or give a folder with SQuAD's own files",
-        ) from error
+    rows = load_split(name, VERSIONS[name].hub, None, split, "give a folder with SQuAD's own files")
     for row in rows:
         answers = row["answers"]
         pairs = zip(answers["text"], answers["answer_start"], strict=True)
