@@ -13,7 +13,7 @@ from refusals import refusal
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from user_errors import assert_names
 
-from distilspeed.trainer.models.loading import load_masked_language_model, load_teacher, make_student
+from distilspeed.trainer.models.loading import load_language_model, load_teacher, make_student
 from distilspeed.trainer.training.metrics import read_metrics
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def test_the_step_on_two_ranks_is_that_of_plain_pytorch(
     }
     train_all(tmp_path, [run], ranks=2)
     start = copied_weights(make_student(load_teacher(str(folders.teacher)), LAYERS))
-    student = load_masked_language_model("student", str(tmp_path / "run" / "student"))
+    student = load_language_model("student", str(tmp_path / "run" / "student"))
     expected, norms = plain_steps(folders.teacher, folders.corpus, LAYERS, BATCH, [RATE] * 2)
     assert (change(copied_weights(student), start) - expected).norm() < 1e-5 * expected.norm()
     assert [line.grad_norm for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == pytest.approx(

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from distilspeed.trainer.corpus.format import open_corpus, tokenizer_hash
 from distilspeed.trainer.families.registry import family_of
 from distilspeed.trainer.models.loading import (
-    load_masked_language_model,
+    load_language_model,
     load_teacher,
     make_student,
     select_teacher_layers,
@@ -78,7 +78,7 @@ def test_steps_equal_those_of_plain_pytorch(runs: Path, family_dirs: Callable[[s
     layers = select_teacher_layers(teacher.config, None)
     start = copied_weights(make_student(teacher, layers))
     # Loaded, because the file names tied weights in another way than the model.
-    student = load_masked_language_model("student", str(runs / name / "student"))
+    student = load_language_model("student", str(runs / name / "student"))
     update = change(copied_weights(student), start)
     expected, norms = plain_steps(folders.teacher, folders.corpus, layers, BATCH, [LEARNING_RATE] * STEPS)
     assert (update - expected).norm() < 1e-5 * expected.norm()

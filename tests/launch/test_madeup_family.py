@@ -21,7 +21,7 @@ from distilspeed.trainer.families.vocabulary import pad_vocabulary
 from distilspeed.trainer.models.attention import SDPA, choose_attention
 from distilspeed.trainer.models.loading import (
     check_fits_corpus,
-    load_masked_language_model,
+    load_language_model,
     load_teacher,
     make_student,
 )
@@ -118,7 +118,7 @@ def test_it_limits_the_length_of_rows(teacher_dir: Path, corpus: Corpus) -> None
 
 @pytest.mark.usefixtures("is_registered")
 def test_the_trained_student_loads_and_is_evaluated(run: Path, teacher_dir: Path, corpus: Corpus) -> None:
-    student = load_masked_language_model("student", str(run / "student"))
+    student = load_language_model("student", str(run / "student"))
     assert type(student) is MadeUpForMaskedLM
     assert student.config.num_hidden_layers == len(LAYERS)
     at_start = make_student(load_teacher(str(teacher_dir)), LAYERS)
@@ -152,4 +152,4 @@ def test_without_its_entry_in_the_registry_it_is_refused(
     )
     assert_names(line, "unsupported-model", '"madeup_bert"', '"bert"')
     with raises_user_error("unsupported-model", '"madeup_bert"', '"bert", "distilbert"'):
-        load_masked_language_model("student", str(teacher_dir))
+        load_language_model("student", str(teacher_dir))

@@ -29,7 +29,7 @@ from distilspeed.trainer.corpus.arguments import CorpusArguments
 from distilspeed.trainer.corpus.build import prepare_corpus
 from distilspeed.trainer.corpus.format import open_corpus, tokenizer_hash
 from distilspeed.trainer.evaluation.quality import held_out_quality
-from distilspeed.trainer.models.loading import check_fits_corpus, load_masked_language_model
+from distilspeed.trainer.models.loading import check_fits_corpus, load_language_model
 from distilspeed.trainer.training.loop import HELD_OUT_ROWS_FOR_CARD
 from distilspeed.trainer.training.metrics import read_metrics
 
@@ -107,7 +107,7 @@ def test_the_student_folder_is_complete(finished: Path) -> None:
 def test_the_model_card_has_the_students_results(finished: Path, small_corpus_dir: Path) -> None:
     student = finished / "run" / "student"
     accuracy, loss = ModelCard.load(student / "README.md").data.eval_results
-    model = load_masked_language_model("student", str(student))
+    model = load_language_model("student", str(student))
     quality = held_out_quality(model, open_corpus(small_corpus_dir), HELD_OUT_ROWS_FOR_CARD)
     assert accuracy.metric_value == pytest.approx(quality.accuracy)
     assert loss.metric_value == pytest.approx(quality.loss)
@@ -125,7 +125,7 @@ def test_the_students_tokenizer_returns_the_students_inputs_and_matches_the_corp
     corpus = open_corpus(small_corpus_dir)
     assert tokenizer_hash(tokenizer) == corpus.manifest.tokenizer_hash
     # As for a teacher of the next distillation.
-    check_fits_corpus("teacher", str(student), load_masked_language_model("teacher", str(student)), corpus)
+    check_fits_corpus("teacher", str(student), load_language_model("teacher", str(student)), corpus)
 
 
 def test_metrics_have_a_line_per_step_and_the_loss_falls(finished: Path) -> None:

@@ -15,7 +15,7 @@ from user_errors import raises_user_error
 from distilspeed.trainer.corpus.format import load_tokenizer
 from distilspeed.trainer.corpus.sources import dataset_source
 from distilspeed.trainer.errors import UserErrorCode
-from distilspeed.trainer.models.loading import load_masked_language_model, model_from_config
+from distilspeed.trainer.models.loading import load_language_model, model_from_config
 
 SECRETS = {
     "HF_TOKEN": "hf_b3V0c2lkZXIx",
@@ -130,7 +130,7 @@ def test_code_that_comes_with_a_model_is_never_run(tmp_path: Path, monkeypatch: 
     ):
         (tmp_path / name).write_text(content)
     loads: list[tuple[UserErrorCode, Callable[[], object]]] = [
-        ("unusable-model", lambda: load_masked_language_model("student", str(tmp_path))),
+        ("unusable-model", lambda: load_language_model("student", str(tmp_path))),
         ("unusable-model", lambda: model_from_config(str(tmp_path), seed=0)),
         ("unusable-tokenizer", lambda: load_tokenizer(str(tmp_path))),
         ("unusable-dataset", lambda: list(dataset_source(str(tmp_path), "text").documents())),

@@ -12,7 +12,7 @@ from distilspeed.trainer.job.arguments import Settings, setting, whole_numbers
 class AblationArguments(Settings):
     """The arguments of ``launch/ablation.py``."""
 
-    teacher: str = setting(metavar="ID_OR_DIR", help="masked language model with safetensors weights")
+    teacher: str = setting(metavar="ID_OR_DIR", help="language model with safetensors weights")
     data_dir: Path = setting(metavar="DIR", help="corpus prepared by launch/prepare_data.py")
     output_dir: Path = setting(
         metavar="DIR", help="one folder per variant and seed; a later call goes on from it"

@@ -34,7 +34,7 @@ from distilspeed.trainer.files import check_unoccupied, folder_written_whole, pa
 from distilspeed.trainer.models.flops import model_shape
 from distilspeed.trainer.models.loading import (
     check_fits_corpus,
-    load_masked_language_model,
+    load_language_model,
     make_with_head,
     warn_without_tokenizer,
 )
@@ -83,7 +83,7 @@ def evaluate(arguments: EvaluateArguments) -> Report:
             "conflicting-arguments",
             f"--task fine-tunes encoders, but the corpus {corpus.path} is for causal language models; omit --task",
         )
-    models = [load_masked_language_model(role, name) for role, name in arguments.models.items()]
+    models = [load_language_model(role, name) for role, name in arguments.models.items()]
     for (role, name), model in zip(arguments.models.items(), models, strict=True):
         check_fits_corpus(role, name, model, corpus)
         for task in tasks:

@@ -70,7 +70,7 @@ def _listed(layers: Sequence[int]) -> str:
     return ",".join(map(str, layers)) or "(none)"
 
 
-def load_masked_language_model(role: str, name: str) -> PreTrainedModel:
+def load_language_model(role: str, name: str) -> PreTrainedModel:
     """Load a model of any family with its head: float32, evaluation mode, on the CPU.
 
     Args:
@@ -137,13 +137,13 @@ def _refuse_pickles(role: str, folder: Path, model_class: str) -> None:
 
 
 def load_teacher(name: str) -> PreTrainedModel:
-    """Load a frozen teacher with :func:`load_masked_language_model`; no parameter requires a gradient.
+    """Load a frozen teacher with :func:`load_language_model`; no parameter requires a gradient.
 
     Raises:
         UserError: as there, and if the architecture or a setting cannot be distilled.
     """
     checked_teacher_family(_load(AutoConfig, "teacher", name), f"the teacher {name}")
-    return load_masked_language_model("teacher", name).requires_grad_(False)
+    return load_language_model("teacher", name).requires_grad_(False)
 
 
 def make_student(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:

@@ -53,7 +53,7 @@ from distilspeed.trainer.models.flops import model_shape
 from distilspeed.trainer.models.inputs import tokenizer_for
 from distilspeed.trainer.models.loading import (
     check_fits_corpus,
-    load_masked_language_model,
+    load_language_model,
     load_teacher,
     make_student,
     select_teacher_layers,
@@ -210,7 +210,7 @@ def _scores(
         return _record(path)["scores"]
     started = time.monotonic()
     logger.info("%s, seed %d: evaluation", name, seed)
-    loaded = nn.Module.to(load_masked_language_model(name, model), ablation.device)
+    loaded = nn.Module.to(load_language_model(name, model), ablation.device)
     quality = held_out_quality(loaded, ablation.corpus, ablation.arguments.max_rows)
     scores = {ACCURACY: quality.accuracy}
     tokenizer = ablation.corpus.load_tokenizer()

@@ -11,7 +11,7 @@ from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.families.registry import check_same_family
 from distilspeed.trainer.models.loading import (
     check_fits_corpus,
-    load_masked_language_model,
+    load_language_model,
     load_teacher,
     make_student,
     model_from_config,
@@ -62,7 +62,7 @@ def load_models(arguments: TrainArguments, corpus: Corpus) -> LoadedModels:
         teacher = load_teacher(arguments.teacher)
         check_fits_corpus("teacher", arguments.teacher, teacher, corpus)
     if arguments.student is not None:
-        student = load_masked_language_model("student", arguments.student)
+        student = load_language_model("student", arguments.student)
         role, name = "student", arguments.student
     elif arguments.student_config is not None:
         student = model_from_config(arguments.student_config, arguments.seed)

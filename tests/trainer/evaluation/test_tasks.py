@@ -29,7 +29,7 @@ from distilspeed.trainer.evaluation.tasks.sentences import Example, encode
 from distilspeed.trainer.evaluation.tasks.task import Batch, Feature, FineTuning, Predictions, Scores
 from distilspeed.trainer.models.loading import (
     Head,
-    load_masked_language_model,
+    load_language_model,
     load_teacher,
     load_with_head,
     make_student,
@@ -221,7 +221,7 @@ def test_config_values_from_another_use_of_a_model_change_nothing(
     shutil.copytree(tiny_teacher_dir, plain)
     if architecture == "distilbert":
         make_student(load_teacher(str(tiny_teacher_dir)), (0, 3)).save_pretrained(plain)
-    expected = load_masked_language_model("model", str(plain))
+    expected = load_language_model("model", str(plain))
     task = read_task(separable_task(tmp_path / "task", train=16, dev=8))
     tokenizer = AutoTokenizer.from_pretrained(small_tokenizer_dir)
     ids = torch.arange(20)[None]
@@ -229,7 +229,7 @@ def test_config_values_from_another_use_of_a_model_change_nothing(
         folder = tmp_path / name
         shutil.copytree(plain, folder)
         with_left_overs(folder, config)
-        model = load_masked_language_model("model", str(folder))
+        model = load_language_model("model", str(folder))
         assert torch.equal(model(ids).logits, expected(ids).logits), name
         settings = FineTuning(epochs=1, learning_rate=1e-3, batch_size=8, max_length=32)
         assert 0 <= fine_tune(str(folder), task, tokenizer, settings, 0, CPU)["accuracy"] <= 1, name
