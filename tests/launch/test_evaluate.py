@@ -38,18 +38,19 @@ def test_the_command_writes_a_report_and_prints_its_table(
         (task / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     output = tmp_path / "evaluation"
     models = ("--teacher", tiny_teacher_dir, "--student", student_dir, "--baseline", student_dir)
+    models += ("--baseline", f"again={student_dir}")
     small = ("--max_rows", 8, "--task", task, "--task_epochs", 1, "--task_seeds", 2, "--device", "cpu")
     done = run_evaluate(*models, "--data_dir", small_corpus_dir, "--output_dir", output, *small)
 
     assert done.returncode == 0, done.stderr
     warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
-    assert ["no tokenizer files" in line for line in warnings] == [True, True]  # student and baseline
+    assert ["no tokenizer files" in line for line in warnings] == [True] * 3  # student and baselines
     report = json.loads((output / "report.json").read_text())
-    assert [model["role"] for model in report["models"]] == ["teacher", "student", "baseline"]
+    assert [model["role"] for model in report["models"]] == ["teacher", "student", "baseline", "again"]
     assert [score["task"] for score in report["models"][1]["tasks"]] == ["words"]
     assert len(report["models"][1]["tasks"][0]["scores"]["accuracy"]) == 2
     assert done.stdout.strip() in (output / "report.md").read_text()
-    assert len(done.stdout.strip().splitlines()) == 5
+    assert len(done.stdout.strip().splitlines()) == 6
     assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation", "words"]
 

@@ -1,9 +1,11 @@
 """The command line of ``launch/evaluate.py``."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.evaluation.tasks.names import expand_glue
 from distilspeed.trainer.job.arguments import LARGEST_SEED, Settings, numbers, setting
 
@@ -14,8 +16,12 @@ class EvaluateArguments(Settings):
 
     teacher: str = setting(metavar="ID_OR_DIR", help="language model with safetensors weights")
     student: str = setting(metavar="ID_OR_DIR", help="language model distilled from the teacher")
-    baseline: str | None = setting(
-        None, metavar="ID_OR_DIR", help="the student's architecture, trained without a teacher"
+    baseline: tuple[str, ...] = setting(
+        (),
+        action="append",
+        metavar="[NAME=]ID_OR_DIR",
+        help="a model to compare with, for example the student's architecture trained without a teacher; repeat for "
+        "more, each with its NAME",
     )
     data_dir: Path = setting(metavar="DIR", help="corpus prepared by launch/prepare_data.py")
     output_dir: Path = setting(metavar="DIR", help="created by this command")
@@ -56,6 +62,15 @@ class EvaluateArguments(Settings):
         0, at_least=0, at_most=LARGEST_SEED, help="seed of the masks, and first seed of the tasks"
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        roles = ["teacher", "student", *(role for role, _ in map(_named_baseline, self.baseline))]
+        if len(set(roles)) < len(roles):
+            raise UserError(
+                "conflicting-arguments",
+                f"two models are called {max(roles, key=roles.count)}; give every --baseline its own NAME=ID_OR_DIR",
+            )
+
     @property
     def task_names(self) -> tuple[str, ...]:
         """The names of the tasks, with "glue" replaced by its nine tasks; paths are expanded."""
@@ -64,5 +79,12 @@ class EvaluateArguments(Settings):
     @property
     def models(self) -> dict[str, str]:
         """The names of the models by role, the teacher first."""
-        names = {"teacher": self.teacher, "student": self.student, "baseline": self.baseline}
-        return {role: name for role, name in names.items() if name is not None}
+        return {"teacher": self.teacher, "student": self.student} | dict(map(_named_baseline, self.baseline))
+
+
+def _named_baseline(text: str) -> tuple[str, str]:
+    """Return the role and the model of "NAME=MODEL"; without a name the role is "baseline"."""
+    name, equals, model = text.partition("=")
+    if equals and name and model and "/" not in name:
+        return name, os.path.expanduser(model)  # noqa: PTH111
+    return "baseline", text

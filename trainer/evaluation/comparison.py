@@ -1,4 +1,4 @@
-"""Compare a student, and a baseline, with the teacher: the work of launch/evaluate.py.
+"""Compare a student, and baselines, with the teacher: the work of launch/evaluate.py.
 
 Every model runs in float32 on the same masks and the same examples. Forward passes are timed in turns.
 """

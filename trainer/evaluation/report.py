@@ -21,7 +21,7 @@ from distilspeed.trainer.evaluation.tasks.task import Scores, TaskConditions
 from distilspeed.trainer.evaluation.token_quality import TokenQuality
 
 # Okabe & Ito 2008: distinct with every common colour blindness, and in grey.
-STUDENT_COLOURS = ("#0072B2", "#E69F00")
+STUDENT_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 
 
 def percent_of(value: float, teacher: float) -> float | None:
@@ -99,8 +99,8 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
 class ModelReport:
     """The results of one model; relative values are relative to the teacher.
 
-    ``role`` is teacher, student or baseline. ``name`` is a hub id or the end of a path, distinct for distinct models.
-    ``retention_percent`` compares accuracies.
+    ``role`` is teacher, student, baseline, or a baseline's own name. ``name`` is a hub id or the end of a path, distinct
+    for distinct models.
     """
 
     role: str
@@ -164,7 +164,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class Report:
-    """The report: teacher first, then student, then the baseline if there is one."""
+    """The report: teacher first, then student, then the baselines."""
 
     models: tuple[ModelReport, ...]
     conditions: EvaluationConditions
@@ -287,7 +287,7 @@ def write_report(report: Report, folder: Path) -> None:
 
 
 def draw_report(report: Report, path: Path) -> None:
-    """Draw cost and quality of student and baseline in % of the teacher, as a PNG."""
+    """Draw cost and quality of student and baselines in % of the teacher, as a PNG."""
     from matplotlib.figure import Figure
 
     teacher, *others = report.models
@@ -309,7 +309,7 @@ def draw_report(report: Report, path: Path) -> None:
                 places + (index - (len(others) - 1) / 2) * height,
                 [values[index] for values in groups.values()],
                 height=0.9 * height,
-                color=STUDENT_COLOURS[index],
+                color=STUDENT_COLOURS[index % len(STUDENT_COLOURS)],
                 label=model.title,
             )
             # White background: the teacher's line crosses the label of a value just under 100.

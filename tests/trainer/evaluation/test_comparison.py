@@ -83,7 +83,7 @@ def test_student_and_baseline_are_measured_against_the_teacher(
         return {"accuracy": {arguments.teacher: 0.8, arguments.student: 0.6}[name] + 0.1 * (seed - 5)}
 
     monkeypatch.setattr(comparison, "fine_tune", recorded_fine_tune)
-    whole = replace(arguments, baseline=arguments.student, task=(str(tiny_task(tmp_path / "words")),))
+    whole = replace(arguments, baseline=(arguments.student,), task=(str(tiny_task(tmp_path / "words")),))
     report = evaluate(whole)
 
     teacher, student, baseline = report.models
