@@ -99,8 +99,8 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
 class ModelReport:
     """The results of one model; relative values are relative to the teacher.
 
-    ``role`` is teacher, student, baseline, or a baseline's own name. ``name`` is a hub id or the end of a path, distinct
-    for distinct models.
+    ``role`` is teacher, student, baseline, or a baseline's own name. ``name`` is a hub id or the end of a path;
+    distinct models have distinct names. ``retention_percent`` compares accuracies.
     """
 
     role: str
