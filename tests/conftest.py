@@ -198,3 +198,9 @@ def one_thread() -> Iterator[None]:
         patched.setenv("OMP_NUM_THREADS", "1")
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh_compiler() -> None:
+    """For a second shape in a process torch.compile makes shapes dynamic, and flex attention's C++ code then fails."""
+    torch.compiler.reset()

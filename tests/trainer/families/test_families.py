@@ -126,6 +126,7 @@ def test_the_exported_tokenizer_returns_the_models_inputs(tiny: Tiny, tmp_path: 
     assert tiny.plain(**encoded).logits.isfinite().all()
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("second", [SDPA, pytest.param(FLEX, marks=pytest.mark.full)])
 def test_its_attention_is_timed_and_flex_attention_gives_the_same(tiny: Tiny, second: str) -> None:
     if second == FLEX and not tiny.teacher._supports_flex_attn:

@@ -42,6 +42,7 @@ def test_tokens_see_only_their_document_and_padding_sees_padding() -> None:
     ]
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_flex_attention_gives_the_same_as_sdpa(tiny_teacher_dir: Path, corpus: Corpus, device: str) -> None:
     torch.manual_seed(0)
     # On a GPU, flex_attention needs a head size of at least 16.
