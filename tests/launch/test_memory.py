@@ -4,12 +4,22 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from launcher import ROOT, environment, error_lines, ranks_alone, write_config
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    XLMRobertaForMaskedLM,
+)
 from user_errors import assert_names
 
 from distilspeed.trainer.corpus.arguments import CorpusArguments
@@ -121,6 +131,34 @@ def test_so_it_is_with_rotary_positions_gates_and_long_rows_without_dropout(
         )
     )
     estimate, peak = estimated_and_measured(tmp_path, modernbert, corpus, 1, precision, micro, accumulation)
+    assert estimate == pytest.approx(peak, rel=0.08)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("precision", "micro", "accumulation"), [("fp32", 16, 1), ("bf16", 8, 2)])
+def test_so_it_is_with_a_vocabulary_that_dominates(
+    tmp_path: Path,
+    family_dirs: Callable[[str], Any],
+    precision: str,
+    micro: int,
+    accumulation: int,
+) -> None:
+    """As in XLM-RoBERTa: embeddings and logits take most of the memory."""
+    folders = family_dirs("xlm-roberta")
+    tokenizer = AutoTokenizer.from_pretrained(folders.teacher)
+    config = AutoConfig.from_pretrained(
+        folders.teacher,
+        vocab_size=40_000,
+        hidden_size=128,
+        intermediate_size=512,
+        attention_probs_dropout_prob=0.1,
+    )
+    torch.manual_seed(0)
+    XLMRobertaForMaskedLM(config).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    estimate, peak = estimated_and_measured(
+        tmp_path, tmp_path / "teacher", folders.corpus, 1, precision, micro, accumulation
+    )
     assert estimate == pytest.approx(peak, rel=0.08)
 
 
