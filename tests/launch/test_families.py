@@ -40,12 +40,11 @@ def runs(
     tmp_path_factory: pytest.TempPathFactory,
     family_dirs: Callable[[str], Any],
 ) -> Path:
-    """The runs of each chosen family: "NAME", and "NAME_resumed" after its first step."""
+    """The runs of each chosen family: "NAME", "NAME_split" on two ranks, and "NAME_resumed" after its first step."""
     folder = tmp_path_factory.mktemp("families")
     config = write_config(folder / "sgd.json", SGD, remove=("scheduler",))
-    names = sorted(
-        name for (name,) in chosen(request, test_steps_equal_those_of_plain_pytorch.__name__, "name")
-    )
+    cases = sorted(chosen(request, test_steps_equal_those_of_plain_pytorch.__name__, "name", "run"))
+    names = sorted({name for name, _ in cases})
 
     def run(name: str, output: str, **more: object) -> dict[str, Any]:
         folders = family_dirs(name)
@@ -62,6 +61,10 @@ def runs(
         }
 
     train_all(folder, [run(name, name) for name in names], ranks=1)
+    if split := [
+        run(name, name + kind, per_device_train_batch_size=BATCH // 6) for name, kind in cases if kind
+    ]:
+        train_all(folder, split, ranks=2)
     for name in names:
         copy = folder / f"{name}_resumed"
         shutil.copytree(folder / name, copy)
@@ -71,20 +74,23 @@ def runs(
     return folder
 
 
+@pytest.mark.parametrize("run", ["", pytest.param("_split", marks=pytest.mark.full)])
 @pytest.mark.parametrize("name", NAMES)
-def test_steps_equal_those_of_plain_pytorch(runs: Path, family_dirs: Callable[[str], Any], name: str) -> None:
+def test_steps_equal_those_of_plain_pytorch(
+    runs: Path, family_dirs: Callable[[str], Any], name: str, run: str
+) -> None:
     folders = family_dirs(name)
     teacher = load_teacher(str(folders.teacher))
     layers = select_teacher_layers(teacher.config, None)
     start = copied_weights(make_student(teacher, layers))
     # Loaded, because the file names tied weights in another way than the model.
-    student = load_language_model("student", str(runs / name / "student"))
+    student = load_language_model("student", str(runs / f"{name}{run}" / "student"))
     update = change(copied_weights(student), start)
     expected, norms = plain_steps(folders.teacher, folders.corpus, layers, BATCH, [LEARNING_RATE] * STEPS)
     assert (update - expected).norm() < 1e-5 * expected.norm()
-    assert [line.grad_norm for line in read_metrics(runs / name / "metrics.jsonl")] == pytest.approx(
-        norms, rel=1e-5
-    )
+    assert [
+        line.grad_norm for line in read_metrics(runs / f"{name}{run}" / "metrics.jsonl")
+    ] == pytest.approx(norms, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
