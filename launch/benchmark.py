@@ -93,15 +93,10 @@ def _prepare(arguments: BenchmarkArguments) -> "Run":
     from distilspeed.trainer.training.run import prepare_run
 
     quiet_libraries()
-    terms = take_terms({"restrict_ce_to_mask": arguments.restrict_ce_to_mask})
+    restricted = arguments.restrict_ce_to_mask
+    terms = take_terms({"restrict_ce_to_mask": True}) if restricted else None
     with tempfile.TemporaryDirectory() as folder:  # nothing is written there
         run = prepare_run(arguments.training(Path(folder)), terms)
-    if run.corpus.manifest.objective == "causal":
-        raise UserError(
-            "unsupported-model",
-            f"the benchmark's baseline trains masked language models, and {run.corpus.path} is for causal ones; "
-            "choose a corpus and a teacher of BERT's kind",
-        )
     return run
 
 
@@ -111,6 +106,12 @@ def _check_before_measuring(run: "Run", arguments: BenchmarkArguments) -> None:
     from distilspeed.trainer.files import check_new_file
     from distilspeed.trainer.throughput.report import read_stored
 
+    if run.corpus.manifest.objective == "causal":
+        raise UserError(
+            "unsupported-model",
+            f"the benchmark's baseline trains masked language models, and {run.corpus.path} is for causal ones; "
+            "choose a corpus and a teacher of BERT's kind",
+        )
     config = read_deepspeed_config(arguments.deepspeed_config)
     for count in arguments.ranks:
         resolve_batch_equation(

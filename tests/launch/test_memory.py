@@ -16,6 +16,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    GPT2LMHeadModel,
     ModernBertConfig,
     ModernBertForMaskedLM,
     XLMRobertaForMaskedLM,
@@ -160,6 +161,34 @@ def test_so_it_is_with_a_vocabulary_that_dominates(
         tmp_path, tmp_path / "teacher", folders.corpus, 1, precision, micro, accumulation
     )
     assert estimate == pytest.approx(peak, rel=0.08)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("precision", "micro", "accumulation"), [("fp32", 16, 1), ("bf16", 8, 2)])
+def test_so_it_is_for_a_causal_model(
+    tmp_path: Path,
+    family_dirs: Callable[[str], Any],
+    precision: str,
+    micro: int,
+    accumulation: int,
+) -> None:
+    folders = family_dirs("gpt2")
+    config = AutoConfig.from_pretrained(
+        folders.teacher,
+        vocab_size=4000,
+        n_embd=192,
+        n_inner=768,
+        attn_pdrop=0.1,
+        resid_pdrop=0.1,
+        embd_pdrop=0.1,
+    )
+    torch.manual_seed(0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "teacher")
+    AutoTokenizer.from_pretrained(folders.teacher).save_pretrained(tmp_path / "teacher")
+    estimate, peak = estimated_and_measured(
+        tmp_path, tmp_path / "teacher", folders.corpus, 1, precision, micro, accumulation
+    )
+    assert estimate == pytest.approx(peak, rel=0.15)
 
 
 def estimated_and_measured(
