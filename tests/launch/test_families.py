@@ -11,7 +11,7 @@ from families import TINY_FAMILIES
 from jobs import assert_same_end, chosen
 from launcher import ROOT, ranks_alone, train_all, write_config
 from plain_steps import change, copied_weights, plain_steps
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ModernBertForMaskedLM
 
 from distilspeed.trainer.corpus.format import open_corpus, tokenizer_hash
 from distilspeed.trainer.families.registry import family_of
@@ -129,3 +129,21 @@ def test_it_is_evaluated(runs: Path, family_dirs: Callable[[str], Any], name: st
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "report" / "report.md").is_file()
+
+
+@pytest.mark.full
+def test_models_of_two_families_with_one_tokenizer_are_compared(
+    family_dirs: Callable[[str], Any], tmp_path: Path
+) -> None:
+    folders = family_dirs("roberta")
+    tokenizer = AutoTokenizer.from_pretrained(folders.teacher)
+    config = TINY_FAMILIES["modernbert"].config(tokenizer)
+    ModernBertForMaskedLM(config).save_pretrained(tmp_path / "modernbert")
+    tokenizer.save_pretrained(tmp_path / "modernbert")
+    result = ranks_alone(
+        ROOT / "launch" / "evaluate.py",
+        *("--teacher", folders.teacher, "--student", tmp_path / "modernbert"),
+        *("--data_dir", folders.corpus, "--output_dir", tmp_path / "report", "--max_rows", 4),
+        ranks=1,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
