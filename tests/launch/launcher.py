@@ -56,7 +56,7 @@ def train_all(
 ) -> subprocess.CompletedProcess[str]:
     """Train with each set of arguments, in one job; see many_runs_job.py."""
     job = folder / "job.json"
-    job.write_text(json.dumps(runs))
+    job.write_text(json.dumps(runs, default=str))
     result = ranks_alone(Path(__file__).with_name("many_runs_job.py"), job, ranks=ranks, seconds=seconds)
     assert result.returncode == 0, result.stderr[-3000:]
     return result
@@ -66,9 +66,9 @@ def error_lines(result: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in result.stderr.splitlines() if line.startswith("error: ")]
 
 
-def training_flags(teacher: Path, data_dir: Path, output_dir: Path, **more: object) -> list[object]:
-    """Return the flags of a small training: ``more`` adds to them by name, and replaces them."""
-    given = {
+def training_options(teacher: Path, data_dir: Path, output_dir: Path, **more: object) -> dict[str, Any]:
+    """Return the options of a small training: ``more`` adds to them by name, and replaces them."""
+    return {
         "deepspeed_config": CPU_CONFIG,
         "teacher": teacher,
         "data_dir": data_dir,
@@ -76,7 +76,15 @@ def training_flags(teacher: Path, data_dir: Path, output_dir: Path, **more: obje
         "train_batch_size": 16,
         "per_device_train_batch_size": 4,
     } | more
-    return [part for name, value in given.items() for part in (f"--{name}", value)]
+
+
+def flags(options: Mapping[str, object]) -> list[object]:
+    return [part for name, value in options.items() for part in (f"--{name}", value)]
+
+
+def training_flags(teacher: Path, data_dir: Path, output_dir: Path, **more: object) -> list[object]:
+    """Return the flags of a small training; see :func:`training_options`."""
+    return flags(training_options(teacher, data_dir, output_dir, **more))
 
 
 def write_config(path: Path, changes: Mapping[str, Any], remove: tuple[str, ...] = ()) -> Path:

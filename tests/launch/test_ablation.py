@@ -3,11 +3,10 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from launcher import CPU_CONFIG, ROOT, python
+from launcher import ROOT, flags, python, training_options
 from refusals import refusal
 from safetensors.torch import load_file
 from user_errors import assert_names
@@ -20,24 +19,18 @@ VARIANTS = ("random_weights", "no_teacher_from_layers", "untrained")
 
 
 def options(teacher: Path, corpus: Path, output: Path, **changed: object) -> list[object]:
-    given = {
-        "teacher": teacher,
-        "data_dir": corpus,
-        "output_dir": output,
-        "deepspeed_config": CPU_CONFIG,
-        "max_steps": 2,
-        "seeds": 1,
-        "variants": ",".join(VARIANTS),
-        "train_batch_size": 8,
-        "per_device_train_batch_size": 4,
-        "max_rows": 4,
-        "device": "cpu",
-    } | changed
-    return _flags(given)
-
-
-def _flags(given: dict[str, Any]) -> list[object]:
-    return [part for name, value in given.items() for part in (f"--{name}", value)]
+    given = training_options(
+        teacher,
+        corpus,
+        output,
+        max_steps=2,
+        seeds=1,
+        variants=",".join(VARIANTS),
+        train_batch_size=8,
+        max_rows=4,
+        device="cpu",
+    )
+    return flags(given | changed)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +127,7 @@ def test_bad_input_is_refused_before_anything_is_trained(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "occupied").mkdir()
     (tmp_path / "occupied" / "file").write_text("x")
-    command = [*options(tiny_teacher_dir, small_corpus_dir, tmp_path / "out"), *_flags(changed)]
+    command = [*options(tiny_teacher_dir, small_corpus_dir, tmp_path / "out"), *flags(changed)]
     line = refusal("ablation.py", command, tmp_path, monkeypatch, capfd)
     assert_names(line, code, named)
 

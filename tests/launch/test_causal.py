@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from huggingface_hub import ModelCard
-from launcher import CPU_CONFIG, train_all, write_config
+from launcher import CPU_CONFIG, train_all, training_options, write_config
 from plain_steps import change, copied_weights, plain_steps
 from refusals import refusal
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,16 +26,15 @@ LAYERS, RATE, BATCH = (0, 3), 0.02, 12
 def pretrained(tmp_path_factory: pytest.TempPathFactory, family_dirs: Callable[[str], Any]) -> Path:
     """A GPT-2 trained from random weights, without a teacher."""
     folder, folders = tmp_path_factory.mktemp("pretrained"), family_dirs("gpt2")
-    run = {
-        "deepspeed_config": str(CPU_CONFIG),
-        "teacher": "none",
-        "student_config": str(folders.teacher / "config.json"),
-        "data_dir": str(folders.corpus),
-        "output_dir": str(folder / "run"),
-        "max_steps": 4,
-        "train_batch_size": BATCH,
-        "per_device_train_batch_size": 4,
-    }
+    run = training_options(
+        Path("none"),
+        folders.corpus,
+        folder / "run",
+        student_config=folders.teacher / "config.json",
+        max_steps=4,
+        train_batch_size=BATCH,
+        per_device_train_batch_size=4,
+    )
     train_all(folder, [run], ranks=1)
     return folder / "run"
 
@@ -75,16 +74,16 @@ def test_the_step_on_two_ranks_is_that_of_plain_pytorch(
         "gradient_clipping": 0.0,
         "zero_optimization": {"stage": stage},
     }
-    run = {
-        "deepspeed_config": str(write_config(tmp_path / "sgd.json", sgd, remove=("scheduler",))),
-        "teacher": str(folders.teacher),
-        "data_dir": str(folders.corpus),
-        "output_dir": str(tmp_path / "run"),
-        "student_layers": LAYERS,
-        "max_steps": 2,
-        "train_batch_size": BATCH,
-        "per_device_train_batch_size": 3,
-    }
+    run = training_options(
+        folders.teacher,
+        folders.corpus,
+        tmp_path / "run",
+        deepspeed_config=write_config(tmp_path / "sgd.json", sgd, remove=("scheduler",)),
+        student_layers=LAYERS,
+        max_steps=2,
+        train_batch_size=BATCH,
+        per_device_train_batch_size=3,
+    )
     train_all(tmp_path, [run], ranks=2)
     start = copied_weights(make_student(load_teacher(str(folders.teacher)), LAYERS))
     student = load_language_model("student", str(tmp_path / "run" / "student"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import TINY_FAMILIES
 from jobs import assert_same_end, chosen
-from launcher import ROOT, ranks_alone, train_all, write_config
+from launcher import ROOT, ranks_alone, train_all, training_options, write_config
 from plain_steps import change, copied_weights, plain_steps
 from transformers import AutoTokenizer, ModernBertForMaskedLM
 
@@ -48,17 +48,19 @@ def runs(
 
     def run(name: str, output: str, **more: object) -> dict[str, Any]:
         folders = family_dirs(name)
-        return {
-            "deepspeed_config": str(config),
-            "teacher": str(folders.teacher),
-            "data_dir": str(folders.corpus),
-            "output_dir": str(folder / output),
-            "max_steps": STEPS,
-            "save_steps": 1,
-            "train_batch_size": BATCH,
-            "per_device_train_batch_size": BATCH // 3,
-            **more,
-        }
+        return (
+            training_options(
+                folders.teacher,
+                folders.corpus,
+                folder / output,
+                deepspeed_config=config,
+                max_steps=STEPS,
+                save_steps=1,
+                train_batch_size=BATCH,
+                per_device_train_batch_size=BATCH // 3,
+            )
+            | more
+        )
 
     train_all(folder, [run(name, name) for name in names], ranks=1)
     if split := [

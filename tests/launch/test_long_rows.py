@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from launcher import train_all, write_config
+from launcher import train_all, training_options, write_config
 from plain_steps import plain_steps
 from transformers import AutoModelForMaskedLM, AutoTokenizer, ModernBertConfig
 
@@ -59,15 +59,15 @@ def test_a_step_on_long_rows_equals_that_of_plain_pytorch(
         assert (ids[ends - of_row] == tokenizer.cls_token_id).all()
         assert (ids[ends - 1] == tokenizer.sep_token_id).all()
 
-    arguments = {
-        "deepspeed_config": str(write_config(tmp_path / "sgd.json", SGD, remove=("scheduler",))),
-        "teacher": str(teacher_dir),
-        "data_dir": str(corpus_dir),
-        "output_dir": str(tmp_path / "run"),
-        "max_steps": 1,
-        "train_batch_size": ROWS,
-        "per_device_train_batch_size": 1,
-    }
+    arguments = training_options(
+        teacher_dir,
+        corpus_dir,
+        tmp_path / "run",
+        deepspeed_config=write_config(tmp_path / "sgd.json", SGD, remove=("scheduler",)),
+        max_steps=1,
+        train_batch_size=ROWS,
+        per_device_train_batch_size=1,
+    )
     train_all(tmp_path, [arguments], ranks=1)
     (step,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
     layers = select_teacher_layers(load_teacher(str(teacher_dir)).config, None)

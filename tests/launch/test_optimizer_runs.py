@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
-from launcher import ROOT, train_all, write_config
+from launcher import ROOT, train_all, training_options, write_config
 from safetensors.torch import load_file
 
 from distilspeed.trainer.engine.student import DTYPES
@@ -29,18 +29,20 @@ def arguments(
 ) -> dict[str, Any]:
     settings = settings | {name: {"enabled": name == precision} for name in ("fp16", "bf16")}
     config = write_config(output.with_suffix(".json"), settings, remove=("scheduler",))
-    return {
-        "deepspeed_config": str(config),
-        "teacher": str(teacher),
-        "data_dir": str(corpus),
-        "output_dir": str(output),
-        "student_layers": LAYERS,
-        "max_steps": STEPS,
-        "train_batch_size": BATCH,
-        "per_device_train_batch_size": 2,
-        "save_steps": SAVE_STEPS,
-        **others,
-    }
+    return (
+        training_options(
+            teacher,
+            corpus,
+            output,
+            deepspeed_config=config,
+            student_layers=LAYERS,
+            max_steps=STEPS,
+            train_batch_size=BATCH,
+            per_device_train_batch_size=2,
+            save_steps=SAVE_STEPS,
+        )
+        | others
+    )
 
 
 @pytest.fixture(scope="module")

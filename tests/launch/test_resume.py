@@ -8,7 +8,7 @@ import pytest
 import torch
 from _pytest.mark import ParameterSet
 from jobs import chosen
-from launcher import train_all, write_config
+from launcher import train_all, training_options, write_config
 from safetensors.torch import load_file
 from training import CPU_HAS_FP16
 
@@ -40,18 +40,18 @@ def settings(output: Path, teacher: Path, corpus: Path, stage: int, precision: s
     changes = {"zero_optimization": {"stage": stage}} | {
         name: {"enabled": name == precision} for name in ("fp16", "bf16")
     }
-    return {
-        "deepspeed_config": str(write_config(output.with_suffix(".json"), changes)),
-        "teacher": str(teacher),
-        "data_dir": str(corpus),
-        "output_dir": str(output),
-        "max_steps": STEPS,
-        "train_batch_size": BATCH,
-        "per_device_train_batch_size": MICRO_BATCH,
-        "save_steps": SAVE_STEPS,
-        "save_total_limit": STEPS,
-        "logging_steps": 3,
-    }
+    return training_options(
+        teacher,
+        corpus,
+        output,
+        deepspeed_config=write_config(output.with_suffix(".json"), changes),
+        max_steps=STEPS,
+        train_batch_size=BATCH,
+        per_device_train_batch_size=MICRO_BATCH,
+        save_steps=SAVE_STEPS,
+        save_total_limit=STEPS,
+        logging_steps=3,
+    )
 
 
 def interrupted(run: dict[str, Any], folder: Path, at: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from launcher import train_all, write_config
+from launcher import train_all, training_options, write_config
 from safetensors.torch import load_file
 from training import CPU_HAS_FP16
 
@@ -63,16 +63,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, sma
     def run(name: str, config: dict[str, Any], steps: int, **more: Any) -> dict[str, Any]:
         config = {key: value for key, value in config.items() if value is not None}
         removed = tuple(key for key in ("scheduler",) if key not in config)
-        return {
-            "deepspeed_config": str(write_config(folder / f"{name}.json", config, removed)),
-            "teacher": str(tiny_teacher_dir),
-            "data_dir": str(small_corpus_dir),
-            "output_dir": str(folder / name),
-            "max_steps": steps,
-            "train_batch_size": BATCH,
-            "per_device_train_batch_size": MICRO_BATCH,
-            **more,
-        }
+        return (
+            training_options(
+                tiny_teacher_dir,
+                small_corpus_dir,
+                folder / name,
+                deepspeed_config=write_config(folder / f"{name}.json", config, removed),
+                max_steps=steps,
+                train_batch_size=BATCH,
+                per_device_train_batch_size=MICRO_BATCH,
+            )
+            | more
+        )
 
     def extended(name: str, to: str, config: dict[str, Any], ranks: int = 1, **more: Any) -> None:
         again[ranks].append(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from jobs import chosen
-from launcher import train_all, write_config
+from launcher import train_all, training_options, write_config
 from plain_steps import change, copied_weights, plain_steps
 from safetensors.torch import load_file
 
@@ -222,16 +222,16 @@ def _run_arguments(
 ) -> dict[str, Any]:
     removed = () if "scheduler" in settings else ("scheduler",)
     config = write_config(output.with_suffix(".json"), settings, removed)
-    return {
-        "deepspeed_config": str(config),
-        "teacher": str(teacher),
-        "data_dir": str(corpus),
-        "output_dir": str(output),
-        "student_layers": LAYERS,
-        "max_steps": STEPS,
-        "train_batch_size": BATCH,
-        "per_device_train_batch_size": micro,
-    }
+    return training_options(
+        teacher,
+        corpus,
+        output,
+        deepspeed_config=config,
+        student_layers=LAYERS,
+        max_steps=STEPS,
+        train_batch_size=BATCH,
+        per_device_train_batch_size=micro,
+    )
 
 
 def _name(ranks: int, stage: int, micro: int, precision: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from jobs import assert_same_end
-from launcher import CPU_CONFIG, ROOT, ranks_alone, train_all, training_flags, write_config
+from launcher import CPU_CONFIG, ROOT, ranks_alone, train_all, training_flags, training_options, write_config
 from plain_steps import change, copied_weights, plain_loss, plain_steps_of
 from refusals import refusal
 from transformers import (
@@ -64,18 +64,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, small
     ).save_pretrained(folder / "narrow_config")
 
     def run(output: str, teacher: object, **more: object) -> dict[str, Any]:
-        return {
-            "deepspeed_config": str(config),
-            "teacher": str(teacher),
-            "data_dir": str(small_corpus_dir),
-            "output_dir": str(folder / output),
-            "max_steps": STEPS,
-            "save_steps": 1,
-            "train_batch_size": BATCH,
-            "per_device_train_batch_size": BATCH // 3,
-            "seed": SEED,
-            **more,
-        }
+        return (
+            training_options(
+                teacher,
+                small_corpus_dir,
+                folder / output,
+                deepspeed_config=config,
+                max_steps=STEPS,
+                save_steps=1,
+                train_batch_size=BATCH,
+                per_device_train_batch_size=BATCH // 3,
+                seed=SEED,
+            )
+            | more
+        )
 
     further = run("further", tiny_teacher_dir, student=str(folder / "earlier"))
     alone = run("alone", "none", student=str(tiny_teacher_dir))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from launcher import CPU_CONFIG, train_all
+from launcher import train_all, training_options
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 from vocabularies import GARBAGE, with_rows
 
@@ -37,16 +37,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, small
         tokenizer.save_pretrained(folder / name)
 
     def run(output: str, teacher: Path, **more: object) -> dict[str, Any]:
-        return {
-            "deepspeed_config": str(CPU_CONFIG),
-            "teacher": str(teacher),
-            "data_dir": str(small_corpus_dir),
-            "output_dir": str(folder / output),
-            "max_steps": STEPS,
-            "train_batch_size": 16,
-            "per_device_train_batch_size": 8,
-            **more,
-        }
+        return (
+            training_options(
+                teacher,
+                small_corpus_dir,
+                folder / output,
+                max_steps=STEPS,
+                train_batch_size=16,
+                per_device_train_batch_size=8,
+            )
+            | more
+        )
 
     wide, plain = folder / "teacher", tiny_teacher_dir
     student_dir, wider_student = str(folder / "student"), str(folder / "wider_student")
