@@ -3,7 +3,7 @@
     python launch/ablation.py --teacher google-bert/bert-base-uncased --data_dir corpora/mine \\
         --deepspeed_config gpu_bf16 --max_steps 10000 --task glue --output_dir runs/ablation
 
-Every training is a run of launch/train.py in its own folder. Called again, the command goes on where it was stopped.
+Every training is a run of launch/train.py in its own folder. Called again, the command continues.
 Writes ablation.json, ablation.md and ablation.png, and prints the table.
 """
 

@@ -93,11 +93,9 @@ def _prepare(arguments: BenchmarkArguments) -> "Run":
     from distilspeed.trainer.training.run import prepare_run
 
     quiet_libraries()
-    restricted = arguments.restrict_ce_to_mask
-    terms = take_terms({"restrict_ce_to_mask": True}) if restricted else None
+    terms = take_terms({"restrict_ce_to_mask": True}) if arguments.restrict_ce_to_mask else None
     with tempfile.TemporaryDirectory() as folder:  # nothing is written there
-        run = prepare_run(arguments.training(Path(folder)), terms)
-    return run
+        return prepare_run(arguments.training(Path(folder)), terms)
 
 
 def _check_before_measuring(run: "Run", arguments: BenchmarkArguments) -> None:

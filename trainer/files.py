@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import BinaryIO, Self, TypeVar
 
 from distilspeed.trainer.errors import UserError
 
@@ -86,15 +86,22 @@ def check_new_file(path: Path) -> None:
         ) from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace the content of ``path``: write a temporary file beside it, sync it to disk, rename it."""
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Yield a temporary file beside ``path``; on success sync it to disk and rename it to ``path``."""
     beside = path.with_name(f".{path.name}.incomplete")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with beside.open("wb") as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
     sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the content of ``path``; see :func:`replacing`."""
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def from_json(record: type[Record], text: str) -> Record:

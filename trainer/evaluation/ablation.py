@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from distilspeed.trainer.corpus.training_objective import TrainingObjective
-from distilspeed.trainer.evaluation.report import Environment, mean_and_deviation, percent_of
+from distilspeed.trainer.evaluation.report import Environment, mean_and_deviation, percent_of, shown_score
 from distilspeed.trainer.objective.registry import TERMS
 
 # The column of a report beside the tasks: accuracy on masked or next tokens of held-out rows.
@@ -103,7 +103,10 @@ class AblationReport:
         full, *others = self.results
         rows = [["", *self.columns], ["---", *["---:"] * len(self.columns)]]
         rows.append(
-            ["teacher", *(_scores([scores[column] for scores in self.teacher]) for column in self.columns)]
+            [
+                "teacher",
+                *(shown_score([scores[column] for scores in self.teacher]) for column in self.columns),
+            ]
         )
         rows.append([full.title, *(self._full_cell(full, column) for column in self.columns)])
         rows += [
@@ -117,7 +120,7 @@ class AblationReport:
         retention = percent_of(
             statistics.fmean(of_seeds), statistics.fmean(each[column] for each in self.teacher)
         )
-        return _scores(of_seeds) + ("" if retention is None else f" ({retention:.1f} %)")
+        return shown_score(of_seeds) + ("" if retention is None else f" ({retention:.1f} %)")
 
     def to_markdown(self) -> str:
         machine = self.machine
@@ -164,11 +167,6 @@ def _draw(report: AblationReport, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _scores(of_seeds: Sequence[float]) -> str:
-    mean, deviation = mean_and_deviation(of_seeds)
-    return f"{100 * mean:.1f}" if deviation is None else f"{100 * mean:.1f} ± {100 * deviation:.1f}"
-
-
 def _difference(of_seeds: Sequence[float]) -> str:
-    mean, deviation = mean_and_deviation(of_seeds)
-    return f"{100 * mean:+.1f}" if deviation is None else f"{100 * mean:+.1f} ± {100 * deviation:.1f}"
+    """Show a difference in points, with its sign."""
+    return f"{'+' * (statistics.fmean(of_seeds) >= 0)}{shown_score(of_seeds)}"

@@ -15,7 +15,7 @@ class AblationArguments(Settings):
     teacher: str = setting(metavar="ID_OR_DIR", help="language model with safetensors weights")
     data_dir: Path = setting(metavar="DIR", help="corpus prepared by launch/prepare_data.py")
     output_dir: Path = setting(
-        metavar="DIR", help="one folder per variant and seed; a later call goes on from it"
+        metavar="DIR", help="one folder per variant and seed; another call continues it"
     )
     deepspeed_config: Path = setting(help="DeepSpeed config: a file or a shipped name, for example cpu")
     max_steps: int = setting(above=0, help="optimiser steps of every training")
@@ -47,5 +47,5 @@ class AblationArguments(Settings):
 
     @property
     def task_names(self) -> tuple[str, ...]:
-        """The names of the tasks, with "glue" replaced by its nine tasks; paths are expanded."""
-        return tuple(str(Path(name).expanduser()) for name in expand_glue(self.task, self.glue_dir))
+        """The names of the tasks, with "glue" replaced by its nine tasks."""
+        return tuple(expand_glue(self.task, self.glue_dir))

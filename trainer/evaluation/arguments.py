@@ -73,8 +73,8 @@ class EvaluateArguments(Settings):
 
     @property
     def task_names(self) -> tuple[str, ...]:
-        """The names of the tasks, with "glue" replaced by its nine tasks; paths are expanded."""
-        return tuple(str(Path(name).expanduser()) for name in expand_glue(self.task, self.glue_dir))
+        """The names of the tasks, with "glue" replaced by its nine tasks."""
+        return tuple(expand_glue(self.task, self.glue_dir))
 
     @property
     def models(self) -> dict[str, str]:

@@ -121,8 +121,8 @@ def _fine_tuning(arguments: EvaluateArguments, task: Task, positions: int) -> Fi
         epochs=arguments.task_epochs or own.epochs,
         learning_rate=(arguments.task_learning_rates or (own.learning_rate,))[0],
         batch_size=arguments.task_batch_size or own.batch_size,
-        max_length=min(own.max_length, positions),
-    )
+        max_length=own.max_length,
+    ).within(positions)
 
 
 def _measure(

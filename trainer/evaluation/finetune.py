@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from distilspeed.trainer.corpus.format import load_tokenizer, tokenizer_hash
 from distilspeed.trainer.errors import UserError
-from distilspeed.trainer.evaluation.comparison import choose_device
+from distilspeed.trainer.evaluation.comparison import choose_device, shown_names
 from distilspeed.trainer.evaluation.fine_tuning import FineTuningRun
 from distilspeed.trainer.evaluation.finetune_arguments import FinetuneArguments
 from distilspeed.trainer.evaluation.task_checkpoint import TaskCheckpoint, check_same_settings
@@ -75,11 +75,14 @@ def finetune(arguments: FinetuneArguments) -> Results:
     settings = _settings(arguments, task, model, teacher)
     for warning in task.warnings():
         logger.warning(warning)
+    shown_model, *shown_teacher = shown_names(
+        [arguments.model, *([arguments.teacher] if arguments.teacher else [])]
+    )
     results = Results(
         task=task.name,
         scores={},
-        model=_shown(arguments.model),
-        teacher=_shown(arguments.teacher) if arguments.teacher else None,
+        model=shown_model,
+        teacher=shown_teacher[0] if shown_teacher else None,
         temperature=arguments.temperature if teacher else None,
         alpha_ce=arguments.alpha_ce if teacher else None,
         alpha_task=arguments.alpha_task if teacher else None,
@@ -97,7 +100,7 @@ def finetune(arguments: FinetuneArguments) -> Results:
             task, tokenizer, settings, arguments.seed, arguments.precision, teacher, checkpoint
         )
         run.train(model)
-        results = Results(**{**vars(results), "scores": run.score(model, arguments.model)})
+        results = replace(results, scores=run.score(model, arguments.model))
         with folder_written_whole(arguments.output_dir, replaces=True) as folder:
             model.save_pretrained(folder)
             tokenizer_for(model, tokenizer).save_pretrained(folder)
@@ -163,13 +166,8 @@ def _settings(
         epochs=arguments.num_train_epochs or own.epochs,
         learning_rate=arguments.learning_rate or own.learning_rate,
         batch_size=arguments.per_device_train_batch_size or own.batch_size,
-        max_length=min(arguments.max_seq_length or own.max_length, *positions),
-    )
-
-
-def _shown(name: str) -> str:
-    """Return a hub id, or the last two parts of a folder: the path of a machine does not belong in an export."""
-    return "/".join(Path(name).resolve().parts[-2:]) if Path(name).exists() else name
+        max_length=arguments.max_seq_length or own.max_length,
+    ).within(min(positions))
 
 
 def _model_card(results: Results, task: Task, arguments: FinetuneArguments) -> ModelCard:

@@ -61,9 +61,9 @@ class FinetuneArguments(Settings):
 
     @property
     def task_name(self) -> str:
-        """The name of the task; a path is expanded."""
+        """The name of the task, or its folder in ``glue_dir``."""
         (name,) = expand_glue([self.task], self.glue_dir)
-        return str(Path(name).expanduser())
+        return name
 
     @property
     def precision(self) -> str:

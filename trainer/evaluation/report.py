@@ -260,7 +260,7 @@ def _cells(model: ModelReport) -> list[str]:
             for latency in model.latencies
         ),
         *(
-            f"{' / '.join(map(_score, score.scores.values()))} "
+            f"{' / '.join(map(shown_score, score.scores.values()))} "
             f"({_percent(score.retention_percent, score.retention_deviation)})"
             for score in model.tasks
         ),
@@ -274,7 +274,8 @@ def _percent(value: float | None, deviation: float | None = None) -> str:
     return f"{value:.1f} %" if deviation is None else f"{value:.1f} ± {deviation:.1f} %"
 
 
-def _score(of_seeds: Sequence[float]) -> str:
+def shown_score(of_seeds: Sequence[float]) -> str:
+    """Show a score in %: the mean over seeds, and the standard deviation if there are several."""
     mean, deviation = mean_and_deviation(of_seeds)
     return f"{100 * mean:.1f}" if deviation is None else f"{100 * mean:.1f} ± {100 * deviation:.1f}"
 

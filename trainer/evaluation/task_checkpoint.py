@@ -1,6 +1,5 @@
 """The checkpoint of a fine-tuning run: one file, replaced at every save."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 
 from distilspeed.trainer.errors import UserError, first_line
-from distilspeed.trainer.files import sync, writing
+from distilspeed.trainer.files import replacing, writing
 
 
 @dataclass(frozen=True)
@@ -36,14 +35,8 @@ class TaskCheckpoint:
             UserError: the file cannot be written.
         """
         state = {name: part.state_dict() for name, part in parts.items()}
-        beside = self.path.with_name(f".{self.path.name}.incomplete")
-        with writing(self.path):
-            with beside.open("wb") as file:
-                torch.save({"identity": dict(self.identity), "step": step, "state": state}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(self.path)
-            sync(self.path.parent)
+        with writing(self.path), replacing(self.path) as file:
+            torch.save({"identity": dict(self.identity), "step": step, "state": state}, file)
 
     def load(self, parts: Mapping[str, Any]) -> int:
         """Load the states of the parts, if there is a checkpoint; return the number of steps done.

@@ -40,7 +40,7 @@ from distilspeed.trainer.evaluation.fine_tuning import fine_tune
 from distilspeed.trainer.evaluation.quality import held_out_quality
 from distilspeed.trainer.evaluation.report import Environment
 from distilspeed.trainer.evaluation.tasks.registry import read_tasks
-from distilspeed.trainer.evaluation.tasks.task import FineTuning, Task
+from distilspeed.trainer.evaluation.tasks.task import Task
 from distilspeed.trainer.files import (
     check_unoccupied,
     folder_written_whole,
@@ -215,9 +215,7 @@ def _scores(
     scores = {ACCURACY: quality.accuracy}
     tokenizer = ablation.corpus.load_tokenizer()
     for task in ablation.tasks:
-        how = task.fine_tuning
-        length = min(how.max_length, model_shape(loaded.config).positions)
-        settings = FineTuning(how.epochs, how.learning_rate, how.batch_size, length)
+        settings = task.fine_tuning.within(model_shape(loaded.config).positions)
         scores[task.name] = fine_tune(model, task, tokenizer, settings, seed, ablation.device)[
             task.metrics[0]
         ]

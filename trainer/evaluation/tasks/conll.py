@@ -20,6 +20,7 @@ from transformers import (
 from distilspeed.trainer.data.masking import IGNORE_INDEX
 from distilspeed.trainer.errors import UserError, first_line
 from distilspeed.trainer.evaluation.tasks.task import Feature, Predictions, Scores, Task
+from distilspeed.trainer.models.inputs import TOKENIZER_OUTPUTS
 from distilspeed.trainer.models.loading import Head
 
 DOCUMENT_START = "-DOCSTART-"
@@ -108,7 +109,7 @@ class Conll(Task):
                 if word is not None:
                     tagged.add((number, word))
             features.append(
-                {name: windows[name][row] for name in ("input_ids", "attention_mask", "token_type_ids")}
+                {name: windows[name][row] for name in TOKENIZER_OUTPUTS}
                 | {"labels": labels, "sentence": number, "words": words}
             )
         return features

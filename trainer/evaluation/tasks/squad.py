@@ -16,6 +16,7 @@ from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerFast
 from distilspeed.trainer.errors import UserError, first_line
 from distilspeed.trainer.evaluation.tasks.hub import load_split
 from distilspeed.trainer.evaluation.tasks.task import Feature, FineTuning, Predictions, Scores, Task
+from distilspeed.trainer.models.inputs import TOKENIZER_OUTPUTS
 from distilspeed.trainer.models.loading import Head
 
 STRIDE = 128  # tokens that a window shares with the one before
@@ -132,7 +133,7 @@ class Squad(Task):
             offsets = windows["offset_mapping"][row]
             start, end = _answer_tokens(examples[number], windows[row])
             features.append(
-                {name: windows[name][row] for name in ("input_ids", "attention_mask", "token_type_ids")}
+                {name: windows[name][row] for name in TOKENIZER_OUTPUTS}
                 | {"start_positions": start, "end_positions": end, "example": number}
                 | {
                     "offsets": [

@@ -6,7 +6,7 @@ report.json then include it.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -32,6 +32,10 @@ class FineTuning:
     learning_rate: float
     batch_size: int
     max_length: int
+
+    def within(self, positions: int) -> "FineTuning":
+        """Return the settings with inputs that fit a model's positions."""
+        return replace(self, max_length=min(self.max_length, positions))
 
 
 @dataclass(frozen=True)
