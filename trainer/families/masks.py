@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask
 
-# transformers' name of the attention implementation that takes a BlockMask.
+# transformers' names of attention implementations: FLEX takes a BlockMask, EAGER takes numbers that are added to the
+# scores, every other one takes True where a token is seen.
 FLEX = "flex_attention"
+EAGER = "eager"
 
 
 def document_mask(
@@ -23,15 +25,15 @@ def document_mask(
         window: the largest distance to a token that is seen, in tokens; None for the whole document.
 
     Returns:
-        bool [rows, 1, length, length], or a BlockMask for "flex_attention".
+        bool [rows, 1, length, length]; for "eager" bfloat16, 0 or -inf; for "flex_attention" a BlockMask.
     """
     if implementation == FLEX:
         return _block_mask(document_ids, _sees(document_ids, window))
-    mask = document_ids[:, :, None] == document_ids[:, None, :]
+    mask = _same_document(document_ids)
     if window is not None:
         # A matrix of distances would take eight bytes per pair of tokens.
-        mask &= torch.ones_like(mask[0]).tril_(window).triu_(-window)
-    return mask[:, None]
+        mask &= torch.ones_like(mask[0, 0]).tril_(window).triu_(-window)
+    return _in_form_of(implementation, mask)
 
 
 def causal_document_mask(document_ids: torch.Tensor, implementation: str | None) -> torch.Tensor | BlockMask:
@@ -42,9 +44,18 @@ def causal_document_mask(document_ids: torch.Tensor, implementation: str | None)
     """
     if implementation == FLEX:
         return _block_mask(document_ids, and_masks(_sees(document_ids, None), _is_earlier))
-    same_document = document_mask(document_ids, implementation)
-    assert isinstance(same_document, torch.Tensor)
-    return same_document.tril()
+    return _in_form_of(implementation, _same_document(document_ids).tril())
+
+
+def _same_document(document_ids: torch.Tensor) -> torch.Tensor:
+    return document_ids[:, None, :, None] == document_ids[:, None, None, :]
+
+
+def _in_form_of(implementation: str | None, mask: torch.Tensor) -> torch.Tensor:
+    if implementation != EAGER:
+        return mask
+    # bfloat16 holds both numbers, and added to scores in float32 or bfloat16 it leaves their dtype.
+    return torch.zeros_like(mask, dtype=torch.bfloat16).masked_fill_(~mask, -torch.inf)
 
 
 def _block_mask(document_ids: torch.Tensor, sees: Callable[..., torch.Tensor]) -> BlockMask:

@@ -16,7 +16,7 @@ from distilspeed.trainer.corpus.format import Corpus, open_corpus
 from distilspeed.trainer.data.batch_equation import BatchEquation
 from distilspeed.trainer.data.batches import MicroBatches
 from distilspeed.trainer.data.micro_batch import MicroBatch
-from distilspeed.trainer.families.masks import FLEX
+from distilspeed.trainer.families.masks import EAGER, FLEX
 from distilspeed.trainer.families.registry import family_of
 from distilspeed.trainer.families.vocabulary import pad_vocabulary
 from distilspeed.trainer.models.attention import SDPA, choose_attention
@@ -127,8 +127,8 @@ def test_the_exported_tokenizer_returns_the_models_inputs(tiny: Tiny, tmp_path: 
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("second", [SDPA, pytest.param(FLEX, marks=pytest.mark.full)])
-def test_its_attention_is_timed_and_flex_attention_gives_the_same(tiny: Tiny, second: str) -> None:
+@pytest.mark.parametrize("second", [SDPA, EAGER, pytest.param(FLEX, marks=pytest.mark.full)])
+def test_its_attention_is_timed_and_every_implementation_gives_the_same(tiny: Tiny, second: str) -> None:
     if second == FLEX and not tiny.teacher._supports_flex_attn:
         pytest.skip("transformers does not run this architecture with flex attention")
     expected = tiny.logits(tiny.teacher)
@@ -142,7 +142,7 @@ def test_its_attention_is_timed_and_flex_attention_gives_the_same(tiny: Tiny, se
 
 
 def test_forward_flops_equal_pytorchs_count(tiny: Tiny) -> None:
-    tiny.teacher.set_attn_implementation("eager")  # the counter sees each product of eager attention
+    tiny.teacher.set_attn_implementation(EAGER)  # the counter sees each product of eager attention
     length = 16
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         tiny.teacher(torch.full((1, length), 7))

@@ -9,9 +9,9 @@ from transformers import BertConfig, BertForMaskedLM
 from distilspeed.trainer.corpus.format import Corpus, open_corpus
 from distilspeed.trainer.data.batch_equation import BatchEquation
 from distilspeed.trainer.data.batches import MicroBatches
-from distilspeed.trainer.families.masks import FLEX, document_mask
+from distilspeed.trainer.families.masks import EAGER, FLEX, document_mask
 from distilspeed.trainer.models import attention
-from distilspeed.trainer.models.attention import SDPA, attention_candidates, choose_attention
+from distilspeed.trainer.models.attention import SDPA, choose_attention
 from distilspeed.trainer.models.loading import load_teacher
 from distilspeed.trainer.models.packed_forward import encode_packed
 
@@ -99,9 +99,13 @@ def test_an_implementation_that_is_wrong_or_fails_is_not_chosen(
     assert choice.implementation == SDPA
 
 
-def test_on_cpus_there_is_nothing_to_measure(teacher: BertForMaskedLM) -> None:
-    assert attention_candidates(CPU, dropout=0.0) == (SDPA,)
-    choice = choose_attention(
-        teacher, torch.zeros(1, 4, dtype=torch.long), torch.float32, CPU, is_trained=True
-    )
-    assert (choice.implementation, choice.seconds) == (SDPA, {})
+@pytest.mark.parametrize(
+    ("dtype", "is_trained", "implementation"),
+    [(torch.float32, True, SDPA), (torch.bfloat16, False, SDPA), (torch.bfloat16, True, EAGER)],
+)
+def test_on_cpus_there_is_nothing_to_measure(
+    teacher: BertForMaskedLM, dtype: torch.dtype, is_trained: bool, implementation: str
+) -> None:
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    choice = choose_attention(teacher, ids, dtype, CPU, is_trained)
+    assert (choice.implementation, choice.seconds) == (implementation, {})
