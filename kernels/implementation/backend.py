@@ -5,7 +5,8 @@ logits                                                 implementation
 =====================================================  ==================================================
 fp16, bf16 or fp32 on a CUDA device                    Triton
 the same on the CPU, with TRITON_INTERPRET=1           Triton's interpreter (NumPy; only for tests)
-everything else: CPU, float64, no Triton installed     PyTorch, chunk by chunk over rows
+the same on the CPU, where a C++ compiler is found     C++, compiled at first use
+everything else: float64, no compiler, no Triton       PyTorch, chunk by chunk over rows
 =====================================================  ==================================================
 """
 

@@ -10,8 +10,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from distilspeed.kernels.implementation import distillation_loss_chunked
+from distilspeed.kernels.implementation import distillation_loss_chunked, distillation_loss_cpp
 from distilspeed.kernels.implementation.backend import TRITON_INSTALLED, use_triton
+from distilspeed.kernels.implementation.cpu_operators import use_cpp
 from distilspeed.kernels.implementation.distillation_loss_rows import (
     LOSS_FIELDS,
     LossRows,
@@ -30,7 +31,9 @@ ROUNDINGS = 8
 
 
 def implementation_for(logits: Tensor) -> ModuleType:
-    return distillation_loss_triton if use_triton(logits) else distillation_loss_chunked
+    if use_triton(logits):
+        return distillation_loss_triton
+    return distillation_loss_cpp if use_cpp(logits) else distillation_loss_chunked
 
 
 @torch.library.custom_op("distilspeed::distillation_loss_forward", mutates_args=())

@@ -5,10 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from distilspeed.kernels.implementation import distillation_loss_chunked
-from distilspeed.kernels.implementation.backend import TRITON_INSTALLED
+from distilspeed.kernels.implementation import distillation_loss_chunked, distillation_loss_ops
+from distilspeed.kernels.implementation.backend import INTERPRETED, TRITON_INSTALLED
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(params=["C++", pytest.param("PyTorch", marks=pytest.mark.full)])
+def every_cpu_implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the test with the C++ kernels, and with the form for machines without a compiler."""
+    if request.param == "PyTorch":
+        if INTERPRETED:
+            pytest.skip("the interpreter runs instead of both")
+        monkeypatch.setattr(distillation_loss_ops, "use_cpp", lambda _: False)
 
 
 @pytest.fixture

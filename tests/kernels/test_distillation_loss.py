@@ -1,6 +1,6 @@
 """The promises of the distillation loss that every implementation keeps.
 
-This file tests the chunked implementation, and on a GPU the Triton kernels. test_triton_kernels.py also runs it under
+Both implementations for CPUs are tested, and on a GPU the Triton kernels. test_triton_kernels.py also runs it under
 Triton's interpreter.
 """
 
@@ -16,6 +16,8 @@ from distilspeed.kernels.distillation_loss import DistillationLosses, distillati
 from distilspeed.kernels.implementation import distillation_loss_ops as ops
 from distilspeed.kernels.implementation.backend import use_triton
 from distilspeed.kernels.implementation.distillation_loss_rows import LossRows, RowTable
+
+pytestmark = pytest.mark.usefixtures("every_cpu_implementation")
 
 
 def random_logits(*shape: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:

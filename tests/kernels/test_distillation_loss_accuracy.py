@@ -15,6 +15,8 @@ from distilspeed.kernels.weighted_distillation_loss import (
     weighted_distillation_loss,
 )
 
+pytestmark = pytest.mark.usefixtures("every_cpu_implementation")
+
 # At temperature 5 a row's kl is 0.02, from sums with float32's relative error of 6e-8. So a row may have an error of
 # 1e-5; the mean of 256 rows has 3e-7, and 1e-6 with PyTorch's own losses.
 ROWS, VOCAB_SIZE = 256, 30522

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from distilspeed.kernels.distillation_loss import DistillationLoss, distillation_loss
 
+pytestmark = pytest.mark.usefixtures("every_cpu_implementation")
+
 ROWS, VOCAB_SIZE = 6, 11
 
 

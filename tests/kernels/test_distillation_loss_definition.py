@@ -1,6 +1,6 @@
 """The distillation loss against its float64 definition, on ordinary and hostile logits.
 
-This file tests the chunked implementation, and on a GPU the Triton kernels. test_triton_kernels.py also runs it under
+Both implementations for CPUs are tested, and on a GPU the Triton kernels. test_triton_kernels.py also runs it under
 Triton's interpreter.
 """
 
@@ -23,6 +23,8 @@ from torch import Tensor
 from distilspeed.kernels import reference
 from distilspeed.kernels.distillation_loss import DistillationLosses, distillation_loss
 from distilspeed.kernels.implementation.backend import INTERPRETED
+
+pytestmark = pytest.mark.usefixtures("every_cpu_implementation")
 
 LOSS_WEIGHTS = (1.5, 0.5, 2.0)  # of kl, soft_ce, hard_ce: unequal, so that mixing up two losses is noticed
 

@@ -1,6 +1,6 @@
 """The linear distillation loss against the losses and gradients of whole logits, and its other promises.
 
-This file tests the chunked implementation, and on a GPU the Triton kernels. test_triton_kernels.py also runs it under
+Both implementations for CPUs are tested, and on a GPU the Triton kernels. test_triton_kernels.py also runs it under
 Triton's interpreter.
 """
 
@@ -31,6 +31,8 @@ from torch import Tensor
 
 from distilspeed.kernels.implementation import linear_distillation_loss_ops as ops
 from distilspeed.kernels.implementation.backend import INTERPRETED
+
+pytestmark = pytest.mark.usefixtures("every_cpu_implementation")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ONE_ROW, ALL_ROWS = 1, None  # chunk_bytes for the sizes of these tests

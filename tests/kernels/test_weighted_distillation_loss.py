@@ -1,6 +1,6 @@
 """The weighted distillation loss against its definition, and its other promises.
 
-This file tests the chunked implementation, and on a GPU the Triton kernels. test_triton_kernels.py also runs it under
+Both implementations for CPUs are tested, and on a GPU the Triton kernels. test_triton_kernels.py also runs it under
 Triton's interpreter.
 """
 
@@ -29,6 +29,8 @@ from distilspeed.kernels.distillation_loss import distillation_loss
 from distilspeed.kernels.implementation import distillation_loss_ops as ops
 from distilspeed.kernels.implementation.backend import INTERPRETED
 from distilspeed.kernels.weighted_distillation_loss import weighted_distillation_loss
+
+pytestmark = pytest.mark.usefixtures("every_cpu_implementation")
 
 WEIGHTS = {"soft_weight": 1.5, "hard_weight": 2.0}
 

@@ -26,7 +26,12 @@ from distilspeed.trainer.training.step import TrainingStep
 
 # Operators whose result, or its shape, the host must read before it can continue.
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
-ON_CPUS_ONLY = ("distillation_loss_chunked.py", "cosine_loss_chunked.py", "distillation_loss_ops.py")
+ON_CPUS_ONLY = (
+    "distillation_loss_chunked.py",
+    "distillation_loss_cpp.py",
+    "cosine_loss_chunked.py",
+    "distillation_loss_ops.py",
+)
 MICRO_BATCH = 4
 WARM_UP_STEPS = 3
 

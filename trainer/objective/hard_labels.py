@@ -23,11 +23,19 @@ class HardLabels(Term):
     needs_teacher = False
 
     def loss(self, outputs: "Outputs", own: "nn.Module") -> "torch.Tensor":
-        from torch.nn import functional
+        import torch
 
-        from distilspeed.trainer.data.masking import IGNORE_INDEX
+        from distilspeed.kernels.distillation_loss import distillation_loss
 
-        logits = outputs.student.logits[..., : outputs.vocab_size].flatten(0, -2)
-        labels = outputs.labels.flatten()
-        total = functional.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum")
-        return total / outputs.batch.labelled_tokens
+        logits, labels = outputs.student.logits, outputs.labels
+        # No row is soft, so the second logits are not read.
+        losses = distillation_loss(
+            logits,
+            logits.detach(),
+            labels,
+            soft_mask=torch.zeros_like(labels, dtype=torch.bool),
+            soft_normalizer=1,
+            hard_normalizer=outputs.batch.labelled_tokens,
+            vocab_size=outputs.vocab_size,
+        )
+        return losses.hard_ce

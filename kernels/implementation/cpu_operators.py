@@ -1,0 +1,118 @@
+"""The losses' C++ kernels for CPUs: compiled at first use for the machine's vector instructions, then cached.
+
+The compiled library is kept where PyTorch keeps extensions: ``TORCH_EXTENSIONS_DIR``, by default
+``~/.cache/torch_extensions``.
+"""
+
+import hashlib
+import logging
+import os
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("distillation_loss.cpp")
+NAMESPACE = "distilspeed_cpu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Seconds that a process waits for another one's compilation, which takes about 15 on an idle machine.
+LONGEST_WAIT = 600.0
+
+# The compiler's flags by ``torch.backends.cpu.get_cpu_capability()``; a compiler of another processor needs none.
+INSTRUCTIONS = {
+    "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"),
+    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
+}
+
+
+def use_cpp(tensor: torch.Tensor) -> bool:
+    """Return True if the C++ kernels run on ``tensor``."""
+    return tensor.is_cpu and tensor.dtype in DTYPES and cpu_operators() is not None
+
+
+@cache
+def cpu_operators() -> Any:
+    """Return the C++ kernels, ``torch.ops.distilspeed_cpu``; None if they cannot be compiled, which the log says once.
+
+    The first call on a machine compiles them; other processes wait for it.
+    """
+    try:
+        library = compiled_library()
+        torch.ops.load_library(str(library))
+    except (OSError, subprocess.CalledProcessError, Timeout) as error:
+        logger.warning(
+            "the losses on the CPU run in PyTorch, several times slower than in C++: %s", _reason(error)
+        )
+        return None
+    return getattr(torch.ops, NAMESPACE)
+
+
+def compiled_library() -> Path:
+    """Return the path of the compiled kernels; compile them if this machine has not done so.
+
+    Raises:
+        OSError: there is no compiler, or the folder cannot be written.
+        subprocess.CalledProcessError: the compiler failed.
+        Timeout: another process has been compiling for ten minutes.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    flags = [
+        "-O3",
+        "-std=c++20",
+        "-fPIC",
+        "-fopenmp",
+        *INSTRUCTIONS.get(capability, ()),
+        # These choose the branch of PyTorch's at::vec.
+        f"-DCPU_CAPABILITY={capability.replace(' ', '_')}",
+        f"-DCPU_CAPABILITY_{capability.replace(' ', '_')}",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+    ]
+    identity = hashlib.sha256(
+        SOURCE.read_bytes() + " ".join([torch.__version__, *flags]).encode()
+    ).hexdigest()
+    extensions = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser()
+    library = extensions / f"{NAMESPACE}_{identity[:16]}" / f"{NAMESPACE}.so"
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    # The system releases the lock of a process that dies.
+    with FileLock(library.with_suffix(".lock"), timeout=LONGEST_WAIT):
+        if not library.exists():
+            logger.info(
+                "compiling the losses' C++ kernels for %s, once on this machine: %s", capability, library
+            )
+            _compile(flags, library)
+    return library
+
+
+def _compile(flags: list[str], library: Path) -> None:
+    # Imported here: it takes a quarter of a second.
+    from torch.utils import cpp_extension
+
+    unfinished = library.with_suffix(".unfinished")
+    command = [
+        cpp_extension.get_cxx_compiler(),
+        *flags,
+        *(f"-I{folder}" for folder in cpp_extension.include_paths()),
+        str(SOURCE),
+        "-shared",
+        *(f"-L{folder}" for folder in cpp_extension.library_paths()),
+        *("-lc10", "-ltorch_cpu", "-ltorch"),
+        *("-o", str(unfinished)),
+    ]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    unfinished.replace(library)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        errors = [line for line in error.stderr.splitlines() if "error" in line]
+        return f"{error.cmd[0]} cannot compile them: {(errors or [f'exit status {error.returncode}'])[0]}"
+    if isinstance(error, FileNotFoundError):
+        return f"there is no compiler {error.filename}; install g++, or set CXX to a C++ compiler"
+    return str(error)
