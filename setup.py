@@ -27,7 +27,7 @@ setup(
     ],
     # Follows the links, so that launch/ and ds_configs/ are part of the package.
     packages=find_namespace_packages(include=["distilspeed", "distilspeed.*"]),
-    package_data={"": ["*.cpp", "*.json", "*.sh", "*.sbatch", "py.typed"]},
+    package_data={"": ["*.cpp", "*.h", "*.json", "*.sh", "*.sbatch", "py.typed"]},
     entry_points={"console_scripts": ["distilspeed=distilspeed.launch.command:main"]},
     python_requires=">=3.11",
     # For the losses; the extra "train" adds the trainer's dependencies.

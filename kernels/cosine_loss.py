@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from distilspeed.kernels.implementation import cosine_loss_chunked
+from distilspeed.kernels.implementation import cosine_loss_chunked, cosine_loss_cpp
 from distilspeed.kernels.implementation.backend import TRITON_INSTALLED, accumulation_dtype, use_triton
 from distilspeed.kernels.implementation.checks import (
     as_rows,
@@ -32,6 +32,7 @@ from distilspeed.kernels.implementation.checks import (
     check_row_tensor,
     resolve_normalizer,
 )
+from distilspeed.kernels.implementation.cpu_kernels import use_cpp
 
 if TRITON_INSTALLED:
     from distilspeed.kernels.implementation import cosine_loss_triton
@@ -146,4 +147,6 @@ def _(student: Tensor, *_: object) -> Tensor:
 
 
 def cosine_implementation(hidden_states: Tensor) -> ModuleType:
-    return cosine_loss_triton if use_triton(hidden_states) else cosine_loss_chunked
+    if use_triton(hidden_states):
+        return cosine_loss_triton
+    return cosine_loss_cpp if use_cpp(hidden_states) else cosine_loss_chunked

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distilspeed.kernels.implementation import distillation_loss_chunked, distillation_loss_cpp
 from distilspeed.kernels.implementation.backend import TRITON_INSTALLED, use_triton
-from distilspeed.kernels.implementation.cpu_operators import use_cpp
+from distilspeed.kernels.implementation.cpu_kernels import use_cpp
 from distilspeed.kernels.implementation.distillation_loss_rows import (
     LOSS_FIELDS,
     LossRows,

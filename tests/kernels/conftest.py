@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from distilspeed.kernels import cosine_loss
 from distilspeed.kernels.implementation import distillation_loss_chunked, distillation_loss_ops
 from distilspeed.kernels.implementation.backend import INTERPRETED, TRITON_INSTALLED
 
@@ -17,7 +18,8 @@ def every_cpu_implementation(request: pytest.FixtureRequest, monkeypatch: pytest
     if request.param == "PyTorch":
         if INTERPRETED:
             pytest.skip("the interpreter runs instead of both")
-        monkeypatch.setattr(distillation_loss_ops, "use_cpp", lambda _: False)
+        for module in (distillation_loss_ops, cosine_loss):
+            monkeypatch.setattr(module, "use_cpp", lambda _: False)
 
 
 @pytest.fixture

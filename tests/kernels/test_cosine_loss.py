@@ -1,7 +1,7 @@
 """The cosine loss against its float64 definition, and its other promises.
 
-This file tests the chunked implementation, and on a GPU the Triton kernels. test_cosine_loss_triton.py also runs it
-under Triton's interpreter.
+Both implementations for CPUs are tested, and on a GPU the Triton kernels. test_cosine_loss_triton.py also runs it under
+Triton's interpreter.
 """
 
 import os
@@ -18,6 +18,8 @@ from distilspeed.kernels import reference
 from distilspeed.kernels.cosine_loss import CosineLoss, cosine_loss
 from distilspeed.kernels.implementation import cosine_loss_chunked
 from distilspeed.kernels.implementation.backend import INTERPRETED, TRITON_INSTALLED
+
+pytestmark = pytest.mark.usefixtures("every_cpu_implementation")
 
 # Half the relative distance between neighbouring numbers. The interpreter truncates to bfloat16 instead of rounding.
 ROUNDING = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distilspeed.kernels.implementation import cpu_operators, distillation_loss_chunked, distillation_loss_cpp
+from distilspeed.kernels.implementation import cpu_kernels, distillation_loss_chunked, distillation_loss_cpp
 from distilspeed.kernels.implementation.backend import INTERPRETED
 from distilspeed.kernels.implementation.distillation_loss_rows import LossRows
 from distilspeed.kernels.weighted_distillation_loss import weighted_distillation_loss
@@ -123,9 +123,9 @@ def test_results_do_not_depend_on_threads_and_may_overwrite_the_logits(dtype: to
 def no_kernels_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A machine that has compiled nothing; returns its folder of extensions."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    cpu_operators.cpu_operators.cache_clear()
+    cpu_kernels.cpu_operators.cache_clear()
     yield tmp_path
-    cpu_operators.cpu_operators.cache_clear()
+    cpu_kernels.cpu_operators.cache_clear()
 
 
 @pytest.mark.parametrize("compiler", ["no/such/compiler", "false"])
@@ -147,7 +147,7 @@ def test_without_a_working_compiler_the_losses_run_in_pytorch_and_the_log_says_s
     assert not list(no_kernels_yet.glob("*/*.so"))
 
 
-BUILD = "from distilspeed.kernels.implementation.cpu_operators import compiled_library as c; print(c())"
+BUILD = "from distilspeed.kernels.implementation.cpu_kernels import compiled_library as c; print(c())"
 
 
 def start_build(extensions: Path) -> subprocess.Popen[str]:

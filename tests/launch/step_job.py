@@ -30,6 +30,7 @@ ON_CPUS_ONLY = (
     "distillation_loss_chunked.py",
     "distillation_loss_cpp.py",
     "cosine_loss_chunked.py",
+    "cosine_loss_cpp.py",
     "distillation_loss_ops.py",
 )
 MICRO_BATCH = 4

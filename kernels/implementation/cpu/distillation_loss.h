@@ -6,27 +6,19 @@
 // on their number. The arithmetic is float32, with float64 sums over blocks; float16 and bfloat16 logits are converted
 // a block at a time.
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
-#include <torch/library.h>
+#pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <memory>
 #include <optional>
-#include <type_traits>
 #include <vector>
 
-namespace {
+#include "rows.h"
 
-using at::Tensor;
-using Vec = at::vec::Vectorized<float>;
+namespace distilspeed {
 
-constexpr int64_t BLOCK = 1024;
-constexpr int64_t CACHE_LINE = 64;
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 constexpr float UNDEFINED = std::numeric_limits<float>::quiet_NaN();
 
@@ -73,60 +65,6 @@ struct Factors {
   float teacher;
   float hard;
 };
-
-template <typename scalar_t>
-const float* as_float(const scalar_t* values, int64_t count, float* buffer) {
-  if constexpr (std::is_same_v<scalar_t, float>) {
-    return values;
-  } else {
-    using Narrow = at::vec::Vectorized<scalar_t>;
-    for (int64_t first = 0; first < count; first += Narrow::size()) {
-      const auto narrow = Narrow::loadu(values + first, std::min<int64_t>(Narrow::size(), count - first));
-      const auto [low, high] = at::vec::convert_to_float<scalar_t>(narrow);
-      low.store(buffer + first);
-      high.store(buffer + first + Vec::size());
-    }
-    return buffer;
-  }
-}
-
-// Bring values that are needed soon into the second-level cache.
-template <typename scalar_t>
-inline void prefetch(const scalar_t* values, int64_t count) {
-  for (int64_t first = 0; first < count; first += CACHE_LINE / sizeof(scalar_t)) {
-    __builtin_prefetch(values + first, 0, 2);
-  }
-}
-
-// Call function(first, count) for every vector of a block; count is smaller in the last one.
-template <typename Function>
-inline void for_vectors(int64_t width, const Function& function) {
-  int64_t first = 0;
-  for (; first + Vec::size() <= width; first += Vec::size()) {
-    function(first, Vec::size());
-  }
-  if (first < width) {
-    function(first, width - first);
-  }
-}
-
-// Call function(first, width) for every block of a row.
-template <typename Function>
-inline void for_blocks(int64_t width, const Function& function) {
-  for (int64_t first = 0; first < width; first += BLOCK) {
-    function(first, std::min(BLOCK, width - first));
-  }
-}
-
-inline float sum_of_lanes(const Vec& values) {
-  float lanes[Vec::size()];
-  values.store(lanes);
-  float sum = 0;
-  for (float lane : lanes) {
-    sum += lane;
-  }
-  return sum;
-}
 
 // Return the largest value of a row; NaN if it has one.
 template <typename scalar_t>
@@ -216,11 +154,6 @@ void gradients(const float* student, const float* teacher, const float* student_
     }
     result.store(gradient + first, count);
   });
-}
-
-template <typename scalar_t>
-const scalar_t* row_of(const Tensor& logits, int64_t row) {
-  return logits.const_data_ptr<scalar_t>() + row * logits.stride(0);
 }
 
 // One row. Memory is the limit while its maxima are found and arithmetic afterwards, so the row after it, ``next``, is
@@ -388,22 +321,7 @@ Rows make_rows(const Tensor& student, const Tensor& teacher, const std::optional
           vocab_size};
 }
 
-// Call function with a value of the logits' type.
-template <typename Function>
-void for_type(const Tensor& logits, const Function& function) {
-  switch (logits.scalar_type()) {
-    case at::kFloat:
-      return function(float());
-    case at::kBFloat16:
-      return function(at::BFloat16());
-    case at::kHalf:
-      return function(at::Half());
-    default:
-      TORCH_CHECK(false, "logits must be float32, bfloat16 or float16, not ", logits.scalar_type());
-  }
-}
-
-void forward(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
+void distillation_loss_forward(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
              const std::optional<Tensor>& soft_mask, double temperature, int64_t ignore_index, int64_t vocab_size,
              const Tensor& table) {
   const Rows rows = make_rows(student, teacher, labels, soft_mask, temperature, ignore_index, vocab_size);
@@ -416,7 +334,7 @@ void forward(const Tensor& student, const Tensor& teacher, const std::optional<T
   });
 }
 
-void backward(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
+void distillation_loss_backward(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
               const std::optional<Tensor>& soft_mask, double temperature, int64_t ignore_index, int64_t vocab_size,
               const Tensor& table, const Tensor& coefficients, const Tensor& gradient) {
   const Rows rows = make_rows(student, teacher, labels, soft_mask, temperature, ignore_index, vocab_size);
@@ -433,7 +351,7 @@ void backward(const Tensor& student, const Tensor& teacher, const std::optional<
   });
 }
 
-void forward_backward(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
+void distillation_loss_forward_backward(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
                       const std::optional<Tensor>& soft_mask, double temperature, int64_t ignore_index,
                       int64_t vocab_size, const Tensor& losses, const Tensor& coefficients, const Tensor& gradient) {
   const Rows rows = make_rows(student, teacher, labels, soft_mask, temperature, ignore_index, vocab_size);
@@ -455,10 +373,4 @@ void forward_backward(const Tensor& student, const Tensor& teacher, const std::o
   });
 }
 
-}  // namespace
-
-TORCH_LIBRARY(distilspeed_cpu, library) {
-  library.def("forward", forward);
-  library.def("backward", backward);
-  library.def("forward_backward", forward_backward);
-}
+}  // namespace distilspeed

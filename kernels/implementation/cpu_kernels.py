@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("distillation_loss.cpp")
+SOURCES = Path(__file__).with_name("cpu")
 NAMESPACE = "distilspeed_cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Seconds that a process waits for another one's compilation, which takes about 15 on an idle machine.
@@ -72,9 +72,8 @@ def compiled_library() -> Path:
         f"-DCPU_CAPABILITY_{capability.replace(' ', '_')}",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
     ]
-    identity = hashlib.sha256(
-        SOURCE.read_bytes() + " ".join([torch.__version__, *flags]).encode()
-    ).hexdigest()
+    content = b"".join(source.read_bytes() for source in sorted(SOURCES.iterdir()))
+    identity = hashlib.sha256(content + " ".join([torch.__version__, *flags]).encode()).hexdigest()
     extensions = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser()
     library = extensions / f"{NAMESPACE}_{identity[:16]}" / f"{NAMESPACE}.so"
     if library.exists():
@@ -99,7 +98,7 @@ def _compile(flags: list[str], library: Path) -> None:
         cpp_extension.get_cxx_compiler(),
         *flags,
         *(f"-I{folder}" for folder in cpp_extension.include_paths()),
-        str(SOURCE),
+        str(SOURCES / "kernels.cpp"),
         "-shared",
         *(f"-L{folder}" for folder in cpp_extension.library_paths()),
         *("-lc10", "-ltorch_cpu", "-ltorch"),
