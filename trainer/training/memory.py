@@ -10,7 +10,6 @@ micro-steps are in memory. tests/launch/test_memory.py compares the estimates wi
 
 from dataclasses import dataclass
 
-from distilspeed.kernels.implementation.distillation_loss_chunked import BLOCK_BYTES
 from distilspeed.trainer.data.batch_equation import BatchEquation
 from distilspeed.trainer.engine.config import DeepSpeedConfig
 from distilspeed.trainer.families.shape import ModelShape
@@ -26,14 +25,13 @@ ATTENTION_ACTIVATIONS, FEED_FORWARD_ACTIVATIONS, OTHER_ACTIVATIONS = 9, 2, 6
 ROTARY_ACTIVATIONS, GATED_ACTIVATIONS = 10, 4
 # The bool mask, [length] per token, is made once. SDPA converts it to numbers in each layer, which keeps them.
 MASK_BYTES = 1
-# On a CPU, attention with dropout keeps probabilities, mask and their product instead, [heads, length] per token. In
-# half precision they are float32, and the matrix product keeps its own copy.
-KEPT_PROBABILITIES = {4: 3 * 4, 2: 4 * 4}
-# Without a teacher: logits, their float32 copy and the gradient. With one: the logits of both models; the gradient is
-# written over the student's.
-MLM_LOGITS = 3
-# On a CPU the losses use three buffers, and copies of one buffer's labelled rows. A GPU needs none.
-LOSS_BUFFERS = 4
+# What a CPU keeps instead, in bytes per attention probability ([heads, length] per token): by the bytes of a number,
+# without and with dropout. In half precision it runs eager attention, which keeps the probabilities; with dropout, mask
+# and product are kept, too.
+KEPT_PROBABILITIES = {4: (0, 3 * 4), 2: (2, 3 * 2)}
+# Without a teacher: logits and gradient. With one: the logits of both models; the gradient is written over the
+# student's.
+MLM_LOGITS = 2
 GIB = 2**30
 
 
@@ -48,7 +46,6 @@ class MemoryPlan:
     teacher: int
     activations: int
     logits: int
-    loss_buffers: int
 
     @property
     def total(self) -> int:
@@ -72,7 +69,7 @@ def estimate_memory(
     Args:
         config: gives ZeRO stage, offload and precision.
         head_share: the fraction of tokens that have logits.
-        on_cpu: on a CPU, attention with dropout keeps its probabilities, and the losses use buffers.
+        on_cpu: on a CPU, attention keeps its probabilities if it has dropout or runs in half precision.
         attention_dropout: the student's dropout probability in attention.
     """
     width = BYTES[config.precision]
@@ -81,7 +78,7 @@ def estimate_memory(
         return size // (batch.world_size if config.zero_stage >= from_stage else 1)
 
     tokens = batch.micro_batch_size * seq_length
-    keeps_probabilities = on_cpu and attention_dropout > 0
+    kept_probability = KEPT_PROBABILITIES[width][attention_dropout > 0] if on_cpu else 0
     columns = student.vocab_size + teacher.vocab_size if teacher else MLM_LOGITS * student.vocab_size
     return MemoryPlan(
         weights=0 if config.offload_param else share(student.parameters * width, 3),
@@ -91,11 +88,8 @@ def estimate_memory(
         else share(student.parameters * _bytes_per_optimizer_state(config), 1),
         buckets=_bucket_bytes(config),
         teacher=teacher.parameters * width // (batch.world_size if teacher_zero3 else 1) if teacher else 0,
-        activations=tokens * _activation_bytes_per_token(student, seq_length, width, keeps_probabilities),
+        activations=tokens * _activation_bytes_per_token(student, seq_length, width, kept_probability),
         logits=round(tokens * columns * width * head_share),
-        loss_buffers=LOSS_BUFFERS * min(BLOCK_BYTES, tokens * student.vocab_size * BYTES["fp32"])
-        if on_cpu and teacher
-        else 0,
     )
 
 
@@ -133,11 +127,11 @@ def _bucket_bytes(config: DeepSpeedConfig) -> int:
 
 
 def _activation_bytes_per_token(
-    student: ModelShape, seq_length: int, width: int, keeps_probabilities: bool
+    student: ModelShape, seq_length: int, width: int, kept_probability: int
 ) -> int:
     attention = ROTARY_ACTIVATIONS if student.is_rotary else ATTENTION_ACTIVATIONS
     feed_forward = GATED_ACTIVATIONS if student.is_gated else FEED_FORWARD_ACTIVATIONS
     per_layer = attention * student.hidden_size + feed_forward * student.intermediate_size
     activations = width * (student.layers * per_layer + OTHER_ACTIVATIONS * student.hidden_size)
-    kept = student.heads * KEPT_PROBABILITIES[width] if keeps_probabilities else width
+    kept = student.heads * kept_probability or width
     return activations + (MASK_BYTES + student.layers * kept) * seq_length
