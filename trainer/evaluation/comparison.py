@@ -12,22 +12,26 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from distilspeed.trainer.corpus.format import Corpus, open_corpus, read_rows
+from distilspeed.trainer.corpus.format import Corpus, open_corpus
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.evaluation.arguments import EvaluateArguments
 from distilspeed.trainer.evaluation.fine_tuning import fine_tune
-from distilspeed.trainer.evaluation.latency import count_parameters, measure_latency, weights_bytes
-from distilspeed.trainer.evaluation.quality import predict_held_out
+from distilspeed.trainer.evaluation.latency import (
+    Latency,
+    count_parameters,
+    latency_inputs,
+    measure_latency,
+)
+from distilspeed.trainer.evaluation.quality import measure_held_out
 from distilspeed.trainer.evaluation.report import (
     Environment,
     EvaluationConditions,
-    Latency,
     ModelReport,
     Report,
     TaskScore,
     percent_of,
-    write_report,
 )
+from distilspeed.trainer.evaluation.report_files import write_report
 from distilspeed.trainer.evaluation.tasks.registry import read_tasks
 from distilspeed.trainer.evaluation.tasks.task import FineTuning, Scores, Task
 from distilspeed.trainer.files import check_unoccupied, folder_written_whole, parents_made
@@ -97,7 +101,7 @@ def evaluate(arguments: EvaluateArguments) -> Report:
     positions = min(model_shape(model.config).positions for model in models)
     settings = [_fine_tuning(arguments, task, positions) for task in tasks]
     report = Report(
-        models=tuple(_measure(arguments, corpus, models, tasks, settings, device)),
+        models=tuple(_measure(arguments, corpus, models, positions, tasks, settings, device)),
         conditions=EvaluationConditions(
             corpus=arguments.data_dir.resolve().name,
             held_out_rows=min(arguments.max_rows, len(corpus.held_out)),
@@ -129,30 +133,30 @@ def _measure(
     arguments: EvaluateArguments,
     corpus: Corpus,
     models: Sequence[PreTrainedModel],
+    positions: int,
     tasks: Sequence[Task],
     settings: Sequence[FineTuning],
     device: torch.device,
 ) -> Iterator[ModelReport]:
     """Yield one report per model, in the order of ``arguments.models``."""
-    latencies = _measure_latencies(models, corpus, device)
-    predictions = []
+    latencies = _measure_latencies(models, latency_inputs(corpus, positions), device)
+    held_out = []
     for role, model in zip(arguments.models, models, strict=True):
         logger.info("held-out rows: %s", role)
-        predictions.append(predict_held_out(model, corpus, arguments.max_rows, None, arguments.seed))
-    qualities = [prediction.quality() for prediction in predictions]
+        held_out.append(measure_held_out(model, corpus, arguments.max_rows, seed=arguments.seed))
+    qualities, predictions = zip(*held_out, strict=True)
     scores = [
         _fine_tune_all(arguments, task, corpus, how, device)
         for task, how in zip(tasks, settings, strict=True)
     ]
     names = shown_names(list(arguments.models.values()))
-    for index, (role, name) in enumerate(arguments.models.items()):
+    for index, role in enumerate(arguments.models):
         parameters = count_parameters(models[index])
         yield ModelReport(
             role=role,
             name=names[index],
             parameters=parameters,
             parameters_percent=100 * parameters / count_parameters(models[0]),
-            weights_bytes=weights_bytes(name),
             quality=qualities[index],
             retention_percent=percent_of(qualities[index].accuracy, qualities[0].accuracy),
             teacher_agreement=predictions[index].agreement(predictions[0]),
@@ -162,16 +166,19 @@ def _measure(
 
 
 def _measure_latencies(
-    models: Sequence[PreTrainedModel], corpus: Corpus, device: torch.device
+    models: Sequence[PreTrainedModel], inputs: Sequence[torch.Tensor], device: torch.device
 ) -> list[list[Latency]]:
-    """Return the latencies of all models, on the CPU and on the GPU if used. Leaves the models on ``device``."""
-    input_ids = torch.from_numpy(read_rows(corpus.held_out, [0]).input_ids)
+    """Return the latencies of all models for each input, on the CPU and on the GPU if used.
+
+    Leaves the models on ``device``.
+    """
     latencies = []
     for place in dict.fromkeys([torch.device("cpu"), device]):
-        logger.info("latency: %s", place.type)
-        times = measure_latency(models, input_ids, place)
         name = "CPU" if place.type == "cpu" else "GPU"
-        latencies.append([Latency.of(name, of_model, times[0]) for of_model in times])
+        for input_ids in inputs:
+            logger.info("latency: %s, %d × %d tokens", name, *input_ids.shape)
+            times = measure_latency(models, input_ids, place)
+            latencies.append([Latency.of(name, input_ids.shape, of_model, times[0]) for of_model in times])
     return latencies
 
 

@@ -49,7 +49,7 @@ def arguments(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> EvaluateArguments:
-    monkeypatch.setattr("distilspeed.trainer.evaluation.latency.SECONDS_PER_MODEL", 0.05)
+    monkeypatch.setattr("distilspeed.trainer.evaluation.latency.SECONDS", 0.05)
     return EvaluateArguments(
         teacher=str(models / "teacher"),
         student=str(models / "student"),
@@ -176,7 +176,7 @@ def test_a_failure_while_writing_leaves_no_output(
     def full_disk(*_: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("distilspeed.trainer.evaluation.report.draw_report", full_disk)
+    monkeypatch.setattr("distilspeed.trainer.evaluation.report_files.draw_report", full_disk)
     with raises_user_error("unwritable-output", "No space left"):
         evaluate(arguments)
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
