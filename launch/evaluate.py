@@ -3,7 +3,8 @@
     python launch/evaluate.py --teacher google-bert/bert-base-uncased --student runs/mine/student \\
         --data_dir corpora/mine --task tasks/rte --output_dir runs/mine/evaluation
 
-Writes report.json, report.md and report.png, and prints the table.
+Writes report.json, report.md and report.png, and prints the table. To continue an evaluation that was killed, run the
+same command with --resume.
 """
 
 from distilspeed.trainer.evaluation.arguments import EvaluateArguments

@@ -84,5 +84,5 @@ train --teacher none --student_config "$out/distilled/student" --output_dir "$ou
 step "teacher, student and baseline"
 [ -e "$out/evaluation/report.md" ] ||
   python launch/evaluate.py --teacher "$teacher" --student "$out/distilled/student" \
-    --baseline "$out/baseline/student" --data_dir "$out/corpus" --output_dir "$out/evaluation" >/dev/null
+    --baseline "$out/baseline/student" --data_dir "$out/corpus" --output_dir "$out/evaluation" --resume >/dev/null
 cat "$out/evaluation/report.md"

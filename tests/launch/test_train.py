@@ -67,6 +67,7 @@ def finished(
     config = write_config(folder / "config.json", {"csv_monitor": monitor})
     result = deepspeed(*command(teacher, small_corpus_dir, folder / "run", config), ranks=2)
     assert result.returncode == 0, result.stderr[-3000:]
+    (folder / "log.txt").write_text(result.stdout)
     return folder
 
 
@@ -111,6 +112,13 @@ def test_the_model_card_has_the_students_results(finished: Path, small_corpus_di
     quality = held_out_quality(model, open_corpus(small_corpus_dir), HELD_OUT_ROWS_FOR_CARD)
     assert accuracy.metric_value == pytest.approx(quality.accuracy)
     assert loss.metric_value == pytest.approx(quality.loss)
+    # The same line is in the card and in the log.
+    shown = [
+        line.split("| ")[2].removesuffix(" |")
+        for line in (student / "README.md").read_text().splitlines()
+        if line.startswith("| Held-out rows |")
+    ]
+    assert f"held-out rows: {shown[0]}" in (finished / "log.txt").read_text()
 
 
 def test_the_students_tokenizer_returns_the_students_inputs_and_matches_the_corpus(

@@ -9,7 +9,7 @@ Lample & Conneau 2019). With weights w_i and standard exponential E_i, the k sma
 (Efraimidis & Spirakis 2006).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,10 @@ class MaskingRule:
     @property
     def vocab_size(self) -> int:
         return len(self.sampling_weights)
+
+    def uniform(self) -> "MaskingRule":
+        """Return the rule that prefers no token, as in BERT (Devlin et al. 2019)."""
+        return replace(self, sampling_weights=(self.sampling_weights > 0).astype(np.float64))
 
 
 def masking_rule(token_counts: NDArray[np.int64], special_ids: list[int], mask_token_id: int) -> MaskingRule:

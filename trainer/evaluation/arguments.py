@@ -62,6 +62,8 @@ class EvaluateArguments(Settings):
         0, at_least=0, at_most=LARGEST_SEED, help="seed of the masks, and first seed of the tasks"
     )
 
+    resume: bool = setting(False, help="continue a killed evaluation with its measurements, if there is one")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         roles = ["teacher", "student", *(role for role, _ in map(_named_baseline, self.baseline))]

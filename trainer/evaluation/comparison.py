@@ -3,34 +3,47 @@
 Every model runs in float32 on the same masks and the same examples. Forward passes are timed in turns.
 """
 
+import hashlib
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from distilspeed.trainer.corpus.format import Corpus, open_corpus, read_rows
+from distilspeed.trainer.corpus.format import Corpus, open_corpus
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.evaluation.arguments import EvaluateArguments
 from distilspeed.trainer.evaluation.fine_tuning import fine_tune
-from distilspeed.trainer.evaluation.latency import count_parameters, measure_latency, weights_bytes
-from distilspeed.trainer.evaluation.quality import predict_held_out
+from distilspeed.trainer.evaluation.latency import (
+    Latency,
+    count_parameters,
+    latency_inputs,
+    measure_latency,
+)
+from distilspeed.trainer.evaluation.measurements import (
+    MEASUREMENTS,
+    MeasurementsFile,
+    ModelMeasurements,
+    model_digest,
+    task_digest,
+)
+from distilspeed.trainer.evaluation.quality import measure_held_out
 from distilspeed.trainer.evaluation.report import (
     Environment,
     EvaluationConditions,
-    Latency,
     ModelReport,
     Report,
     TaskScore,
     percent_of,
-    write_report,
 )
+from distilspeed.trainer.evaluation.report_files import write_report
 from distilspeed.trainer.evaluation.tasks.registry import read_tasks
 from distilspeed.trainer.evaluation.tasks.task import FineTuning, Scores, Task
-from distilspeed.trainer.files import check_unoccupied, folder_written_whole, parents_made
+from distilspeed.trainer.files import bring_back_replaced, check_unoccupied, folder_written_whole, writing
 from distilspeed.trainer.models.flops import model_shape
 from distilspeed.trainer.models.loading import (
     check_fits_corpus,
@@ -55,8 +68,18 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
 
 
-def _check_output_dir(output_dir: Path) -> None:
-    check_unoccupied(output_dir)
+def _check_output_dir(output_dir: Path, resume: bool) -> None:
+    with writing(output_dir):
+        if resume:
+            bring_back_replaced(output_dir)
+        is_started = any(output_dir.glob(f"*{MEASUREMENTS}*"))  # also one killed while it wrote them
+    if not is_started:
+        check_unoccupied(output_dir)
+    elif not resume:
+        raise UserError(
+            "output-exists",
+            f"{output_dir} is not empty; continue with --resume, or choose another --output_dir",
+        )
     nearest = next(folder for folder in output_dir.absolute().parents if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(
@@ -70,12 +93,14 @@ def _check_output_dir(output_dir: Path) -> None:
 def evaluate(arguments: EvaluateArguments) -> Report:
     """Compare the models and write report.json, report.md and report.png to the output folder.
 
+    Every measurement is written to measurements.json in the same folder, so a killed evaluation can be resumed.
+
     Raises:
         UserError: anything the caller can fix, if possible before the first measurement.
         NumericalError: a model's loss on the held-out rows, or a score on a task, is not finite.
     """
     device = choose_device(arguments.device)
-    _check_output_dir(arguments.output_dir)
+    _check_output_dir(arguments.output_dir, arguments.resume)
     tasks = read_tasks(arguments.task_names)
     corpus = open_corpus(arguments.data_dir)
     if tasks and corpus.manifest.objective == "causal":
@@ -96,8 +121,11 @@ def evaluate(arguments: EvaluateArguments) -> Report:
             logger.warning(warning)
     positions = min(model_shape(model.config).positions for model in models)
     settings = [_fine_tuning(arguments, task, positions) for task in tasks]
+    file = MeasurementsFile(
+        arguments.output_dir / MEASUREMENTS, _identity(arguments, corpus, models, tasks, device)
+    )
     report = Report(
-        models=tuple(_measure(arguments, corpus, models, tasks, settings, device)),
+        models=tuple(_measure(arguments, corpus, models, positions, tasks, settings, device, file)),
         conditions=EvaluationConditions(
             corpus=arguments.data_dir.resolve().name,
             held_out_rows=min(arguments.max_rows, len(corpus.held_out)),
@@ -109,9 +137,36 @@ def evaluate(arguments: EvaluateArguments) -> Report:
         ),
         machine=Environment.here(device),
     )
-    with parents_made(arguments.output_dir), folder_written_whole(arguments.output_dir) as folder:
+    with (
+        writing(arguments.output_dir),
+        folder_written_whole(arguments.output_dir, replaces=True) as folder,
+    ):
         write_report(report, folder)
+        shutil.copy(file.path, folder)
     return report
+
+
+def _identity(
+    arguments: EvaluateArguments,
+    corpus: Corpus,
+    models: Sequence[PreTrainedModel],
+    tasks: Sequence[Task],
+    device: torch.device,
+) -> dict[str, str]:
+    """Return the settings and inputs that must not change when the evaluation is resumed."""
+    settings = {
+        name: str(value) for name, value in asdict(arguments).items() if name not in ("output_dir", "resume")
+    }
+    return {
+        **settings,
+        "device": device.type,
+        "corpus": hashlib.sha256(corpus.manifest.to_json().encode()).hexdigest()[:16],
+        **{
+            f"weights of the {role}": model_digest(model)
+            for role, model in zip(arguments.models, models, strict=True)
+        },
+        **{f"examples of {task.name}": task_digest(task) for task in tasks},
+    }
 
 
 def _fine_tuning(arguments: EvaluateArguments, task: Task, positions: int) -> FineTuning:
@@ -129,54 +184,77 @@ def _measure(
     arguments: EvaluateArguments,
     corpus: Corpus,
     models: Sequence[PreTrainedModel],
+    positions: int,
     tasks: Sequence[Task],
     settings: Sequence[FineTuning],
     device: torch.device,
+    file: MeasurementsFile,
 ) -> Iterator[ModelReport]:
     """Yield one report per model, in the order of ``arguments.models``."""
-    latencies = _measure_latencies(models, corpus, device)
-    predictions = []
-    for role, model in zip(arguments.models, models, strict=True):
-        logger.info("held-out rows: %s", role)
-        predictions.append(predict_held_out(model, corpus, arguments.max_rows, None, arguments.seed))
-    qualities = [prediction.quality() for prediction in predictions]
+    measured = file.models(lambda: _measure_models(arguments, corpus, models, positions, device))
     scores = [
-        _fine_tune_all(arguments, task, corpus, how, device)
+        _fine_tune_all(arguments, task, corpus, how, device, file)
         for task, how in zip(tasks, settings, strict=True)
     ]
     names = shown_names(list(arguments.models.values()))
-    for index, (role, name) in enumerate(arguments.models.items()):
+    for index, role in enumerate(arguments.models):
         parameters = count_parameters(models[index])
         yield ModelReport(
             role=role,
             name=names[index],
             parameters=parameters,
             parameters_percent=100 * parameters / count_parameters(models[0]),
-            weights_bytes=weights_bytes(name),
-            quality=qualities[index],
-            retention_percent=percent_of(qualities[index].accuracy, qualities[0].accuracy),
-            teacher_agreement=predictions[index].agreement(predictions[0]),
-            latencies=tuple(of_device[index] for of_device in latencies),
+            quality=measured[index].quality,
+            retention_percent=percent_of(measured[index].quality.accuracy, measured[0].quality.accuracy),
+            teacher_agreement=measured[index].teacher_agreement,
+            latencies=measured[index].latencies,
             tasks=tuple(of_task[index] for of_task in scores),
         )
 
 
+def _measure_models(
+    arguments: EvaluateArguments,
+    corpus: Corpus,
+    models: Sequence[PreTrainedModel],
+    positions: int,
+    device: torch.device,
+) -> tuple[ModelMeasurements, ...]:
+    latencies = _measure_latencies(models, latency_inputs(corpus, positions), device)
+    held_out = []
+    for role, model in zip(arguments.models, models, strict=True):
+        logger.info("held-out rows: %s", role)
+        held_out.append(measure_held_out(model, corpus, arguments.max_rows, seed=arguments.seed))
+    _, of_teacher = held_out[0]
+    return tuple(
+        ModelMeasurements(quality, predictions.agreement(of_teacher), of_model)
+        for (quality, predictions), of_model in zip(held_out, zip(*latencies, strict=True), strict=True)
+    )
+
+
 def _measure_latencies(
-    models: Sequence[PreTrainedModel], corpus: Corpus, device: torch.device
+    models: Sequence[PreTrainedModel], inputs: Sequence[torch.Tensor], device: torch.device
 ) -> list[list[Latency]]:
-    """Return the latencies of all models, on the CPU and on the GPU if used. Leaves the models on ``device``."""
-    input_ids = torch.from_numpy(read_rows(corpus.held_out, [0]).input_ids)
+    """Return the latencies of all models for each input, on the CPU and on the GPU if used.
+
+    Leaves the models on ``device``.
+    """
     latencies = []
     for place in dict.fromkeys([torch.device("cpu"), device]):
-        logger.info("latency: %s", place.type)
-        times = measure_latency(models, input_ids, place)
         name = "CPU" if place.type == "cpu" else "GPU"
-        latencies.append([Latency.of(name, of_model, times[0]) for of_model in times])
+        for input_ids in inputs:
+            logger.info("latency: %s, %d × %d tokens", name, *input_ids.shape)
+            times = measure_latency(models, input_ids, place)
+            latencies.append([Latency.of(name, input_ids.shape, of_model, times[0]) for of_model in times])
     return latencies
 
 
 def _fine_tune_all(
-    arguments: EvaluateArguments, task: Task, corpus: Corpus, settings: FineTuning, device: torch.device
+    arguments: EvaluateArguments,
+    task: Task,
+    corpus: Corpus,
+    settings: FineTuning,
+    device: torch.device,
+    file: MeasurementsFile,
 ) -> list[TaskScore]:
     """Fine-tune every model with the same seeds; return the task's score of each."""
     tokenizer = corpus.load_tokenizer()
@@ -184,8 +262,11 @@ def _fine_tune_all(
     rates = arguments.task_learning_rates or (settings.learning_rate,)
 
     def scores_of(role: str, name: str, rate: float, seed: int) -> Scores:
-        logger.info("%s: fine-tuning the %s, learning rate %g, seed %d", task.name, role, rate, seed)
-        return fine_tune(name, task, tokenizer, replace(settings, learning_rate=rate), seed, device)
+        def run() -> Scores:
+            logger.info("%s: fine-tuning the %s, learning rate %g, seed %d", task.name, role, rate, seed)
+            return fine_tune(name, task, tokenizer, replace(settings, learning_rate=rate), seed, device)
+
+        return file.run(f"{task.name}, {role}, learning rate {rate!r}, seed {seed}", run)
 
     scores: list[list[Scores]] = []
     best_rates: list[float] = []

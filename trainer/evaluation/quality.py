@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from distilspeed.trainer.corpus.format import Corpus, read_rows
 from distilspeed.trainer.corpus.training_objective import TrainingObjective
 from distilspeed.trainer.data.batches import corpus_masking_rule
-from distilspeed.trainer.data.masking import IGNORE_INDEX
+from distilspeed.trainer.data.masking import IGNORE_INDEX, MaskingRule
 from distilspeed.trainer.data.micro_batch import MicroBatch, labelled_micro_batch, row_token_counts
 from distilspeed.trainer.errors import NumericalError
 from distilspeed.trainer.evaluation.token_quality import MaskedTokenQuality, NextTokenQuality, TokenQuality
@@ -27,21 +27,19 @@ EVALUATION_STREAM = 1 << 62
 class Predictions:
     """A model's predictions for every masked or next token, in the order of the rows, on the CPU."""
 
-    objective: TrainingObjective
     losses: torch.Tensor  # float32 [labelled tokens], -log softmax(logits)[label]
     predicted: torch.Tensor  # int64 [labelled tokens], the token with the highest logit
     labels: torch.Tensor  # int64 [labelled tokens]
 
-    def quality(self) -> TokenQuality:
-        """Return the means over all labelled tokens, not over batches."""
-        loss = self.losses.double().mean().item()
-        perplexity = float(np.exp(loss))
-        if not np.isfinite(perplexity if self.objective == "causal" else loss):
-            raise NumericalError(f"the model's loss on the held-out rows is {loss}; its weights are damaged")
-        accuracy = (self.predicted == self.labels).double().mean().item()
-        if self.objective == "causal":
-            return NextTokenQuality(loss, perplexity, accuracy, len(self.labels))
-        return MaskedTokenQuality(loss, accuracy, len(self.labels))
+    @property
+    def loss(self) -> float:
+        """The mean over all labelled tokens, not over batches."""
+        return self.losses.double().mean().item()
+
+    @property
+    def accuracy(self) -> float:
+        """The share of labelled tokens that are predicted."""
+        return (self.predicted == self.labels).double().mean().item()
 
     def agreement(self, other: "Predictions") -> float:
         """Return the share of labelled tokens for which both models predict the same token."""
@@ -51,32 +49,73 @@ class Predictions:
 def held_out_quality(
     model: PreTrainedModel, corpus: Corpus, max_rows: int, batch_size: int | None = None, seed: int = 0
 ) -> TokenQuality:
+    """Return the quality of :func:`measure_held_out` without the predictions."""
+    return measure_held_out(model, corpus, max_rows, batch_size, seed)[0]
+
+
+def measure_held_out(
+    model: PreTrainedModel, corpus: Corpus, max_rows: int, batch_size: int | None = None, seed: int = 0
+) -> tuple[TokenQuality, Predictions]:
     """Measure loss and accuracy of a language model on the first ``max_rows`` held-out rows of a corpus.
 
-    In a masked corpus tokens are masked as in training (rare tokens preferred), so the loss is comparable with
-    ``loss_mlm`` of training. The masks depend only on the corpus and the seed, so every model sees the same masks. They
-    come from another random stream than those of training. In a causal corpus every next token of a document counts.
-    The model keeps its device and mode.
+    In a masked corpus 15 % of the tokens are masked, drawn uniformly as in the literature. The same rows are measured
+    again with the masks of training, which prefer rare tokens; that loss is comparable with ``loss_mlm``. The masks
+    depend only on the corpus and the seed, so every model sees the same masks. They come from another random stream
+    than those of training. In a causal corpus every next token of a document counts. The model keeps its device and
+    mode.
 
     Args:
         batch_size: rows per forward pass; it does not affect the result. None for a default.
 
+    Returns:
+        the quality, and the predictions for the uniformly masked or next tokens.
+
     Raises:
         NumericalError: the loss is not finite.
     """
-    return predict_held_out(model, corpus, max_rows, batch_size, seed).quality()
+    rule = corpus_masking_rule(corpus)
+    found = predict_held_out(model, corpus, rule and rule.uniform(), max_rows, batch_size, seed)
+    if rule is None:
+        perplexity = float(np.exp(found.loss))
+        _check_finite(perplexity, found.loss)
+        return NextTokenQuality(found.loss, perplexity, found.accuracy, len(found.labels)), found
+    in_training = predict_held_out(model, corpus, rule, max_rows, batch_size, seed)
+    for loss in (found.loss, in_training.loss):
+        _check_finite(loss, loss)
+    quality = MaskedTokenQuality(
+        loss=found.loss,
+        accuracy=found.accuracy,
+        masked_tokens=len(found.labels),
+        training_masks_loss=in_training.loss,
+        training_masks_accuracy=in_training.accuracy,
+    )
+    return quality, found
+
+
+def _check_finite(value: float, loss: float) -> None:
+    if not np.isfinite(value):
+        raise NumericalError(f"the model's loss on the held-out rows is {loss}; its weights are damaged")
 
 
 @torch.inference_mode()
 def predict_held_out(
-    model: PreTrainedModel, corpus: Corpus, max_rows: int, batch_size: int | None, seed: int
+    model: PreTrainedModel,
+    corpus: Corpus,
+    rule: MaskingRule | None,
+    max_rows: int,
+    batch_size: int | None,
+    seed: int,
 ) -> Predictions:
-    """Return loss and prediction for every labelled token of the first ``max_rows`` held-out rows."""
-    objective = corpus.manifest.objective
+    """Return loss and prediction for every labelled token of the first ``max_rows`` held-out rows.
+
+    Args:
+        rule: how to mask; None for a causal corpus.
+    """
+    batch_size = batch_size or ROWS_PER_BATCH[corpus.manifest.objective]
     was_training = model.training
     model.eval()
     parts = []
-    for batch in held_out_batches(corpus, max_rows, batch_size or ROWS_PER_BATCH[objective], seed):
+    for batch in held_out_batches(corpus, rule, max_rows, batch_size, seed):
         labelled = batch.labels != IGNORE_INDEX
         logits = forward_packed(model, batch.to(model.device)).logits[labelled.to(model.device)]
         logits = logits[:, : corpus.manifest.vocab_size].float()  # a model may have more rows than tokens
@@ -84,12 +123,14 @@ def predict_held_out(
         losses = nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="none")
         parts.append((losses.cpu(), logits.argmax(dim=-1).cpu(), labels))
     model.train(was_training)
-    return Predictions(objective, *(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    return Predictions(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
-def held_out_batches(corpus: Corpus, max_rows: int, batch_size: int, seed: int) -> Iterator[MicroBatch]:
+def held_out_batches(
+    corpus: Corpus, rule: MaskingRule | None, max_rows: int, batch_size: int, seed: int
+) -> Iterator[MicroBatch]:
     """Yield the first ``max_rows`` held-out rows with labels; the last batch may be smaller."""
-    rule, held_out = corpus_masking_rule(corpus), corpus.held_out
+    held_out = corpus.held_out
     real_tokens, labelled_tokens = row_token_counts(held_out, corpus.manifest.objective)
     rows = np.arange(min(max_rows, len(held_out)))
     for row_ids in np.split(rows, range(batch_size, len(rows), batch_size)):

@@ -1,4 +1,4 @@
-"""The results of an evaluation, written as report.json, report.md and report.png."""
+"""The results of an evaluation, as JSON and Markdown."""
 
 import datetime
 import json
@@ -7,43 +7,21 @@ import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from numpy.typing import NDArray
 
 from distilspeed.kernels.profiling.machine import cpu_name
+from distilspeed.trainer.evaluation.latency import Latency, headline_latencies
 from distilspeed.trainer.evaluation.tasks.names import GLUE_FOLDERS, GLUE_PREFIX
 from distilspeed.trainer.evaluation.tasks.task import Scores, TaskConditions
 from distilspeed.trainer.evaluation.token_quality import TokenQuality
-
-# Okabe & Ito 2008: distinct with every common colour blindness, and in grey.
-STUDENT_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 
 
 def percent_of(value: float, teacher: float) -> float | None:
     """Return ``value`` in % of the teacher's value, or None if that is not above 0."""
     return 100 * value / teacher if teacher > 0 else None
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Milliseconds of one forward pass at batch size 1; ``speed_up``: the teacher's median over this median."""
-
-    device: str
-    median_ms: float
-    first_quartile_ms: float
-    third_quartile_ms: float
-    repetitions: int
-    speed_up: float
-
-    @classmethod
-    def of(cls, device: str, times: NDArray[np.float64], teacher_times: NDArray[np.float64]) -> "Latency":
-        first, median, third = np.percentile(times, [25, 50, 75]).tolist()
-        return cls(device, median, first, third, len(times), float(np.median(teacher_times)) / median)
 
 
 @dataclass(frozen=True)
@@ -107,7 +85,6 @@ class ModelReport:
     name: str
     parameters: int
     parameters_percent: float
-    weights_bytes: int
     quality: TokenQuality
     retention_percent: float | None
     teacher_agreement: float
@@ -118,10 +95,15 @@ class ModelReport:
     def title(self) -> str:
         return f"{self.role} ({self.name})"
 
+    def megabytes(self, bytes_per_parameter: int) -> float:
+        """Return the size of the parameters in 10^6 bytes."""
+        return self.parameters * bytes_per_parameter / 1e6
+
     def to_json(self) -> dict[str, Any]:
         """Return the results as an object; "mlm_retention_percent" or "clm_retention_percent" names the objective."""
         names = {"retention_percent": f"{self.quality.short.lower()}_retention_percent"}
-        return {names.get(name, name): value for name, value in asdict(self).items()}
+        sizes = {"fp32_megabytes": self.megabytes(4), "fp16_megabytes": self.megabytes(2)}
+        return {names.get(name, name): value for name, value in (asdict(self) | sizes).items()}
 
 
 @dataclass(frozen=True)
@@ -177,17 +159,32 @@ class Report:
     def table(self) -> str:
         """Return a Markdown table with one row per model."""
         teacher = self.models[0]
-        headings = ["", "parameters", "weights", *teacher.quality.columns, "retention"]
-        headings += ["same token as teacher"]
-        headings += [f"{latency.device} latency (speed-up)" for latency in teacher.latencies]
+        headings = ["", "parameters", "fp32 / fp16", *teacher.quality.columns, "retention"]
+        headings += ["same token as teacher", *teacher.quality.further_columns]
+        headings += [
+            f"{latency.device} latency (speed-up)" for latency in headline_latencies(teacher.latencies)
+        ]
         headings += [f"{score.task} {' / '.join(score.scores)} (retention)" for score in teacher.tasks]
         headings += list(glue_scores(teacher.tasks))
-        rows = [headings, ["---", *["---:"] * (len(headings) - 1)], *map(_cells, self.models)]
-        return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        return _markdown([headings, *map(_cells, self.models)])
+
+    def latency_table(self) -> str:
+        """Return a Markdown table with one row per device, batch size and length, and one column per model."""
+        rows = [
+            [
+                f"{of_models[0].device}, {of_models[0].batch_size} × {of_models[0].length}",
+                *map(_latency_cell, of_models),
+            ]
+            for of_models in zip(*(model.latencies for model in self.models), strict=True)
+        ]
+        return _markdown([["batch × tokens", *(model.role for model in self.models)], *rows])
 
     def to_markdown(self) -> str:
         lines = "\n".join(f"- {line}" for line in self._condition_lines())
-        return f"# Student and teacher\n\n{self.table()}\n\n![report](report.png)\n\n{lines}\n"
+        return (
+            f"# Student and teacher\n\n{self.table()}\n\n![report](report.png)\n\n{lines}\n\n"
+            f"## Latency (speed-up)\n\n{self.latency_table()}\n"
+        )
 
     def _learning_rate(self, task: TaskConditions) -> str:
         tried = self.conditions.task_learning_rates or (task.fine_tuning.learning_rate,)
@@ -203,15 +200,16 @@ class Report:
 
     def _condition_lines(self) -> list[str]:
         conditions, machine, teacher = self.conditions, self.machine, self.models[0]
+        headline = headline_latencies(teacher.latencies)[0]
         lines = [
             f"Held-out rows: {conditions.held_out_rows} of the corpus {conditions.corpus}, "
             f"{conditions.seq_length} tokens each; {teacher.quality.conditions(conditions.seed)}",
             "Retention: accuracy, or a task's first metric, in % of the teacher's. Parameters: with the "
-            f"{teacher.quality.head}; a shared parameter counts once. Weights: size of the files, in their stored "
-            "precision.",
-            f"Latency: forward pass of the encoder without a head, batch 1, {conditions.seq_length} tokens, "
-            f"float32, models in turns; median [quartiles] of {teacher.latencies[0].repetitions} runs on the CPU, "
-            f"PyTorch threads: {machine.threads}. Speed-up: the teacher's median over the model's.",
+            f"{teacher.quality.head}; a shared parameter counts once. fp32 / fp16: parameters × 4 and × 2 bytes.",
+            "Latency: forward pass of the encoder without a head, float32, on real tokens of held-out rows; PyTorch "
+            f"threads on the CPU: {machine.threads}. Models in turns, median [quartiles]. The first table has "
+            f"{headline.batch_size} × {headline.length} tokens (batch × length). Speed-up: the teacher's median over "
+            "the model's.",
         ]
         if conditions.tasks:
             lines.append(
@@ -246,19 +244,23 @@ def glue_scores(tasks: Sequence[TaskScore]) -> dict[str, float]:
     return scores if wnli is None else scores | {"GLUE": statistics.fmean([*means.values(), wnli])}
 
 
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table; the first row has the headings, the first column is aligned left."""
+    head, *body = rows
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def _cells(model: ModelReport) -> list[str]:
     return [
         model.title.replace("|", "\\|"),
         f"{model.parameters / 1e6:,.2f} M",
-        f"{model.weights_bytes / 1e6:,.1f} MB",
+        f"{model.megabytes(4):,.1f} / {model.megabytes(2):,.1f} MB",
         *model.quality.cells(),
         _percent(model.retention_percent),
         _percent(100 * model.teacher_agreement),
-        *(
-            f"{latency.median_ms:.1f} [{latency.first_quartile_ms:.1f}, {latency.third_quartile_ms:.1f}] ms "
-            f"({latency.speed_up:.2f}×)"
-            for latency in model.latencies
-        ),
+        *model.quality.further_cells(),
+        *map(_latency_cell, headline_latencies(model.latencies)),
         *(
             f"{' / '.join(map(shown_score, score.scores.values()))} "
             f"({_percent(score.retention_percent, score.retention_deviation)})"
@@ -266,6 +268,19 @@ def _cells(model: ModelReport) -> list[str]:
         ),
         *(f"{100 * score:.1f}" for score in glue_scores(model.tasks).values()),
     ]
+
+
+def _latency_cell(latency: Latency) -> str:
+    median, first, third = map(
+        _milliseconds, (latency.median_ms, latency.first_quartile_ms, latency.third_quartile_ms)
+    )
+    return f"{median} [{first}, {third}] ms ({latency.speed_up:.2f}×)"
+
+
+def _milliseconds(value: float) -> str:
+    """Show three digits, or all digits before the decimal point."""
+    decimals = max(0, 2 - int(math.log10(max(value, 1))))
+    return f"{value:,.{decimals}f}"
 
 
 def _percent(value: float | None, deviation: float | None = None) -> str:
@@ -278,52 +293,3 @@ def shown_score(of_seeds: Sequence[float]) -> str:
     """Show a score in %: the mean over seeds, and the standard deviation if there are several."""
     mean, deviation = mean_and_deviation(of_seeds)
     return f"{100 * mean:.1f}" if deviation is None else f"{100 * mean:.1f} ± {100 * deviation:.1f}"
-
-
-def write_report(report: Report, folder: Path) -> None:
-    """Write report.json, report.md and report.png to an existing folder."""
-    (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
-    (folder / "report.md").write_text(report.to_markdown(), encoding="utf-8")
-    draw_report(report, folder / "report.png")
-
-
-def draw_report(report: Report, path: Path) -> None:
-    """Draw cost and quality of student and baselines in % of the teacher, as a PNG."""
-    from matplotlib.figure import Figure
-
-    teacher, *others = report.models
-    costs = {"parameters": [model.parameters_percent for model in others]}
-    for index, latency in enumerate(teacher.latencies):
-        costs[f"{latency.device} latency"] = [100 / model.latencies[index].speed_up for model in others]
-    worth = {teacher.quality.accuracy_name: [model.retention_percent or 0.0 for model in others]}
-    for index, score in enumerate(teacher.tasks):
-        worth[score.task] = [model.tasks[index].retention_percent or 0.0 for model in others]
-
-    figure = Figure(figsize=(10, 2.8 + 0.55 * max(len(costs), len(worth))), layout="constrained")
-    panels = figure.subplots(1, 2)
-    titles = ("cost: lower is better", "quality: higher is better")
-    for axes, title, groups in zip(panels, titles, (costs, worth), strict=True):
-        places = np.arange(len(groups))
-        height = 0.7 / len(others)
-        for index, model in enumerate(others):
-            bars = axes.barh(
-                places + (index - (len(others) - 1) / 2) * height,
-                [values[index] for values in groups.values()],
-                height=0.9 * height,
-                color=STUDENT_COLOURS[index % len(STUDENT_COLOURS)],
-                label=model.title,
-            )
-            # White background: the teacher's line crosses the label of a value just under 100.
-            background = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-            axes.bar_label(bars, fmt="%.0f %%", padding=4, bbox=background, zorder=3)
-        axes.axvline(100, color="black", linewidth=1, linestyle="--", label=teacher.title)
-        axes.set_yticks(places, labels=list(groups))
-        # Top to bottom, with the same number of places in both panels, so all bars have the same thickness.
-        axes.set_ylim(max(len(costs), len(worth)) - 0.5, -0.5)
-        axes.set(title=title, xlabel="% of the teacher", xlim=(0, 1.15 * max(axes.get_xlim()[1], 100)))
-        axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", frameon=False
-    )  # one below the other: they are long
-    figure.savefig(path, dpi=150)

@@ -275,6 +275,7 @@ def _finish(training: _Training) -> None:
             ),
             changes=changed.changes if changed else (),
         )
+        logger.info("held-out rows: %s", record.held_out.described())
         for left in run.arguments.output_dir.glob("student.incomplete-*"):  # leftovers of a killed export
             shutil.rmtree(left)
         export_student(student, record, run.arguments.output_dir / "student")

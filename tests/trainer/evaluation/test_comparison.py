@@ -49,7 +49,7 @@ def arguments(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> EvaluateArguments:
-    monkeypatch.setattr("distilspeed.trainer.evaluation.latency.SECONDS_PER_MODEL", 0.05)
+    monkeypatch.setattr("distilspeed.trainer.evaluation.latency.SECONDS", 0.05)
     return EvaluateArguments(
         teacher=str(models / "teacher"),
         student=str(models / "student"),
@@ -104,12 +104,24 @@ def test_student_and_baseline_are_measured_against_the_teacher(
     assert (baseline.quality, baseline.teacher_agreement) == (student.quality, student.teacher_agreement)
     assert [seed for _, seed in given] == [5, 6] * 3
     assert sorted(path.name for path in arguments.output_dir.iterdir()) == [
+        "measurements.json",
         "report.json",
         "report.md",
         "report.png",
     ]
     assert str(tmp_path) not in (arguments.output_dir / "report.json").read_text()
     assert [path.name for path in arguments.output_dir.parent.iterdir()] == ["evaluation"]
+
+
+def test_an_evaluation_killed_while_it_wrote_its_first_measurement_starts_over(
+    arguments: EvaluateArguments,
+) -> None:
+    arguments.output_dir.mkdir(parents=True)
+    (arguments.output_dir / ".measurements.json.incomplete").write_text("{")
+    with raises_user_error("output-exists", "--resume"):
+        evaluate(arguments)
+    evaluate(replace(arguments, resume=True))
+    assert not (arguments.output_dir / ".measurements.json.incomplete").exists()
 
 
 def test_each_model_uses_the_learning_rate_with_the_best_first_seed(
@@ -170,14 +182,70 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         choose_device("cuda")
 
 
-def test_a_failure_while_writing_leaves_no_output(
-    arguments: EvaluateArguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_failure_while_writing_leaves_only_the_measurements(
+    arguments: EvaluateArguments, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full_disk(*_: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("distilspeed.trainer.evaluation.report.draw_report", full_disk)
-    with raises_user_error("unwritable-output", "No space left"):
-        evaluate(arguments)
-    assert not any(path.is_file() for path in tmp_path.rglob("*"))
-    assert not arguments.output_dir.exists()
+    with monkeypatch.context() as patched:
+        patched.setattr("distilspeed.trainer.evaluation.report_files.draw_report", full_disk)
+        with raises_user_error("unwritable-output", "No space left"):
+            evaluate(arguments)
+    assert [path.name for path in arguments.output_dir.iterdir()] == ["measurements.json"]
+    assert [path.name for path in arguments.output_dir.parent.iterdir()] == ["evaluation"]
+    (arguments.output_dir / ".measurements.json.incomplete").write_text("{")  # as after a kill
+    monkeypatch.setattr(comparison, "measure_latency", None)  # would fail: nothing is measured again
+    monkeypatch.setattr(comparison, "measure_held_out", None)
+    report = evaluate(replace(arguments, resume=True))
+    assert (arguments.output_dir / "report.json").read_text() == report.to_json()
+    again = evaluate(replace(arguments, resume=True))  # a finished evaluation
+    assert again.models == report.models
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "named"),
+    [
+        ("nothing", "output-exists", "--resume"),
+        ("seed", "changed-run", "seed 5, not 6"),
+        ("student", "changed-run", "weights of the student"),
+        ("task", "changed-run", "examples of words"),
+        ("corpus", "changed-run", "corpus"),
+        ("damage", "damaged-checkpoint", "measurements.json"),
+    ],
+)
+def test_an_evaluation_is_resumed_only_with_its_settings_and_inputs(
+    arguments: EvaluateArguments,
+    models: Path,
+    small_corpus_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: str,
+    code: str,
+    named: str,
+) -> None:
+    monkeypatch.setattr(comparison, "fine_tune", lambda *_: {"accuracy": 0.5})
+    shutil.copytree(models / "student", tmp_path / "student")
+    shutil.copytree(small_corpus_dir, tmp_path / "corpus")
+    task = tiny_task(tmp_path / "words")
+    arguments = replace(
+        arguments, student=str(tmp_path / "student"), data_dir=tmp_path / "corpus", task=(str(task),)
+    )
+    evaluate(arguments)
+    before = {path.name: path.read_bytes() for path in arguments.output_dir.iterdir()}
+    resumed = replace(arguments, resume=change != "nothing", seed=6 if change == "seed" else arguments.seed)
+    if change == "student":
+        make_student(load_teacher(str(models / "teacher")), (0, 2)).save_pretrained(tmp_path / "student")
+    elif change == "task":
+        with (task / "dev.jsonl").open("a") as file:
+            file.write('{"text": "one more", "label": 1}\n')
+    elif change == "corpus":
+        manifest = json.loads((tmp_path / "corpus" / "manifest.json").read_text())
+        manifest["sources"][0]["name"] = "other.txt"
+        (tmp_path / "corpus" / "manifest.json").write_text(json.dumps(manifest))
+    elif change == "damage":
+        before["measurements.json"] = b"{"
+        (arguments.output_dir / "measurements.json").write_bytes(b"{")
+    with raises_user_error(code, named):
+        evaluate(resumed)
+    assert {path.name: path.read_bytes() for path in arguments.output_dir.iterdir()} == before

@@ -14,17 +14,24 @@ from vocabularies import with_rows
 
 from distilspeed.trainer.corpus.format import Corpus, open_corpus, read_rows
 from distilspeed.trainer.data.batches import corpus_masking_rule
-from distilspeed.trainer.data.masking import mask_row
+from distilspeed.trainer.data.masking import MaskingRule, mask_row
 from distilspeed.trainer.data.micro_batch import MicroBatch
 from distilspeed.trainer.errors import NumericalError
 from distilspeed.trainer.evaluation import quality
-from distilspeed.trainer.evaluation.latency import count_parameters, measure_latency, weights_bytes
+from distilspeed.trainer.evaluation.latency import (
+    Latency,
+    count_parameters,
+    headline_latencies,
+    latency_inputs,
+    measure_latency,
+)
 from distilspeed.trainer.evaluation.quality import (
     held_out_batches,
     held_out_quality,
+    measure_held_out,
     predict_held_out,
 )
-from distilspeed.trainer.evaluation.report import Latency
+from distilspeed.trainer.evaluation.token_quality import MaskedTokenQuality
 from distilspeed.trainer.models.packed_forward import ModelOutputs
 
 ROWS = 13
@@ -33,6 +40,14 @@ ROWS = 13
 @pytest.fixture(scope="module")
 def corpus(small_corpus_dir: Path) -> Corpus:
     return open_corpus(small_corpus_dir)
+
+
+@pytest.fixture(scope="module")
+def rule(corpus: Corpus) -> MaskingRule:
+    """The masks of training, which prefer rare tokens."""
+    found = corpus_masking_rule(corpus)
+    assert found is not None
+    return found
 
 
 def tiny_model(corpus: Corpus, seed: int = 0, **options: Any) -> BertForMaskedLM:
@@ -64,11 +79,11 @@ class Oracle:
         return ModelOutputs(logits, logits, {})
 
 
-def test_quality_equals_that_of_every_document_run_alone_in_float64(corpus: Corpus) -> None:
-    model = tiny_model(corpus)
+def exact_quality(model: BertForMaskedLM, corpus: Corpus, rule: MaskingRule) -> tuple[float, float, int]:
+    """Return loss, accuracy and number of masked tokens, from every document run alone in float64."""
     exact = copy.deepcopy(model).double()
     losses, hits = [], []
-    for batch in held_out_batches(corpus, ROWS, batch_size=1, seed=3):
+    for batch in held_out_batches(corpus, rule, ROWS, batch_size=1, seed=3):
         for document in range(int(batch.document_ids.max()) + 1):
             inside = batch.document_ids[0] == document
             labels = batch.labels[0, inside]
@@ -79,16 +94,31 @@ def test_quality_equals_that_of_every_document_run_alone_in_float64(corpus: Corp
                     probability = token_logits[label].exp() / token_logits.exp().sum()
                     losses.append(-probability.log().item())
                     hits.append(token_logits.argmax() == label)
-    quality = held_out_quality(model, corpus, ROWS, batch_size=4, seed=3)
-    assert quality.masked_tokens == len(losses)
-    assert quality.loss == pytest.approx(np.mean(losses), rel=1e-5)
-    assert quality.accuracy == pytest.approx(np.mean(hits), abs=1e-12)
+    return float(np.mean(losses)), float(np.mean(hits)), len(losses)
 
 
-def test_rows_beyond_the_tokenizer_do_not_change_the_quality(corpus: Corpus) -> None:
+def test_quality_equals_that_of_every_document_run_alone_in_float64(
+    corpus: Corpus, rule: MaskingRule
+) -> None:
+    model = tiny_model(corpus)
+    found = held_out_quality(model, corpus, ROWS, batch_size=4, seed=3)
+    assert isinstance(found, MaskedTokenQuality)
+    loss, accuracy, tokens = exact_quality(model, corpus, rule.uniform())
+    assert found.masked_tokens == tokens
+    assert found.loss == pytest.approx(loss, rel=1e-5)
+    assert found.accuracy == pytest.approx(accuracy, abs=1e-12)
+    loss, accuracy, tokens = exact_quality(model, corpus, rule)
+    assert found.masked_tokens == tokens
+    assert found.training_masks_loss == pytest.approx(loss, rel=1e-5)
+    assert found.training_masks_accuracy == pytest.approx(accuracy, abs=1e-12)
+    assert found.training_masks_loss != found.loss
+
+
+def test_rows_beyond_the_tokenizer_do_not_change_the_quality(corpus: Corpus, rule: MaskingRule) -> None:
     model = tiny_model(corpus)
     plain, wider = (
-        predict_held_out(each, corpus, ROWS, batch_size=4, seed=0) for each in (model, with_rows(model, 1024))
+        predict_held_out(each, corpus, rule, ROWS, batch_size=4, seed=0)
+        for each in (model, with_rows(model, 1024))
     )
     assert torch.equal(wider.predicted, plain.predicted)
     assert wider.agreement(plain) == 1.0
@@ -100,6 +130,7 @@ def test_quality_does_not_depend_on_the_batch_size(corpus: Corpus, batch_size: i
     model = tiny_model(corpus)
     one, other = (held_out_quality(model, corpus, ROWS, size) for size in (4, batch_size))
     assert other.loss == pytest.approx(one.loss, rel=1e-6)
+    assert other.training_masks_loss == pytest.approx(one.training_masks_loss, rel=1e-6)
     assert (other.accuracy, other.masked_tokens) == (one.accuracy, one.masked_tokens)
 
 
@@ -108,8 +139,8 @@ def test_a_model_that_knows_every_token_scores_all_of_them(
 ) -> None:
     monkeypatch.setattr(quality, "forward_packed", Oracle(corpus))
     found = held_out_quality(tiny_model(corpus), corpus, ROWS)
-    assert found.accuracy == 1.0
-    assert found.loss < 1e-6
+    assert found.accuracy == found.training_masks_accuracy == 1.0
+    assert max(found.loss, found.training_masks_loss) < 1e-6
 
 
 def test_every_model_sees_the_same_masks_for_any_global_random_state(
@@ -124,11 +155,12 @@ def test_every_model_sees_the_same_masks_for_any_global_random_state(
     assert torch.equal(torch.cat(one.seen), torch.cat(other.seen))
 
 
-def test_masks_depend_on_the_seed_and_differ_from_those_of_training(corpus: Corpus) -> None:
+def test_masks_depend_on_the_seed_and_differ_from_those_of_training(
+    corpus: Corpus, rule: MaskingRule
+) -> None:
     def labels(seed: int) -> torch.Tensor:
-        return torch.cat([batch.labels for batch in held_out_batches(corpus, ROWS, 4, seed)])
+        return torch.cat([batch.labels for batch in held_out_batches(corpus, rule, ROWS, 4, seed)])
 
-    rule = corpus_masking_rule(corpus)
     stored = read_rows(corpus.held_out, range(ROWS))
     as_in_training = np.stack(
         [
@@ -142,22 +174,35 @@ def test_masks_depend_on_the_seed_and_differ_from_those_of_training(corpus: Corp
     assert both.sum() < 0.6 * (as_in_training >= 0).sum()
 
 
-def test_fifteen_percent_of_the_requested_rows_are_masked(corpus: Corpus) -> None:
-    batches = list(held_out_batches(corpus, 10_000, 4, seed=0))
+@pytest.mark.parametrize("is_uniform", [True, False])
+def test_fifteen_percent_of_the_requested_rows_are_masked(
+    corpus: Corpus, rule: MaskingRule, is_uniform: bool
+) -> None:
+    drawn = rule.uniform() if is_uniform else rule
+    batches = [batch for seed in range(10) for batch in held_out_batches(corpus, drawn, 10_000, 4, seed)]
     labels = torch.cat([batch.labels for batch in batches])
-    truth = torch.from_numpy(read_rows(corpus.held_out, range(len(corpus.held_out))).input_ids)
+    inputs = torch.cat([batch.input_ids for batch in batches])
+    truth = torch.from_numpy(read_rows(corpus.held_out, range(len(corpus.held_out))).input_ids).repeat(10, 1)
     masked = labels >= 0
     assert torch.equal(labels[masked], truth[masked])
+    assert torch.equal(inputs[~masked], truth[~masked])
     assert not np.isin(labels[masked], corpus.manifest.special_ids).any()
     assert masked.sum() / sum(batch.real_tokens for batch in batches) == pytest.approx(0.15, abs=0.01)
-    # As in training, rare tokens are preferred: the most frequent tokens are masked less often than they occur.
+    is_mask, is_kept = inputs[masked] == corpus.manifest.mask_id, inputs[masked] == labels[masked]
+    assert is_mask.double().mean() == pytest.approx(0.8, abs=0.02)
+    assert is_kept.double().mean() == pytest.approx(0.1, abs=0.015)
+    # Uniform masks have every token as often as the text; in training the most frequent ones are masked less often.
     common = torch.from_numpy(np.argsort(-corpus.token_counts)[:20])
     maskable = ~torch.isin(truth, torch.tensor(corpus.manifest.special_ids))
     share_masked, share_there = (
         torch.isin(truth[of], common).double().mean().item() for of in (masked, maskable)
     )
-    assert share_masked < 0.5 * share_there
-    assert sum(len(batch.row_ids) for batch in held_out_batches(corpus, 5, 4, seed=0)) == 5
+    assert (
+        share_masked == pytest.approx(share_there, abs=0.01)
+        if is_uniform
+        else share_masked < 0.5 * share_there
+    )
+    assert sum(len(batch.row_ids) for batch in held_out_batches(corpus, drawn, 5, 4, seed=0)) == 5
 
 
 def test_the_model_keeps_its_mode_and_gets_no_gradient(corpus: Corpus) -> None:
@@ -170,7 +215,8 @@ def test_the_model_keeps_its_mode_and_gets_no_gradient(corpus: Corpus) -> None:
 
 
 def test_agreement_counts_equal_predictions(corpus: Corpus) -> None:
-    one, other = (predict_held_out(tiny_model(corpus, seed), corpus, ROWS, 4, 0) for seed in (0, 1))
+    (of_one, one), (_, other) = (measure_held_out(tiny_model(corpus, seed), corpus, ROWS) for seed in (0, 1))
+    assert one.accuracy == of_one.accuracy  # the uniform masks
     same = sum(a == b for a, b in zip(one.predicted.tolist(), other.predicted.tolist(), strict=True))
     assert one.agreement(one) == 1.0
     assert one.agreement(other) == same / len(one.labels)
@@ -193,12 +239,6 @@ def test_each_shared_parameter_counts_once(corpus: Corpus) -> None:
     assert count_parameters(tied) == embeddings + 2 * layer + head
 
 
-def test_size_on_disk_counts_only_the_weights(corpus: Corpus, tmp_path: Path) -> None:
-    tiny_model(corpus).save_pretrained(tmp_path)
-    (tmp_path / "notes.bin").write_bytes(bytes(1000))
-    assert weights_bytes(str(tmp_path)) == (tmp_path / "model.safetensors").stat().st_size
-
-
 class SleepingModel(nn.Module):
     """A model whose encoder takes a known time and records its calls."""
 
@@ -218,15 +258,62 @@ class SleepingModel(nn.Module):
 
 
 def test_latency_is_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distilspeed.trainer.evaluation.latency.SECONDS_PER_MODEL", 0.2)
+    monkeypatch.setattr("distilspeed.trainer.evaluation.latency.SECONDS", 0.2)
     calls: list[str] = []
     models = [SleepingModel("slow", 0.02, calls), SleepingModel("fast", 0.005, calls)]
     slow, fast = measure_latency(models, torch.ones(1, 8, dtype=torch.int64), torch.device("cpu"))
-    assert len(slow) == len(fast) >= 10
+    assert len(slow) == len(fast) >= 3
     assert calls == ["slow", "fast"] * (len(calls) // 2)
     assert slow.min() >= 20
     assert fast.min() >= 5
-    assert Latency.of("CPU", fast, slow).speed_up == pytest.approx(np.median(slow) / np.median(fast))
+
+
+def test_a_pass_longer_than_the_time_limit_is_repeated_three_times_after_one_to_warm_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("distilspeed.trainer.evaluation.latency.WARM_UP_SECONDS", 0.001)
+    monkeypatch.setattr("distilspeed.trainer.evaluation.latency.SECONDS", 0.001)
+    calls: list[str] = []
+    (times,) = measure_latency(
+        [SleepingModel("slow", 0.01, calls)], torch.ones(32, 8, dtype=torch.int64), torch.device("cpu")
+    )
+    assert (len(times), len(calls)) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("positions", "lengths"), [(512, [32, 128, 512]), (514, [32, 128, 512]), (130, [32, 128]), (20, [20])]
+)
+def test_latency_inputs_are_real_tokens_of_the_lengths_that_fit(
+    corpus: Corpus, positions: int, lengths: list[int]
+) -> None:
+    inputs = latency_inputs(corpus, positions)
+    assert [tuple(ids.shape) for ids in inputs] == [
+        (batch, length) for batch in (1, 32) for length in lengths
+    ]
+    stored = read_rows(corpus.held_out, range(len(corpus.held_out)))
+    real = np.concatenate(
+        [ids[: of.sum()] for ids, of in zip(stored.input_ids, stored.document_lengths, strict=True)]
+    )
+    assert len(real) < 32 * 512  # the corpus is so small that its tokens are repeated
+    for ids in inputs:
+        assert ids.flatten().tolist() == np.resize(real, ids.numel()).tolist()
+
+
+def test_the_headline_is_one_sequence_of_128_tokens_or_the_longest_that_fits() -> None:
+    def settings(*lengths: int) -> list[Latency]:
+        return [
+            Latency.of(device, (batch, length), np.ones(3), np.ones(3))
+            for device in ("CPU", "GPU")
+            for batch in (1, 32)
+            for length in lengths
+        ]
+
+    for lengths, headline in (((32, 128, 512), 128), ((32,), 32), ((20,), 20)):
+        found = headline_latencies(settings(*lengths))
+        assert [(latency.device, latency.batch_size, latency.length) for latency in found] == [
+            ("CPU", 1, headline),
+            ("GPU", 1, headline),
+        ]
 
 
 @pytest.mark.gpu
@@ -234,6 +321,7 @@ def test_latency_is_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_quality_and_latency_on_a_gpu(corpus: Corpus) -> None:
     model, gpu = tiny_model(corpus), torch.device("cuda")
     on_cpu = held_out_quality(model, corpus, ROWS)
-    (times,) = measure_latency([model], torch.ones(1, 64, dtype=torch.int64), gpu)
-    assert (times > 0).all()
+    for input_ids in latency_inputs(corpus, 64):
+        (times,) = measure_latency([model], input_ids, gpu)
+        assert (times > 0).all()
     assert held_out_quality(model, corpus, ROWS).loss == pytest.approx(on_cpu.loss, rel=1e-4)

@@ -7,18 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
+from distilspeed.trainer.evaluation.latency import Latency
 from distilspeed.trainer.evaluation.report import (
     Environment,
     EvaluationConditions,
-    Latency,
     ModelReport,
     Report,
     TaskScore,
     glue_scores,
     percent_of,
-    write_report,
 )
+from distilspeed.trainer.evaluation.report_files import draw_report, write_report
 from distilspeed.trainer.evaluation.tasks.jsonl_classification import ClassificationConditions
 from distilspeed.trainer.evaluation.tasks.task import FineTuning, Scores
 from distilspeed.trainer.evaluation.token_quality import MaskedTokenQuality
@@ -36,11 +37,20 @@ def model_report(role: str, accuracy: float, milliseconds: float, task: list[flo
         name=f"{role}-name",
         parameters=2_000_000,
         parameters_percent=60.0,
-        weights_bytes=8_000_000,
-        quality=MaskedTokenQuality(loss=2.5, accuracy=accuracy, masked_tokens=100),
+        quality=MaskedTokenQuality(
+            loss=2.5,
+            accuracy=accuracy,
+            masked_tokens=100,
+            training_masks_loss=3.25,
+            training_masks_accuracy=accuracy / 2,
+        ),
         retention_percent=percent_of(accuracy, 0.5),
         teacher_agreement=0.75,
-        latencies=(Latency.of("CPU", np.full(5, milliseconds), np.full(5, 20.0)),),
+        latencies=(
+            Latency.of("CPU", (1, 32), np.full(5, milliseconds / 4), np.full(5, 5.0)),
+            Latency.of("CPU", (1, 128), np.full(5, milliseconds), np.full(5, 20.0)),
+            Latency.of("CPU", (32, 128), np.full(3, 160 * milliseconds), np.full(3, 1600.0)),
+        ),
         tasks=(TaskScore.of("rte", of_seeds(task), of_seeds([0.8, 0.8]), 5e-5),),
     )
 
@@ -67,9 +77,10 @@ def report() -> Report:
 
 
 def test_speed_up_is_the_ratio_of_the_medians() -> None:
-    latency = Latency.of("CPU", np.array([1.0, 2.0, 3.0, 4.0, 90.0]), np.array([6.0, 6.0, 90.0]))
+    latency = Latency.of("CPU", (32, 512), np.array([1.0, 2.0, 3.0, 4.0, 90.0]), np.array([6.0, 6.0, 90.0]))
     assert (latency.first_quartile_ms, latency.median_ms, latency.third_quartile_ms) == (2.0, 3.0, 4.0)
     assert (latency.speed_up, latency.repetitions) == (2.0, 5)
+    assert (latency.batch_size, latency.length) == (32, 512)
 
 
 def test_a_task_score_is_mean_sample_deviation_and_share_of_the_teachers_mean() -> None:
@@ -118,9 +129,29 @@ def test_there_is_no_retention_if_the_teacher_scores_zero_or_less(teacher: float
 def test_the_table_has_one_row_per_model(report: Report) -> None:
     heading, _, teacher, student, baseline = report.table().splitlines()
     assert heading.count("|") == teacher.count("|") == student.count("|") == baseline.count("|")
-    assert "| student (student-name) | 2.00 M | 8.0 MB | 2.500 | 45.0 % | 90.0 % | 75.0 % |" in student
-    assert "| 8.0 [8.0, 8.0] ms (2.50×) | 80.0 ± 14.1 (100.0 ± 17.7 %) |" in student
+    for columns in (
+        "| parameters | fp32 / fp16 | masked loss | masked accuracy | retention | same token as teacher |",
+        "| masks of training: accuracy / loss | CPU latency (speed-up) |",
+    ):
+        assert columns in heading
+    assert (
+        "| student (student-name) | 2.00 M | 8.0 / 4.0 MB | 2.500 | 45.0 % | 90.0 % | 75.0 % | 22.5 % / 3.250 |"
+        in student
+    )
+    # One latency: that of one sequence of 128 tokens.
+    assert "| 8.00 [8.00, 8.00] ms (2.50×) | 80.0 ± 14.1 (100.0 ± 17.7 %) |" in student
     assert "| 40.0 ± 0.0 (50.0 ± 0.0 %) |" in baseline
+
+
+def test_the_second_table_has_the_latencies_of_every_setting(report: Report) -> None:
+    heading, _, *rows = report.latency_table().splitlines()
+    assert heading == "| batch × tokens | teacher | student | baseline |"
+    assert [row.split(" | ")[:3] for row in rows] == [
+        ["| CPU, 1 × 32", "5.00 [5.00, 5.00] ms (1.00×)", "2.00 [2.00, 2.00] ms (2.50×)"],
+        ["| CPU, 1 × 128", "20.0 [20.0, 20.0] ms (1.00×)", "8.00 [8.00, 8.00] ms (2.50×)"],
+        ["| CPU, 32 × 128", "3,200 [3,200, 3,200] ms (0.50×)", "1,280 [1,280, 1,280] ms (1.25×)"],
+    ]
+    assert report.latency_table() in report.to_markdown()
 
 
 def test_a_name_does_not_break_the_table(report: Report) -> None:
@@ -134,6 +165,19 @@ def test_the_folder_contains_numbers_table_conditions_and_plot(report: Report, t
     found = json.loads((tmp_path / "report.json").read_text())
     student = found["models"][1]
     assert (student["mlm_retention_percent"], student["latencies"][0]["speed_up"]) == (90.0, 2.5)
+    assert [(each["batch_size"], each["length"]) for each in student["latencies"]] == [
+        (1, 32),
+        (1, 128),
+        (32, 128),
+    ]
+    assert (student["fp32_megabytes"], student["fp16_megabytes"]) == (8.0, 4.0)
+    assert student["quality"] == {
+        "loss": 2.5,
+        "accuracy": 0.45,
+        "masked_tokens": 100,
+        "training_masks_loss": 3.25,
+        "training_masks_accuracy": 0.225,
+    }
     assert student["tasks"][0]["scores"] == {"accuracy": [0.7, 0.9]}
     markdown = (tmp_path / "report.md").read_text()
     assert report.table() in markdown
@@ -142,6 +186,8 @@ def test_the_folder_contains_numbers_table_conditions_and_plot(report: Report, t
     for condition in (
         "rte: accuracy",
         "64 tokens",
+        "drawn uniformly",
+        f"threads on the CPU: {torch.get_num_threads()}",
         "2 seeds",
         "learning rate 5e-05",
         "55.0 %",
@@ -155,3 +201,45 @@ def test_the_plot_works_without_tasks_baseline_and_retention(report: Report, tmp
     bare = [replace(model, tasks=(), retention_percent=None) for model in report.models[:2]]
     write_report(replace(report, models=tuple(bare)), tmp_path)
     assert (tmp_path / "report.png").stat().st_size > 1000
+
+
+def test_the_plot_has_a_labelled_point_per_model_and_device(
+    report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_gpu = [
+        replace(
+            model,
+            latencies=(
+                *model.latencies,
+                *(replace(each, device="GPU", median_ms=each.median_ms / 10) for each in model.latencies),
+            ),
+        )
+        for model in report.models
+    ]
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    draw_report(replace(report, models=tuple(with_gpu)), tmp_path / "report.png")
+    _, _, *panels = drawn[0].axes
+    assert [axes.get_xlabel() for axes in panels] == [
+        f"{device} latency in ms, 1 × 128 tokens" for device in ("CPU", "GPU")
+    ]
+    for axes, scale in zip(panels, (1.0, 0.1), strict=True):
+        assert axes.get_ylabel() == "masked accuracy in %"
+        points = {(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in axes.lines}
+        assert points == {(20.0 * scale, 50.0), (8.0 * scale, 45.0), (8.0 * scale, 25.0)}
+        assert {text.get_text().strip() for text in axes.texts} == {"teacher", "student", "baseline"}
+
+
+def test_labels_of_equal_models_do_not_cover_each_other(
+    report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = report.models[1]
+    same = (report.models[0], student, *(replace(student, role=role) for role in ("second", "third")))
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    draw_report(replace(report, models=same), tmp_path / "report.png")
+    axes = drawn[0].axes[-1]
+    drawn[0].draw_without_rendering()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 4
+    assert not any(one.overlaps(other) for index, one in enumerate(boxes) for other in boxes[:index])

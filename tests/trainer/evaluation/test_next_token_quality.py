@@ -64,7 +64,7 @@ def test_perplexity_and_accuracy_are_those_of_transformers_on_each_document(
 def test_a_report_shows_both_perplexities_and_the_retention_of_accuracy(
     folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distilspeed.trainer.evaluation.latency.SECONDS_PER_MODEL", 0.05)
+    monkeypatch.setattr("distilspeed.trainer.evaluation.latency.SECONDS", 0.05)
     make_student(load_teacher(str(folders.teacher)), (0, 3)).save_pretrained(tmp_path / "student")
     arguments = EvaluateArguments(
         teacher=str(folders.teacher),

@@ -37,7 +37,7 @@ def test_other_decoders_are_refused_by_name(model_type: str) -> None:
 def test_no_keys_and_values_are_kept_for_generation(
     family_dirs: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distilspeed.trainer.evaluation.latency.SECONDS_PER_MODEL", 0.05)
+    monkeypatch.setattr("distilspeed.trainer.evaluation.latency.SECONDS", 0.05)
     folders = family_dirs("gpt2")
     model = load_teacher(str(folders.teacher))
     batch = MicroBatches(open_corpus(folders.corpus), BatchEquation(2, 2, 1, 1), rank=0, seed=0)[0]

@@ -51,7 +51,13 @@ def card_of(corpus: Corpus, teacher: str, *sources: SourceRecord, student: str |
         layers=(0, 3),
         world_size=2,
         last_step=LAST_STEP,
-        held_out=MaskedTokenQuality(loss=2.123456789, accuracy=0.612345678, masked_tokens=1234),
+        held_out=MaskedTokenQuality(
+            loss=2.123456789,
+            accuracy=0.612345678,
+            masked_tokens=1234,
+            training_masks_loss=2.987654321,
+            training_masks_accuracy=0.456,
+        ),
     )
     return model_card(record)
 
@@ -126,6 +132,7 @@ def test_the_text_states_teacher_data_and_results(saved: ModelCard) -> None:
         "| Student starts from | the teacher's layers 0, 3 |",
         "| Data | wikimedia/wikipedia:20231101.en, bookcorpus/bookcorpus, own.txt |",
         "| Final training loss | 8.0000 (soft 1.0000, MLM 2.0000, cosine 0.5000) |",
-        "| Held-out rows | MLM loss 2.1235, accuracy 61.2% of 1,234 masked tokens |",
+        "| Held-out rows | masked accuracy 61.2%, loss 2.1235 (1,234 tokens, drawn uniformly); with the masks of "
+        "training, which prefer rare tokens: accuracy 45.6%, MLM loss 2.9877 |",
     ):
         assert line in saved.text

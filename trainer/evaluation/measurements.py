@@ -1,0 +1,96 @@
+"""``measurements.json``: everything that an evaluation has measured, so that a killed one can be resumed."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.evaluation.latency import Latency
+from distilspeed.trainer.evaluation.task_checkpoint import check_same_settings
+from distilspeed.trainer.evaluation.tasks.task import Scores, Task
+from distilspeed.trainer.evaluation.token_quality import TokenQuality
+from distilspeed.trainer.files import from_json, write_text, writing
+
+MEASUREMENTS = "measurements.json"
+
+
+@dataclass(frozen=True)
+class ModelMeasurements:
+    """What is measured of a model without fine-tuning."""
+
+    quality: TokenQuality
+    teacher_agreement: float
+    latencies: tuple[Latency, ...]
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """The measurements so far.
+
+    Attributes:
+        identity: the settings and inputs that must not change when the evaluation is resumed.
+        models: in the order of the report; empty before they are measured.
+        runs: the scores of finished fine-tuning runs, by task, model, learning rate and seed.
+    """
+
+    identity: dict[str, str]
+    models: tuple[ModelMeasurements, ...] = ()
+    runs: dict[str, Scores] = field(default_factory=dict)
+
+
+class MeasurementsFile:
+    """Measures each thing once: a value that is in the file is read, a new one is added to the file."""
+
+    def __init__(self, path: Path, identity: Mapping[str, str]) -> None:
+        """Read the file if there is one.
+
+        Raises:
+            UserError: the file is damaged, or of an evaluation with other settings or inputs.
+        """
+        self.path = path
+        self._so_far = Measurements(dict(identity))
+        if path.exists():
+            try:
+                self._so_far = from_json(Measurements, path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UserError(
+                    "damaged-checkpoint",
+                    f"cannot read {path}: {error}; remove it to start from the beginning",
+                ) from error
+            check_same_settings(path, self._so_far.identity, identity)
+
+    def models(self, measure: Callable[[], tuple[ModelMeasurements, ...]]) -> tuple[ModelMeasurements, ...]:
+        """Return the measurements of all models."""
+        if not self._so_far.models:
+            self._save(replace(self._so_far, models=measure()))
+        return self._so_far.models
+
+    def run(self, name: str, fine_tune: Callable[[], Scores]) -> Scores:
+        """Return the scores of a fine-tuning run."""
+        if name not in self._so_far.runs:
+            self._save(replace(self._so_far, runs={**self._so_far.runs, name: fine_tune()}))
+        return self._so_far.runs[name]
+
+    def _save(self, measurements: Measurements) -> None:
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.path, json.dumps(asdict(measurements), indent=2, allow_nan=False) + "\n")
+        self._so_far = measurements
+
+
+def model_digest(model: PreTrainedModel) -> str:
+    """Return the beginning of a SHA-256 over config and weights."""
+    digest = hashlib.sha256(model.config.to_json_string().encode())
+    for name, weight in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(weight.numpy(force=True).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def task_digest(task: Task) -> str:
+    """Return the beginning of a SHA-256 over a task's examples."""
+    return hashlib.sha256(repr(task).encode()).hexdigest()[:16]
