@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import datasets
@@ -147,13 +148,14 @@ def open_corpus(data_dir: Path, verify_checksums: bool = False) -> Corpus:
 
 def read_rows(dataset: datasets.Dataset, indices: Sequence[int] | np.ndarray) -> RowBatch:
     """Read one or more rows of a split by index, in the given order; raise ``IndexError`` if out of range."""
-    table = dataset.with_format("arrow")[[int(index) for index in indices]]
+    # Not dataset.with_format("arrow"), which copies the dataset and takes longer than reading.
+    table = dataset.data.fast_gather(indices)
     input_ids = table.column("input_ids").combine_chunks()
-    lengths = table.column("document_lengths").combine_chunks()
-    ends = np.cumsum(lengths.value_lengths().to_numpy())
+    of_rows = table.column("document_lengths").combine_chunks()
+    lengths, ends = of_rows.flatten().to_numpy().astype(np.int64), of_rows.value_lengths().to_numpy().cumsum()
     return RowBatch(
         input_ids=input_ids.flatten().to_numpy().reshape(len(input_ids), -1).astype(np.int64),
-        document_lengths=np.split(lengths.flatten().to_numpy().astype(np.int64), ends[:-1]),
+        document_lengths=[lengths[start:end] for start, end in pairwise([0, *ends])],
     )
 
 

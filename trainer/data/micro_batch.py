@@ -15,7 +15,7 @@ from distilspeed.trainer.data.masking import (
     IGNORE_INDEX,
     MASKED_FRACTION,
     MaskingRule,
-    mask_row,
+    mask_rows,
     masked_token_count,
 )
 
@@ -48,19 +48,27 @@ def document_layout(
     """Return the document number and position of every token of packed rows.
 
     Args:
-        document_lengths: for each row, the lengths of its documents in order; the rest of the row is padding.
+        document_lengths: for each row, the lengths of its one or more documents in order; the rest of the row is
+            padding.
 
     Returns:
         document_ids (-1 on padding) and position_ids (0 on padding), int64 [rows, row_length].
     """
-    document_ids = np.full((len(document_lengths), row_length), PADDING_DOCUMENT, dtype=np.int64)
+    documents = np.array([len(of_row) for of_row in document_lengths])
+    lengths = np.concatenate(document_lengths)
+    real_tokens = np.add.reduceat(lengths, documents.cumsum() - documents)
+
+    is_real = np.arange(row_length) < real_tokens[:, None]
+    document_ids = np.full(is_real.shape, PADDING_DOCUMENT, dtype=np.int64)
     position_ids = np.zeros_like(document_ids)
-    for row, lengths in enumerate(document_lengths):
-        real = int(np.sum(lengths))
-        starts = np.cumsum(lengths) - lengths
-        document_ids[row, :real] = np.repeat(np.arange(len(lengths)), lengths)
-        position_ids[row, :real] = np.arange(real) - np.repeat(starts, lengths)
+    document_ids[is_real] = np.repeat(_counted_up(documents), lengths)
+    position_ids[is_real] = _counted_up(lengths)
     return document_ids, position_ids
+
+
+def _counted_up(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Return 0 to length - 1 for each length, joined: 0 1 0 1 2 for [2, 3]."""
+    return np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
 
 
 def next_tokens(input_ids: NDArray[np.int64], document_ids: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -130,13 +138,8 @@ def labelled_micro_batch(
     if rule is None:
         input_ids, labels = stored.input_ids, next_tokens(stored.input_ids, document_ids)
     else:
-        masked = [
-            mask_row(ids, int(lengths.sum()), rule, seed, int(epoch), int(row))
-            for ids, lengths, epoch, row in zip(
-                stored.input_ids, stored.document_lengths, epochs, row_ids, strict=True
-            )
-        ]
-        input_ids, labels = np.stack([ids for ids, _ in masked]), np.stack([labels for _, labels in masked])
+        in_each_row = (document_ids != PADDING_DOCUMENT).sum(axis=1)
+        input_ids, labels = mask_rows(stored.input_ids, in_each_row, rule, seed, epochs, row_ids)
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),

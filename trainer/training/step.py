@@ -114,4 +114,8 @@ def seed_dropout(seed: int, batch: int, micro_batch: int) -> None:
 
     A resumed run draws the same dropout as an uninterrupted one, also on another number of ranks.
     """
-    torch.manual_seed(int(philox(seed, batch, stream=(DROPOUT_STREAM, micro_batch)).random_raw()))
+    drawn = int(philox(seed, batch, stream=(DROPOUT_STREAM, micro_batch)).random_raw())
+    # Not torch.manual_seed: it formats a stack trace for each kind of device that is not in use, at every micro-step.
+    torch.default_generator.manual_seed(drawn)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(drawn)

@@ -11,6 +11,8 @@ from typing import NoReturn
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from distilspeed.trainer.corpus.format import Corpus, open_corpus
 from distilspeed.trainer.data.batch_equation import BatchEquation
@@ -160,6 +162,24 @@ def test_documents_are_numbered_and_positions_restart_in_each() -> None:
     document_ids, position_ids = document_layout([np.array([3, 2]), np.array([6])], row_length=6)
     assert document_ids.tolist() == [[0, 0, 0, 1, 1, -1], [0] * 6]
     assert position_ids.tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]]
+
+
+@given(
+    rows=st.lists(
+        st.lists(st.integers(1, 9), min_size=1, max_size=4).map(lambda lengths: np.array(lengths, np.int64)),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_rows_are_laid_out_as_one_by_one(rows: list[np.ndarray]) -> None:
+    document_ids, position_ids = document_layout(rows, row_length=36)
+    assert document_ids.dtype == position_ids.dtype == np.int64
+    for row, lengths in enumerate(rows):
+        padding = 36 - lengths.sum()
+        ids = [document for document, length in enumerate(lengths) for _ in range(length)]
+        positions = [position for length in lengths for position in range(length)]
+        assert document_ids[row].tolist() == ids + [-1] * padding
+        assert position_ids[row].tolist() == positions + [0] * padding
 
 
 def test_total_steps() -> None:
