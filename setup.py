@@ -31,7 +31,7 @@ setup(
     entry_points={"console_scripts": ["distilspeed=distilspeed.launch.command:main"]},
     python_requires=">=3.11",
     # For the losses; the extra "train" adds the trainer's dependencies.
-    install_requires=["torch>=2.10", "triton>=3.6; platform_system == 'Linux'"],
+    install_requires=["filelock", "torch>=2.10", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={
         "train": [
             "deepspeed>=0.19.8",

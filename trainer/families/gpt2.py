@@ -52,6 +52,7 @@ class Gpt2Family:
             vocab_size=config.vocab_size,
             positions=config.max_position_embeddings,
             heads=config.num_attention_heads,
+            is_gelu_new=config.activation_function == "gelu_new",
         )
 
     def attention_dropout(self, config: PreTrainedConfig) -> float:

@@ -17,6 +17,7 @@ class ModelShape:
     heads: int
     is_gated: bool = False  # feed-forward layers have a third matrix, as wide as the first
     is_rotary: bool = False  # queries and keys are rotated by position; there are no position embeddings
+    is_gelu_new: bool = False  # an activation of several operators, each of which keeps its input
 
     @property
     def parameters(self) -> int:

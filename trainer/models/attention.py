@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 SDPA = "sdpa"
 # flex_attention uses Triton's matrix products, which are slow or broken below this compute capability.
 OLDEST_FLEX_CAPABILITY = (8, 0)
+# On CPUs EAGER is for rows of at most so many tokens: the probabilities that it keeps grow with the square.
+LONGEST_EAGER_ROW = 512
 WARM_UP_RUNS, RUNS = 2, 5
 # Relative to the largest value. Sums in another order differ by less, also in half precision.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -42,14 +44,14 @@ class AttentionChoice:
 
 
 def attention_candidates(
-    device: torch.device, dtype: torch.dtype, dropout: float, is_trained: bool
+    device: torch.device, dtype: torch.dtype, seq_length: int, dropout: float, is_trained: bool
 ) -> tuple[str, ...]:
     """Return the implementations that can compute attention within documents on a device.
 
-    On a CPU the choice needs no measurement, so a run is the same on a busy machine: SDPA's backward pass in bfloat16
-    takes about three times as long as EAGER's, and everything else is about as fast or faster.
+    On a CPU the choice needs no measurement, so it is the same on a busy machine: SDPA's backward pass in bfloat16
+    takes about three times as long as EAGER's; in float32 it is as fast or faster.
     """
-    if device.type == "cpu" and dtype == torch.bfloat16 and is_trained:
+    if device.type == "cpu" and dtype == torch.bfloat16 and is_trained and seq_length <= LONGEST_EAGER_ROW:
         return (EAGER,)
     capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= OLDEST_FLEX_CAPABILITY
     return (SDPA, FLEX) if capable and not dropout else (SDPA,)
@@ -75,7 +77,7 @@ def choose_attention(
     family = family_of(model.config)
     if candidates is None:
         dropout = family.attention_dropout(model.config) if is_trained else 0.0
-        candidates = attention_candidates(device, dtype, dropout, is_trained)
+        candidates = attention_candidates(device, dtype, document_ids.shape[1], dropout, is_trained)
     # transformers does not run every architecture with flex attention: GPT-2 is one that it refuses.
     candidates = [name for name in candidates if name != FLEX or model._supports_flex_attn]
     if len(candidates) == 1:

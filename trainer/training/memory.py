@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from distilspeed.trainer.data.batch_equation import BatchEquation
 from distilspeed.trainer.engine.config import DeepSpeedConfig
 from distilspeed.trainer.families.shape import ModelShape
+from distilspeed.trainer.models.attention import LONGEST_EAGER_ROW
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 # AdamW keeps two float32 moments; mixed precision and ZeRO add float32 master weights.
@@ -23,12 +24,15 @@ MASTER_BYTES_PER_PARAMETER = 4
 ATTENTION_ACTIVATIONS, FEED_FORWARD_ACTIVATIONS, OTHER_ACTIVATIONS = 9, 2, 6
 # The same with rotary positions, which keep queries and keys twice, and with a gate.
 ROTARY_ACTIVATIONS, GATED_ACTIVATIONS = 10, 4
+# The same with GPT-2's activation, which is several operators.
+GELU_NEW_ACTIVATIONS = 5
 # The bool mask, [length] per token, is made once. SDPA converts it to numbers in each layer, which keeps them.
 MASK_BYTES = 1
-# What a CPU keeps instead, in bytes per attention probability ([heads, length] per token): by the bytes of a number,
-# without and with dropout. In half precision it runs eager attention, which keeps the probabilities; with dropout, mask
-# and product are kept, too.
-KEPT_PROBABILITIES = {4: (0, 3 * 4), 2: (2, 3 * 2)}
+# What a CPU keeps instead, in bytes per attention probability ([heads, length] per token). SDPA with dropout: the
+# probabilities, mask and product, and in half precision a copy for the matrix product. EAGER, which is for half
+# precision: the probabilities, and with dropout mask and product; with rotary positions a float32 softmax, too.
+SDPA_WITH_DROPOUT = {4: 3 * 4, 2: 4 * 4}
+EAGER_PROBABILITIES, EAGER_DROPOUT, EAGER_ROTARY = 2, 2 * 2, 4
 # Without a teacher: logits and gradient. With one: the logits of both models; the gradient is written over the
 # student's.
 MLM_LOGITS = 2
@@ -78,7 +82,7 @@ def estimate_memory(
         return size // (batch.world_size if config.zero_stage >= from_stage else 1)
 
     tokens = batch.micro_batch_size * seq_length
-    kept_probability = KEPT_PROBABILITIES[width][attention_dropout > 0] if on_cpu else 0
+    probability = _bytes_per_probability(student, seq_length, width, attention_dropout > 0) if on_cpu else 0
     columns = student.vocab_size + teacher.vocab_size if teacher else MLM_LOGITS * student.vocab_size
     return MemoryPlan(
         weights=0 if config.offload_param else share(student.parameters * width, 3),
@@ -88,7 +92,7 @@ def estimate_memory(
         else share(student.parameters * _bytes_per_optimizer_state(config), 1),
         buckets=_bucket_bytes(config),
         teacher=teacher.parameters * width // (batch.world_size if teacher_zero3 else 1) if teacher else 0,
-        activations=tokens * _activation_bytes_per_token(student, seq_length, width, kept_probability),
+        activations=tokens * _activation_bytes_per_token(student, seq_length, width, probability),
         logits=round(tokens * columns * width * head_share),
     )
 
@@ -126,12 +130,21 @@ def _bucket_bytes(config: DeepSpeedConfig) -> int:
     return config.reduce_bucket_size * BYTES[config.precision] * (1 + config.overlap_comm)
 
 
-def _activation_bytes_per_token(
-    student: ModelShape, seq_length: int, width: int, kept_probability: int
-) -> int:
+def _bytes_per_probability(student: ModelShape, seq_length: int, width: int, has_dropout: bool) -> int:
+    """Return the bytes that a CPU keeps per attention probability."""
+    if width == BYTES["bf16"] and seq_length <= LONGEST_EAGER_ROW:
+        return EAGER_PROBABILITIES + EAGER_DROPOUT * has_dropout + EAGER_ROTARY * student.is_rotary
+    return SDPA_WITH_DROPOUT[width] * has_dropout
+
+
+def _activation_bytes_per_token(student: ModelShape, seq_length: int, width: int, probability: int) -> int:
     attention = ROTARY_ACTIVATIONS if student.is_rotary else ATTENTION_ACTIVATIONS
-    feed_forward = GATED_ACTIVATIONS if student.is_gated else FEED_FORWARD_ACTIVATIONS
+    feed_forward = FEED_FORWARD_ACTIVATIONS
+    if student.is_gated:
+        feed_forward = GATED_ACTIVATIONS
+    elif student.is_gelu_new:
+        feed_forward = GELU_NEW_ACTIVATIONS
     per_layer = attention * student.hidden_size + feed_forward * student.intermediate_size
     activations = width * (student.layers * per_layer + OTHER_ACTIVATIONS * student.hidden_size)
-    kept = student.heads * kept_probability or width
+    kept = student.heads * probability or width
     return activations + (MASK_BYTES + student.layers * kept) * seq_length

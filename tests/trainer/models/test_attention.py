@@ -100,12 +100,17 @@ def test_an_implementation_that_is_wrong_or_fails_is_not_chosen(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "is_trained", "implementation"),
-    [(torch.float32, True, SDPA), (torch.bfloat16, False, SDPA), (torch.bfloat16, True, EAGER)],
+    ("dtype", "length", "is_trained", "implementation"),
+    [
+        (torch.float32, 512, True, SDPA),
+        (torch.bfloat16, 512, False, SDPA),
+        (torch.bfloat16, 512, True, EAGER),
+        (torch.bfloat16, 513, True, SDPA),
+    ],
 )
 def test_on_cpus_there_is_nothing_to_measure(
-    teacher: BertForMaskedLM, dtype: torch.dtype, is_trained: bool, implementation: str
+    teacher: BertForMaskedLM, dtype: torch.dtype, length: int, is_trained: bool, implementation: str
 ) -> None:
-    ids = torch.zeros(1, 4, dtype=torch.long)
+    ids = torch.zeros(1, length, dtype=torch.long)
     choice = choose_attention(teacher, ids, dtype, CPU, is_trained)
     assert (choice.implementation, choice.seconds) == (implementation, {})
