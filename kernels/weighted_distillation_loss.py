@@ -3,9 +3,12 @@
     loss = soft_weight * kl + hard_weight * hard_ce
 
 with kl and hard_ce of ``distillation_loss``. Because the weights are known in the forward pass, the gradient is
-known there, too, up to the gradient that arrives at ``loss``. One launch computes both: it reads the logits once
-from memory, and the CPU path computes every exponential once. It moves 3 times the size of the logits through
-memory; ``distillation_loss`` moves 5 times their size.
+known there, too, up to the gradient that arrives at ``loss``. One launch computes both, and the CPU path computes
+every exponential once.
+
+``distillation_loss`` moves 5 times the size of one model's logits through memory. This loss moves 3 times their size
+where the second-level cache holds the rows in flight (A100, H100, H200: predicted, see docs/benchmarks.md). On a GPU
+with a small cache, like a V100, it moves up to 5 times their size, too.
 """
 
 from typing import Any, NamedTuple

@@ -34,7 +34,11 @@ def backward(rows: LossRows, table: Tensor, coefficients: Tensor, gradient: Tens
 
 
 def forward_backward(rows: LossRows, coefficients: Tensor, gradient: Tensor) -> Tensor:
-    """Return row losses [3, rows] and write the gradient in one launch; a row is read the second time from cache."""
+    """Return row losses [3, rows] and write the gradient in one launch.
+
+    Each row is read twice: the second time from cache if the launch keeps few enough rows in flight for the GPU's
+    second-level cache (``profiling.tuning``), else from memory.
+    """
     losses = empty_table(rows.student_logits, LOSS_FIELDS)
     launch("forward_backward", rows, losses, coefficients, gradient)
     return losses
@@ -78,6 +82,8 @@ def launch(
             HAS_LABELS=rows.labels is not None,
             HAS_MASK=rows.soft_mask is not None,
             TEMPERATURE_IS_2=rows.temperature == 2,
+            # Elsewhere than over the logits, the gradient would push rows that are read again out of the cache.
+            EVICTION="" if gradient.data_ptr() == student.data_ptr() else "evict_first",
             num_warps=config.num_warps,
             enable_fp_fusion=True,
         )

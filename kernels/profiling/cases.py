@@ -10,7 +10,7 @@ cosine   [tokens, hidden] twice                  2u and 3u bytes, u = tokens x h
 =======  ======================================  ==========================================================
 
 Forward must read two tensors; backward must read both again and write one. A loss that writes its gradient in the
-forward pass needs 3u in total.
+forward pass needs 3u in total, if a cache holds the rows that it reads twice.
 """
 
 import functools

@@ -1,8 +1,13 @@
 """Make ``launch_configs.json``: compile every candidate launch, and time it if the machine has the GPU.
 
-Without the GPU, choose by the compiler's figures. Candidates that spill are dropped. The best one keeps the most
-bytes of logits in flight on a multiprocessor, because the kernel mostly waits for memory. Ties go to more threads,
-then to the smaller tile, which wastes less at the end of a row.
+Without the GPU, choose by the compiler's figures. Candidates that spill, or use more than ``MAX_REGISTERS``, are
+dropped. The best one keeps the most bytes of logits in flight on a multiprocessor, because the kernel mostly waits for
+memory. Ties go to more threads, then to the smaller tile.
+
+A single launch (``forward_backward``) reads each row twice. The second reading comes from the second-level cache only
+if the rows in flight fit into it, so here the best candidate is chosen among those whose rows in flight take at most
+``CACHE_SHARE`` of the cache. Where no candidate does, as on a V100, rows are read from memory twice, and the launch is
+chosen as for the other passes.
 """
 
 import itertools
@@ -35,22 +40,48 @@ from distilspeed.kernels.implementation.launch_configs import (
     tile_constants,
 )
 
-# 8 or 16 columns per thread. 32 columns, which compile without spills, too, and tiles of 8192 keep no more bytes in
-# flight.
-CANDIDATES = tuple(
-    LaunchConfig(tile, tile // (32 * columns)) for tile in (1024, 2048, 4096) for columns in (8, 16)
+# 8 or 16 columns per thread. 32 columns, which compile without spills, too, keep no more bytes in flight. 8192 columns
+# are for single launches with few rows in flight; with 16 per thread, unpadded rows spill.
+CANDIDATES = (
+    *(LaunchConfig(tile, tile // (32 * columns)) for tile in (1024, 2048, 4096) for columns in (8, 16)),
+    LaunchConfig(8192, 32),
 )
+MAX_REGISTERS = 64  # so that a multiprocessor holds half of the threads it can
 BERT_VOCAB_SIZE = 30522
 DTYPES = {2: torch.float16, 4: torch.float32}  # bfloat16 compiles to the same code except for the conversion
 DTYPE_NAMES = {2: "fp16", 4: "fp32"}
 BY_COMPILER = "compiler"
+MIB = 2**20
 REGISTERS_PER_MULTIPROCESSOR = 65536  # of every architecture below
 REGISTER_GRANULARITY = 8  # registers are allocated to a thread in multiples of 8
-# Threads and programs that a multiprocessor holds (CUDA C++ Programming Guide, technical specifications per compute
-# capability).
-RESIDENT_THREADS = {70: 2048, 75: 1024, 80: 2048, 86: 1536, 90: 2048, 100: 2048}
-RESIDENT_PROGRAMS = {70: 32, 75: 16, 80: 32, 86: 16, 90: 32, 100: 32}
-ARCHITECTURES = tuple(RESIDENT_THREADS)
+# The rest of the cache holds rows that have ended: with rows in flight that fill it, a third of the second readings
+# miss (prediction.simulated_hits).
+CACHE_SHARE = 2 / 3
+
+
+@dataclass(frozen=True)
+class Multiprocessors:
+    """What the GPUs of one compute capability have.
+
+    Threads and programs from the CUDA C++ Programming Guide (technical specifications per compute capability), number
+    and cache from the data sheet of the GPU in the comment.
+    """
+
+    resident_threads: int
+    resident_programs: int
+    number: int
+    cache_bytes: int  # second level
+
+
+HARDWARE = {
+    70: Multiprocessors(2048, 32, 80, 6 * MIB),  # V100
+    75: Multiprocessors(1024, 16, 40, 4 * MIB),  # T4
+    80: Multiprocessors(2048, 32, 108, 40 * MIB),  # A100
+    86: Multiprocessors(1536, 16, 72, 6 * MIB),  # A10
+    90: Multiprocessors(2048, 32, 132, 50 * MIB),  # H100 and H200
+    100: Multiprocessors(2048, 32, 148, 126 * MIB),  # B200
+}
+ARCHITECTURES = tuple(HARDWARE)
 
 
 @dataclass(frozen=True)
@@ -62,6 +93,7 @@ class CompiledPass:
     spilled_bytes: int
     shared_bytes: int
     ptx: str
+    cubin: bytes = b""
 
 
 def compile_pass(
@@ -88,6 +120,7 @@ def compile_pass(
         "HAS_LABELS": True,
         "HAS_MASK": True,
         "TEMPERATURE_IS_2": temperature_is_2,
+        "EVICTION": "evict_first",
     } | tile_constants(config, math.gcd(width, ACCESS_BYTES // dtype_bytes), dtype_bytes)
     types = dict.fromkeys(constants, "constexpr")
     types |= dict.fromkeys(("student_ptr", "teacher_ptr", "gradient_ptr"), f"*{DTYPE_NAMES[dtype_bytes]}")
@@ -104,7 +137,14 @@ def compile_pass(
         options={"num_warps": config.num_warps, "enable_fp_fusion": True},
     )
     registers, spilled_bytes = assemble(compiled.asm["ptx"], architecture)
-    return CompiledPass(config, registers, spilled_bytes, compiled.metadata.shared, compiled.asm["ptx"])
+    return CompiledPass(
+        config,
+        registers,
+        spilled_bytes,
+        compiled.metadata.shared,
+        compiled.asm["ptx"],
+        compiled.asm["cubin"],
+    )
 
 
 def assemble(ptx: str, architecture: int) -> tuple[int, int]:
@@ -164,10 +204,15 @@ def choose_by_compiler(pass_name: Pass, architecture: int, dtype_bytes: int, voc
         compile_pass(pass_name, architecture, dtype_bytes, config, vocab_size=vocab_size)
         for config in CANDIDATES
     ]
+    candidates = [each for each in compiled if each.spilled_bytes == 0]
+    candidates = [each for each in candidates if each.registers <= MAX_REGISTERS] or candidates
+    if pass_name == "forward_backward":
+        row_bytes = 2 * padded_width(vocab_size) * dtype_bytes
+        candidates = [each for each in candidates if rows_fit(each, architecture, row_bytes)] or candidates
     best = max(
-        (candidate for candidate in compiled if candidate.spilled_bytes == 0),
+        candidates,
         key=lambda candidate: (
-            resident_programs(candidate, architecture) * candidate.config.tile,
+            columns_in_flight(candidate, architecture, vocab_size),
             resident_programs(candidate, architecture) * candidate.config.num_warps,
             -candidate.config.tile,
         ),
@@ -212,9 +257,23 @@ def resident_programs(compiled: CompiledPass, architecture: int) -> int:
     registers = -(-compiled.registers // REGISTER_GRANULARITY) * REGISTER_GRANULARITY
     return min(
         REGISTERS_PER_MULTIPROCESSOR // (registers * threads),
-        RESIDENT_THREADS[architecture] // threads,
-        RESIDENT_PROGRAMS[architecture],
+        HARDWARE[architecture].resident_threads // threads,
+        HARDWARE[architecture].resident_programs,
     )
+
+
+def columns_in_flight(compiled: CompiledPass, architecture: int, vocab_size: int) -> float:
+    """Return the columns that the programs of a multiprocessor load at a time, on average over the tiles of a row."""
+    return (
+        resident_programs(compiled, architecture) * vocab_size / math.ceil(vocab_size / compiled.config.tile)
+    )
+
+
+def rows_fit(compiled: CompiledPass, architecture: int, row_bytes: int) -> bool:
+    """Return True if the cache holds the rows in flight; ``row_bytes``: of both models' logits."""
+    hardware = HARDWARE[architecture]
+    rows = resident_programs(compiled, architecture) * hardware.number
+    return rows * row_bytes <= CACHE_SHARE * hardware.cache_bytes
 
 
 def table_entry(

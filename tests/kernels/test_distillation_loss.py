@@ -98,6 +98,20 @@ def test_loss_scale_keeps_float16_gradients_from_flushing_to_zero(loss_scale: fl
     )
 
 
+@pytest.mark.usefixtures("several_tiles_and_blocks")
+@pytest.mark.parametrize("size", [1e5, 1e8, 1e12, 1e30])
+def test_huge_logits(size: float, device: str) -> None:
+    student, teacher = (size * z for z in random_logits(6, 50, dtype=torch.float32, device=device))
+    labels = torch.tensor([3, -100, 49, -100, 0, 20], device=device)
+    exact_student = student.double().requires_grad_()
+    exact = reference.distillation_loss(exact_student, teacher.double(), labels, temperature=3.0)
+    losses = distillation_loss(student.requires_grad_(), teacher, labels, temperature=3.0)
+    torch.testing.assert_close(torch.stack(losses).double(), torch.stack(exact), rtol=1e-6, atol=0)
+    exact_gradient = gradient_of(exact, exact_student)
+    error = (gradient_of(losses, student).double() - exact_gradient).norm()
+    assert error <= 1e-6 * exact_gradient.norm()
+
+
 def test_rows_that_are_neither_soft_nor_labelled_are_not_read(device: str) -> None:
     student, teacher = (torch.full((4, 20), math.nan, device=device) for _ in range(2))
     student[1], teacher[1], student[2] = 0, 1, 2

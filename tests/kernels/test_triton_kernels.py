@@ -25,7 +25,7 @@ from distilspeed.kernels.implementation.launch_configs import (  # noqa: E402
     read_table,
     tile_constants,
 )
-from distilspeed.kernels.profiling import tuning  # noqa: E402
+from distilspeed.kernels.profiling import instructions, prediction, tuning  # noqa: E402
 
 REPOSITORY = Path(__file__).parents[2]
 ORACLE_TESTS = (
@@ -112,8 +112,75 @@ def test_temperature_of_2_needs_one_exponential_for_both_softmaxes() -> None:
         tuning.compile_pass("backward", 90, 2, config, temperature_is_2=at_2).ptx.count("ex2.approx")
         for at_2 in (True, False)
     )
-    columns_of_thread = 8
-    assert at_others - at_2 == columns_of_thread
+    columns_of_thread, loops = 8, 3  # ordinary rows' whole tiles and masked tile, other rows
+    assert at_others - at_2 == loops * columns_of_thread
+
+
+# Instructions per pair of logits, 15 % of the rows labelled.
+MOST_INSTRUCTIONS = {"forward": 19, "backward": 12, "forward_backward": 32}
+
+
+@compiled_kernels
+@pytest.mark.parametrize(
+    ("pass_name", "architecture"),
+    [
+        pytest.param(name, architecture, marks=() if (name, architecture) == strong else pytest.mark.full)
+        for strong in [("forward_backward", 90)]
+        for name in PASSES
+        for architecture in (80, 90)
+    ],
+)
+def test_ordinary_rows_take_few_instructions(pass_name: Pass, architecture: int) -> None:
+    try:
+        instructions.disassembler()
+    except RuntimeError as error:
+        pytest.skip(f"no disassembler: {error}")
+    config = choose_entry(read_table(), pass_name, architecture, 2, tuning.BERT_VOCAB_SIZE)
+    count = instructions.count_instructions(pass_name, architecture, config)
+    assert count.loops <= MOST_INSTRUCTIONS[pass_name]
+    assert count.registers <= tuning.MAX_REGISTERS
+    assert count.spilled_bytes == 0
+
+
+DISASSEMBLY = """
+        /*0000*/                   S2R R0, SR_TID.X ;
+        /*0010*/               @P1 BRA `(.L_x_3) ;
+.L_x_1:
+        /*0020*/                   LDG.E.64 R2, desc[UR4][R2.64] ;
+        /*0030*/                   LDG.E.64.EF R4, desc[UR4][R4.64] ;
+        /*0040*/                   MUFU.EX2 R6, R2 ;
+        /*0050*/              @!P2 BRA P4, `(.L_x_2) ;
+        /*0060*/                   MUFU.EX2 R7, R3 ;
+        /*0070*/                   MUFU.EX2 R8, R4 ;
+        /*0080*/                   MUFU.EX2 R9, R5 ;
+        /*0090*/               @P3 BRA `(.L_x_2) ;
+        /*00a0*/                   FMUL R6, R6, R6 ;
+        /*00b0*/                   FMUL R7, R7, R7 ;
+.L_x_2:
+        /*00c0*/               @P0 CALL.REL.NOINC `(.L_x_3) ;
+        /*00d0*/                   BRA `(.L_x_1) ;
+.L_x_3:
+        /*00e0*/                   STG.E [R2.64], R6 ;
+        /*00f0*/                   EXIT ;
+"""
+
+
+def test_instructions_are_counted_along_the_ways_through_a_loop() -> None:
+    program = instructions.Program(DISASSEMBLY)
+    (loop,) = program.ordinary_loops(itemsize=4)
+    assert (loop.pairs, loop.stores) == (2, False)
+    assert loop.unlabelled == 10  # with 4 exponentials for 2 pairs; the first branch would skip 3 of them
+    assert loop.labelled == 12
+    assert program.outside([loop]) == 4
+
+
+def test_rows_in_flight_decide_what_the_cache_holds() -> None:
+    rows, tiles = 20, 8
+    everything = 2 * rows * tiles
+    assert prediction.simulated_hits(rows, tiles, int(everything / tuning.CACHE_SHARE)) == 1
+    assert prediction.simulated_hits(rows, tiles, everything) < 0.8  # rows that have ended are in the way
+    assert prediction.simulated_hits(rows, tiles, everything // 100) == 0
+    assert 0.1 < prediction.simulated_hits(rows, tiles, everything // 3) < 0.5
 
 
 def assert_row_is_read_without_waiting(ptx: str) -> None:
@@ -168,7 +235,7 @@ def test_table_without_a_gpu_is_made_by_the_compiler(monkeypatch: pytest.MonkeyP
         spilling: tuning.CompiledPass(spilling, 64, 8, 16, ""),
         many_registers: tuning.CompiledPass(
             many_registers, 255, 0, 16, ""
-        ),  # 2 programs of 4096 columns: as many columns, fewer threads
+        ),  # 2 programs of 4096 columns, fewer on average
     }
     monkeypatch.setattr(tuning, "compile_pass", lambda *arguments, vocab_size: compiled[arguments[-1]])
     monkeypatch.setattr(tuning, "CANDIDATES", tuple(compiled))
@@ -185,3 +252,37 @@ def test_table_without_a_gpu_is_made_by_the_compiler(monkeypatch: pytest.MonkeyP
     of_80 = [entry for entry in table if entry.architecture == 80]
     assert len(of_80) == len(PASSES) * 2
     assert {(entry.tile, entry.registers, entry.chosen_by) for entry in of_80} == {(1024, 64, "compiler")}
+
+
+def test_single_launch_keeps_so_few_rows_in_flight_that_the_cache_holds_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    many_rows, few_rows = LaunchConfig(1024, 4), LaunchConfig(4096, 16)  # 8 and 2 per multiprocessor
+    monkeypatch.setattr(
+        tuning, "compile_pass", lambda *arguments, **_: tuning.CompiledPass(arguments[-1], 64, 0, 16, "")
+    )
+    monkeypatch.setattr(tuning, "CANDIDATES", (many_rows, few_rows, LaunchConfig(8192, 32)))
+
+    def chosen(pass_name: Pass, architecture: int) -> LaunchConfig:
+        entry = tuning.choose_by_compiler(pass_name, architecture, 2, 30522)
+        return LaunchConfig(entry.tile, entry.num_warps)
+
+    assert chosen("forward_backward", 90) == few_rows
+    assert chosen("forward_backward", 80) == few_rows
+    assert chosen("forward_backward", 70) == many_rows  # 6 MiB hold no row per multiprocessor
+    assert chosen("forward", 90) == chosen("backward", 90) == many_rows
+
+
+def test_launches_with_more_registers_are_chosen_only_if_there_are_no_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    registers = {LaunchConfig(1024, 2): 80, LaunchConfig(1024, 4): 64}
+    monkeypatch.setattr(
+        tuning,
+        "compile_pass",
+        lambda *arguments, **_: tuning.CompiledPass(arguments[-1], registers[arguments[-1]], 0, 16, ""),
+    )
+    monkeypatch.setattr(tuning, "CANDIDATES", tuple(registers))
+    assert tuning.choose_by_compiler("forward", 90, 2, 30522).num_warps == 4
+    monkeypatch.setattr(tuning, "CANDIDATES", (LaunchConfig(1024, 2),))
+    assert tuning.choose_by_compiler("forward", 90, 2, 30522).num_warps == 2

@@ -1,7 +1,6 @@
-"""Soft targets and hard labels, with their gradient, in one pass over the logits.
+"""Soft targets and hard labels, with their gradient, in one launch.
 
-The kernel computes the same values as the two terms separately. It reads both models' logits once, and can write the
-gradient over the student's logits.
+The kernel computes the same values as the two terms separately, and can write the gradient over the student's logits.
 """
 
 from collections.abc import Sequence
