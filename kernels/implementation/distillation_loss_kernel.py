@@ -113,6 +113,9 @@ def distillation_loss_kernel(
         hard_sum = tl.full((), 0.0, tl.float32)
         student_dot = tl.full((), 0.0, tl.float32)
         gap_dot = tl.full((), 0.0, tl.float32)
+        student_error = tl.full((), 0.0, tl.float32)
+        teacher_error = tl.full((), 0.0, tl.float32)
+        hard_error = tl.full((), 0.0, tl.float32)
         if is_soft:
             (
                 is_ordinary,
@@ -123,6 +126,9 @@ def distillation_loss_kernel(
                 hard_sum,
                 student_dot,
                 gap_dot,
+                student_error,
+                teacher_error,
+                hard_error,
             ) = lean_sums(
                 student_row,
                 teacher_row,
@@ -151,6 +157,9 @@ def distillation_loss_kernel(
                 NEIGHBOURS,
                 TEMPERATURE_IS_2,
             )
+            student_error = tl.full((), 0.0, tl.float32)
+            teacher_error = tl.full((), 0.0, tl.float32)
+            hard_error = tl.full((), 0.0, tl.float32)
         kl = tl.full((), 0.0, tl.float32)
         soft_ce = tl.full((), 0.0, tl.float32)
         hard_ce = tl.full((), 0.0, tl.float32)
@@ -158,7 +167,10 @@ def distillation_loss_kernel(
             kl = tl.log(student_sum / teacher_sum) + gap_dot * inverse_temperature / teacher_sum
             soft_ce = tl.log(student_sum) - student_dot * inverse_temperature / teacher_sum
         if is_labelled:
-            hard_ce = tl.log(hard_sum) - (label_logit - student_max)
+            hard_ce = tl.log(hard_sum) + hard_error / LOG2_E - (label_logit - student_max)
+        student_sum *= tl.exp2(student_error)
+        teacher_sum *= tl.exp2(teacher_error)
+        hard_sum *= tl.exp2(hard_error)
         tl.store(table_ptr + row, kl)
         tl.store(table_ptr + num_rows + row, soft_ce)
         tl.store(table_ptr + 2 * num_rows + row, hard_ce)

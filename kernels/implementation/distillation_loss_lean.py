@@ -8,9 +8,10 @@ With s = log2(e) / T:
 
     exp((z - m_z) / T) = 2^(s z - M) 2^r,    M = s m_z rounded to float32,    r = M - s m_z
 
-The factor 2^r is the same for all columns and is applied once per row, so that exponents are as accurate at logits of
-1e4 as at logits of 1. The running maxima are kept as M and not as m_z: the compiler would fuse the product s m_z into
-the difference of two maxima, which would then not be the difference of the two M that the exponents contain.
+The factor 2^r is the same for all columns and is applied once per row, to the sums that the gradient uses, so that
+exponents are as accurate at logits of 1e4 as at logits of 1. The running maxima are kept as M and not as m_z: the
+compiler would fuse the product s m_z into the difference of two maxima, which would then not be the difference of the
+two M in the exponents.
 
 The gradient's factors (coefficient / sum) are not folded into the exponents' offsets as logarithms. That would save
 one instruction of 11, but the rounding of a sum of maximum and logarithm is an error of the gradient: 1e-4 at logits
@@ -42,7 +43,11 @@ def lean_sums(
     NEIGHBOURS: tl.constexpr,
     TEMPERATURE_IS_2: tl.constexpr,
 ):
-    """Return True if the row is ordinary, and what ``guarded_sums`` returns."""
+    """Return True if the row is ordinary, what ``guarded_sums`` returns, and r of the three sums.
+
+    Sums and dots are relative to the rounded maxima M. The losses do not depend on what they are relative to, as long
+    as it is the same; correcting the sums first would round them once more.
+    """
     LANES: tl.constexpr = TILE // GROUP
     AXIS: tl.constexpr = 1 if NEIGHBOURS else 0
     WHOLE: tl.constexpr = VOCAB_SIZE // TILE * TILE
@@ -104,53 +109,48 @@ def lean_sums(
         )
 
     row_student_max, row_teacher_max = tl.reduce((student_max, teacher_max), 0, larger_of_both)
-    student_sum, teacher_sum, student_dot, gap_dot = tl.reduce(
-        move_sums(
-            student_sum,
-            teacher_sum,
-            student_dot,
-            gap_dot,
-            student_max - row_student_max,
-            teacher_max - row_teacher_max,
-        ),
-        0,
-        sum_of_four,
+    student_sum, teacher_sum, student_dot, gap_dot = move_sums(
+        student_sum,
+        teacher_sum,
+        student_dot,
+        gap_dot,
+        student_max - row_student_max,
+        teacher_max - row_teacher_max,
     )
+    student_sum = tl.sum(student_sum, 0)
+    teacher_sum = tl.sum(teacher_sum, 0)
+    student_dot = tl.sum(student_dot, 0)
+    gap_dot = tl.sum(gap_dot, 0)
     is_ordinary = (tl.abs(row_student_max) <= LIMIT) & (tl.abs(row_teacher_max) <= LIMIT)
     is_ordinary = is_ordinary & (tl.abs(student_dot) < float("inf")) & (tl.abs(gap_dot) < float("inf"))
-    # From units of log2 and the rounded maxima to logits and the maxima that are returned.
     student_logit, student_error = unscale(row_student_max, scale)
     teacher_logit, teacher_error = unscale(row_teacher_max, scale)
-    student_dot = (student_dot + teacher_sum * student_error) / scale
-    gap_dot = (gap_dot + teacher_sum * (teacher_error - student_error)) / scale
     row_hard_sum = tl.zeros_like(student_sum)
+    hard_error = tl.zeros_like(student_sum)
     if is_labelled:
         if TEMPERATURE_IS_2:
             hard_max = 2 * student_max
         row_hard_max = tl.max(hard_max, 0)
+        row_hard_sum = tl.sum(hard_sum * tl.exp2(hard_max - row_hard_max), 0)
         hard_error = tl.fma(-student_logit, LOG2_E, row_hard_max)
-        row_hard_sum = tl.sum(hard_sum * tl.exp2(hard_max - row_hard_max), 0) * tl.exp2(hard_error)
-    shrink = tl.exp2(teacher_error)
     return (
         is_ordinary,
         student_logit,
-        student_sum * tl.exp2(student_error),
+        student_sum,
         teacher_logit,
-        teacher_sum * shrink,
+        teacher_sum,
         row_hard_sum,
-        student_dot * shrink,
-        gap_dot * shrink,
+        student_dot / scale,
+        gap_dot / scale,
+        student_error,
+        teacher_error,
+        hard_error,
     )
 
 
 @triton.jit
 def larger_of_both(a, b, other_a, other_b):
     return tl.maximum(a, other_a), tl.maximum(b, other_b)
-
-
-@triton.jit
-def sum_of_four(a, b, c, d, other_a, other_b, other_c, other_d):
-    return a + other_a, b + other_b, c + other_c, d + other_d
 
 
 @triton.jit
