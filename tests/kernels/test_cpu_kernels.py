@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.cpp_extension import get_cxx_compiler
 
 from distilspeed.kernels.implementation import cpu_kernels, distillation_loss_chunked, distillation_loss_cpp
 from distilspeed.kernels.implementation.backend import INTERPRETED
 from distilspeed.kernels.implementation.distillation_loss_rows import LossRows
 from distilspeed.kernels.weighted_distillation_loss import weighted_distillation_loss
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter runs instead")
+pytestmark = [
+    pytest.mark.skipif(INTERPRETED, reason="the interpreter runs instead"),
+    pytest.mark.skipif(shutil.which(get_cxx_compiler()) is None, reason="there is no C++ compiler"),
+]
 
 ROWS = 12
 COEFFICIENTS = torch.tensor([0.7, 1.3])
