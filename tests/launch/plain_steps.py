@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from distilspeed.trainer.corpus.format import open_corpus
 from distilspeed.trainer.data.batch_equation import BatchEquation
 from distilspeed.trainer.data.batches import MicroBatches
+from distilspeed.trainer.data.masking import SMOOTHING
 from distilspeed.trainer.data.micro_batch import MicroBatch
 from distilspeed.trainer.families.registry import family_of
 from distilspeed.trainer.models.loading import load_teacher, make_student
@@ -35,11 +36,13 @@ def plain_steps_of(
     batch_size: int,
     rates: Sequence[float],
     seed: int = 0,
+    mlm_smoothing: float = SMOOTHING,
 ) -> tuple[torch.Tensor, list[float]]:
     """Train this student in place; see :func:`plain_steps`. Without a teacher: masked language modelling alone."""
     start = copied_weights(student)
     optimizer = torch.optim.SGD(student.parameters(), lr=rates[0])
-    batches = MicroBatches(open_corpus(corpus_dir), BatchEquation(batch_size, batch_size, 1, 1), 0, seed)
+    equation = BatchEquation(batch_size, batch_size, 1, 1)
+    batches = MicroBatches(open_corpus(corpus_dir), equation, 0, seed, mlm_smoothing)
     norms = []
     for batch, rate in zip(batches.loader(0, len(rates), num_workers=0), rates, strict=True):
         optimizer.param_groups[0]["lr"] = rate

@@ -104,7 +104,9 @@ def test_a_corpus_of_the_other_objective_is_refused(
     assert_names(line, "objective-mismatch", str(folders.teacher), str(inputs.corpus), "masked", "causal")
 
 
-@pytest.mark.parametrize("flags", [("--alpha_mlm", 2), ("--restrict_ce_to_mask",)], ids=str)
+@pytest.mark.parametrize(
+    "flags", [("--alpha_mlm", 2), ("--restrict_ce_to_mask",), ("--mlm_smoothing", 0)], ids=str
+)
 def test_flags_of_masked_language_modelling_are_refused_for_gpt2(
     inputs: "Inputs", refused: "Refused", family_dirs: Callable[[str], Any], flags: tuple[object, ...]
 ) -> None:

@@ -24,6 +24,7 @@ from user_errors import assert_names
 from distilspeed.trainer.corpus.format import open_corpus
 from distilspeed.trainer.data.batch_equation import BatchEquation
 from distilspeed.trainer.data.batches import MicroBatches
+from distilspeed.trainer.data.masking import SMOOTHING
 from distilspeed.trainer.evaluation.quality import held_out_quality
 from distilspeed.trainer.models.loading import load_teacher, make_student, model_from_config
 from distilspeed.trainer.training.arguments import TrainArguments
@@ -80,7 +81,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, small
         )
 
     further = run("further", tiny_teacher_dir, student=str(folder / "earlier"))
-    alone = run("alone", "none", student=str(tiny_teacher_dir))
+    alone = run("alone", "none", student=str(tiny_teacher_dir), mlm_smoothing=smoothing_of("alone"))
     narrow = run("narrow", tiny_teacher_dir, student_config=str(folder / "narrow_config"))
     train_all(folder, [further, alone, narrow], ranks=1)
     shutil.copytree(folder / "further", folder / "resumed")
@@ -96,6 +97,10 @@ def start_of(runs: Path, name: str, teacher_dir: Path) -> PreTrainedModel:
     return AutoModelForMaskedLM.from_pretrained(runs / "earlier" if name == "further" else teacher_dir)
 
 
+def smoothing_of(name: str) -> float:
+    return 0.0 if name == "alone" else SMOOTHING
+
+
 def teacher_of(name: str, teacher_dir: Path) -> PreTrainedModel | None:
     return None if name == "alone" else load_teacher(str(teacher_dir))
 
@@ -105,7 +110,8 @@ def test_its_steps_equal_those_of_plain_pytorch(
     runs: Path, tiny_teacher_dir: Path, small_corpus_dir: Path, name: str
 ) -> None:
     start, teacher = start_of(runs, name, tiny_teacher_dir), teacher_of(name, tiny_teacher_dir)
-    batch = MicroBatches(open_corpus(small_corpus_dir), BatchEquation(BATCH, BATCH, 1, 1), 0, SEED)[0]
+    equation, smoothing = BatchEquation(BATCH, BATCH, 1, 1), smoothing_of(name)
+    batch = MicroBatches(open_corpus(small_corpus_dir), equation, 0, SEED, smoothing)[0]
     lines = read_metrics(runs / name / "metrics.jsonl")
     with torch.no_grad():
         assert lines[0].loss == pytest.approx(plain_loss(start, teacher, batch).item(), rel=1e-5)
@@ -113,7 +119,7 @@ def test_its_steps_equal_those_of_plain_pytorch(
     student = AutoModelForMaskedLM.from_pretrained(runs / name / "student")
     update = change(copied_weights(student), before)
     rates = [LEARNING_RATE] * STEPS
-    expected, norms = plain_steps_of(start, teacher, small_corpus_dir, BATCH, rates, SEED)
+    expected, norms = plain_steps_of(start, teacher, small_corpus_dir, BATCH, rates, SEED, smoothing)
     assert (update - expected).norm() < 1e-5 * expected.norm()
     assert [line.grad_norm for line in lines] == pytest.approx(norms, rel=1e-5)
 
@@ -147,14 +153,15 @@ def test_the_model_card_names_the_start(runs: Path, tiny_teacher_dir: Path) -> N
         assert row in (runs / name / "student" / "README.md").read_text()
 
 
-def test_only_a_run_from_a_student_has_another_form_of_record_than_before(
+def test_only_a_student_and_a_smoothing_add_to_the_form_of_record_of_before(
     runs: Path, tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
 ) -> None:
     names = {
         name: list(json.loads((runs / name / "train_config.json").read_text())["identity"])
         for name in ("further", "alone", "narrow")
     }
-    assert names["further"] == names["alone"] == [*NAMES_BEFORE[:11], "starting_student", *NAMES_BEFORE[11:]]
+    assert names["further"] == [*NAMES_BEFORE[:11], "starting_student", *NAMES_BEFORE[11:]]
+    assert names["alone"] == [*NAMES_BEFORE[:11], "starting_student", "mlm_smoothing", *NAMES_BEFORE[11:]]
     assert names["narrow"] == NAMES_BEFORE
     for given in (
         {"teacher": str(tiny_teacher_dir)},

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from distilspeed.trainer.corpus.format import Corpus, read_rows
 from distilspeed.trainer.data.batch_equation import BatchEquation
-from distilspeed.trainer.data.masking import MaskingRule, masking_rule, philox
+from distilspeed.trainer.data.masking import SMOOTHING, MaskingRule, masking_rule, philox
 from distilspeed.trainer.data.micro_batch import MicroBatch, labelled_micro_batch, row_token_counts
 from distilspeed.trainer.job.processes import STOP_SIGNALS, children_deaf_to
 
@@ -36,11 +36,12 @@ def total_steps(num_rows: int, train_batch_size: int, max_steps: int | None, num
     return max_steps or math.ceil(num_rows * num_train_epochs / train_batch_size)
 
 
-def corpus_masking_rule(corpus: Corpus) -> MaskingRule | None:
+def corpus_masking_rule(corpus: Corpus, smoothing: float = SMOOTHING) -> MaskingRule | None:
     """Return the masking rule for the token counts and special tokens of a corpus; None for a causal corpus."""
-    if corpus.manifest.mask_id is None:
+    manifest = corpus.manifest
+    if manifest.mask_id is None:
         return None
-    return masking_rule(corpus.token_counts, list(corpus.manifest.special_ids), corpus.manifest.mask_id)
+    return masking_rule(corpus.token_counts, list(manifest.special_ids), manifest.mask_id, smoothing)
 
 
 # Cached functions, not cached methods: spawned workers pickle the object, and a cache cannot be pickled.
@@ -69,10 +70,12 @@ class MicroBatches(Dataset[MicroBatch]):
     G is the number of gradient accumulation steps.
     """
 
-    def __init__(self, corpus: Corpus, batch: BatchEquation, rank: int, seed: int) -> None:
+    def __init__(
+        self, corpus: Corpus, batch: BatchEquation, rank: int, seed: int, mlm_smoothing: float = SMOOTHING
+    ) -> None:
         self.rows = corpus.train
         self.row_length = corpus.manifest.seq_length
-        self.rule = corpus_masking_rule(corpus)
+        self.rule = corpus_masking_rule(corpus, mlm_smoothing)
         self.real_tokens, self.labelled_tokens = row_token_counts(self.rows, corpus.manifest.objective)
         self.batch = batch
         self.rank = rank

@@ -4,9 +4,9 @@ Every draw comes from NumPy's Philox counter generator, keyed by (seed, epoch) a
 draw therefore does not depend on rank, world size, micro-batch, worker or restart. Masking uses raw 64-bit words,
 because NumPy guarantees their stream across versions.
 
-Tokens are drawn without replacement, with probability proportional to count(token)^-0.7 (Sanh et al. 2019, following
-Lample & Conneau 2019). With weights w_i and standard exponential E_i, the k smallest E_i / w_i are such a draw
-(Efraimidis & Spirakis 2006).
+Tokens are drawn without replacement, with probability proportional to count(token)^-smoothing, by default 0.7
+(Sanh et al. 2019, following Lample & Conneau 2019). With weights w_i and standard exponential E_i, the k smallest
+E_i / w_i are such a draw (Efraimidis & Spirakis 2006).
 """
 
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ class MaskingRule:
     """The parameters of masking that depend on the corpus.
 
     Attributes:
-        sampling_weights: float64 [vocabulary], count(token)^-0.7; 0 for special tokens.
+        sampling_weights: float64 [vocabulary], count(token)^-smoothing; 0 for special tokens.
         mask_token_id: the id of [MASK].
     """
 
@@ -42,12 +42,15 @@ class MaskingRule:
         return replace(self, sampling_weights=(self.sampling_weights > 0).astype(np.float64))
 
 
-def masking_rule(token_counts: NDArray[np.int64], special_ids: list[int], mask_token_id: int) -> MaskingRule:
+def masking_rule(
+    token_counts: NDArray[np.int64], special_ids: list[int], mask_token_id: int, smoothing: float = SMOOTHING
+) -> MaskingRule:
     """Make the rule from the token counts (int64 [vocabulary]) of the training rows.
 
-    A token that is not in the training rows gets count 1, as in DistilBERT's code.
+    A token that is not in the training rows gets count 1, as in DistilBERT's code. With smoothing 0 the rule prefers no
+    token.
     """
-    weights = np.maximum(token_counts, 1).astype(np.float64) ** -SMOOTHING
+    weights = np.maximum(token_counts, 1).astype(np.float64) ** -smoothing
     weights[special_ids] = 0.0
     return MaskingRule(weights, mask_token_id)
 

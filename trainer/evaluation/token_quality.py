@@ -28,10 +28,12 @@ class MaskedTokenQuality:
     head: ClassVar[str] = "MLM head"
     columns: ClassVar[tuple[str, ...]] = ("masked loss", accuracy_name)
     further_columns: ClassVar[tuple[str, ...]] = ("masks of training: accuracy / loss",)
-    labels: ClassVar[tuple[str, str]] = (
-        "Masking",
-        "dynamic, 15 % of the tokens, probability ∝ count^-0.7",
-    )
+
+    @staticmethod
+    def labels(mlm_smoothing: float) -> tuple[str, str]:
+        """Describe the labels of training, as a row of the model card."""
+        chosen = f"with probability ∝ count^-{mlm_smoothing:g}" if mlm_smoothing else "uniformly"
+        return "Masking", f"dynamic, 15 % of the tokens, drawn {chosen}"
 
     def cells(self) -> tuple[str, ...]:
         return f"{self.loss:.3f}", f"{100 * self.accuracy:.1f} %"
@@ -45,13 +47,13 @@ class MaskedTokenQuality:
             f"15 % of the tokens masked, {self.masked_tokens:,}, drawn uniformly; 80 % become [MASK], 10 % a random "
             f"token, 10 % stay. The masks are the same for every model (seed {seed}). Loss in nats per masked token. "
             "Masks of training: as many tokens of the same rows, but rare ones preferred, probability ∝ count^-0.7; "
-            "that loss is comparable with loss_mlm of training."
+            "that loss is comparable with loss_mlm of training with the default --mlm_smoothing."
         )
 
     def described(self) -> str:
         return (
             f"masked accuracy {self.accuracy:.1%}, loss {self.loss:.4f} ({self.masked_tokens:,} tokens, drawn "
-            f"uniformly); with the masks of training, which prefer rare tokens: accuracy "
+            f"uniformly); with masks that prefer rare tokens, ∝ count^-0.7: accuracy "
             f"{self.training_masks_accuracy:.1%}, MLM loss {self.training_masks_loss:.4f}"
         )
 
@@ -79,7 +81,11 @@ class NextTokenQuality:
     head: ClassVar[str] = "vocabulary projection"
     columns: ClassVar[tuple[str, ...]] = ("held-out perplexity", accuracy_name)
     further_columns: ClassVar[tuple[str, ...]] = ()
-    labels: ClassVar[tuple[str, str]] = ("Labels", "the next token of the same document")
+
+    @staticmethod
+    def labels(mlm_smoothing: float) -> tuple[str, str]:
+        """Describe the labels of training, as a row of the model card."""
+        return "Labels", "the next token of the same document"
 
     def cells(self) -> tuple[str, ...]:
         return f"{self.perplexity:.2f}", f"{100 * self.accuracy:.1f} %"

@@ -50,12 +50,16 @@ def terms_for(
         else:
             refused = next((flag.name for flag in fields(term) if flag.name in given), None)
         if refused:
-            raise UserError(
-                "conflicting-arguments",
-                f"--{refused} does not apply to {objective} language modelling, for which the corpus was prepared; "
-                "omit it",
-            )
+            raise inapplicable_flag(refused, objective)
     return tuple(applicable)
+
+
+def inapplicable_flag(flag: str, objective: TrainingObjective) -> UserError:
+    """Return the error for a flag that a training objective cannot use."""
+    return UserError(
+        "conflicting-arguments",
+        f"--{flag} does not apply to {objective} language modelling, for which the corpus was prepared; omit it",
+    )
 
 
 def check_terms(terms: Sequence[Term], has_teacher: bool) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from distilspeed.trainer.data.masking import SMOOTHING
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.job.arguments import LARGEST_SEED, Settings, setting, whole_numbers
 
@@ -55,6 +56,12 @@ class TrainArguments(StepArguments):
         None, above=0, help='peak learning rate, if the config says "auto"; default 5e-4'
     )
     seed: int = setting(0, at_least=0, at_most=LARGEST_SEED, help="seed of row order, masking and dropout")
+    mlm_smoothing: float = setting(
+        SMOOTHING,
+        at_least=0,
+        help="tokens are masked with probability proportional to count^-SMOOTHING, so rare ones more often; "
+        "0: all alike, as in BERT (default 0.7)",
+    )
     save_steps: int = setting(500, above=0, help="steps between checkpoints")
     save_total_limit: int = setting(2, above=0, help="number of newest checkpoints to keep")
     save_retain_steps: int | None = setting(

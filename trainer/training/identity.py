@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from distilspeed.trainer.data.masking import SMOOTHING
 from distilspeed.trainer.training.record import write_record
 from distilspeed.trainer.training.run import Run
 
@@ -42,8 +43,12 @@ def identity_of(run: Run) -> dict[str, Any]:
     Models that the run starts from are compared by hashes of all their weights.
     """
     optimizer = run.deepspeed_config.optimizer
-    # Only with --student: other runs keep the settings that they have in records of earlier versions.
-    start = {"starting_student": _weights_hash(run.student)} if run.arguments.student is not None else {}
+    # Only if they are given: other runs keep the settings that they have in records of earlier versions.
+    added: dict[str, Any] = {}
+    if run.arguments.student is not None:
+        added["starting_student"] = _weights_hash(run.student)
+    if run.arguments.mlm_smoothing != SMOOTHING:
+        added["mlm_smoothing"] = run.arguments.mlm_smoothing
     return (
         {
             "teacher": _weights_hash(run.teacher) if run.teacher else None,
@@ -58,7 +63,7 @@ def identity_of(run: Run) -> dict[str, Any]:
             "optimizer": optimizer.type if optimizer else None,
             "seed": run.arguments.seed,
         }
-        | start
+        | added
         | run.objective.identity()
     )
 

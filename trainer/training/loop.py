@@ -69,7 +69,7 @@ def train(run: Run) -> None:
             if process.rank == 0:
                 logger.info("this run is complete: %s/student exists", arguments.output_dir)
             return
-        batches = MicroBatches(run.corpus, run.batch, process.rank, arguments.seed)
+        batches = MicroBatches(run.corpus, run.batch, process.rank, arguments.seed, arguments.mlm_smoothing)
         attention = settle_attention(run, batches)
         training = _start_engine(run, batches)
         if process.rank == 0:

@@ -87,7 +87,7 @@ def _text(record: TrainingRecord) -> str:
     rows += [
         ("Data", ", ".join(source.name for source in record.corpus.manifest.sources)),
         ("Row length", f"{record.corpus.manifest.seq_length} tokens, packed, attention within documents"),
-        held_out.labels,
+        held_out.labels(arguments.mlm_smoothing),
         ("Real tokens seen", f"{last.tokens:,} in {last.step:,} steps ({last.epoch:.2f} epochs)"),
         ("Global batch", f"{config.batch.train_batch_size} rows on {record.world_size} ranks"),
         ("Optimiser", f"{optimizer.type} {optimizer.params}"),

@@ -25,7 +25,7 @@ from distilspeed.trainer.models.flops import flops_per_token, model_shape
 from distilspeed.trainer.models.loading import warn_without_tokenizer
 from distilspeed.trainer.objective.objective import Objective
 from distilspeed.trainer.objective.outputs import Models
-from distilspeed.trainer.objective.registry import check_terms, take_terms, terms_for
+from distilspeed.trainer.objective.registry import check_terms, inapplicable_flag, take_terms, terms_for
 from distilspeed.trainer.objective.term import Term
 from distilspeed.trainer.training.arguments import TrainArguments
 from distilspeed.trainer.training.checks import check_device, check_output_dir
@@ -146,6 +146,8 @@ def _read_inputs(arguments: TrainArguments, terms: Sequence[Term] | None, given:
     objective = corpus.manifest.objective
     applicable = take_terms({}, objective) if terms is None else terms_for(terms, objective, given)
     check_terms(applicable, arguments.has_teacher)
+    if objective == "causal" and "mlm_smoothing" in given:
+        raise inapplicable_flag("mlm_smoothing", objective)
     steps = total_steps(
         corpus.manifest.counts.train_rows,
         batch.train_batch_size,

@@ -164,6 +164,13 @@ def test_of_the_masked_tokens_80_percent_become_mask_10_stay_10_are_random(rule:
     assert (became == 50).mean() == pytest.approx(0.1 + 0.1 / VOCABULARY, abs=0.012)
 
 
+def test_without_smoothing_no_token_is_preferred(rule: MaskingRule) -> None:
+    assert (
+        masking_rule(COUNTS, SPECIAL, MASK, smoothing=0).sampling_weights.tolist()
+        == rule.uniform().sampling_weights.tolist()
+    )
+
+
 def test_tokens_are_drawn_as_sequential_weighted_draws_without_replacement(rule: MaskingRule) -> None:
     # 3 of 20 tokens are drawn. The expectation follows the definition, with another generator: draw one token by
     # weight, remove it, repeat.

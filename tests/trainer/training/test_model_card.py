@@ -131,8 +131,9 @@ def test_the_text_states_teacher_data_and_results(saved: ModelCard) -> None:
         "| Teacher | google-bert/bert-base-uncased |",
         "| Student starts from | the teacher's layers 0, 3 |",
         "| Data | wikimedia/wikipedia:20231101.en, bookcorpus/bookcorpus, own.txt |",
+        "| Masking | dynamic, 15 % of the tokens, drawn with probability ∝ count^-0.7 |",
         "| Final training loss | 8.0000 (soft 1.0000, MLM 2.0000, cosine 0.5000) |",
-        "| Held-out rows | masked accuracy 61.2%, loss 2.1235 (1,234 tokens, drawn uniformly); with the masks of "
-        "training, which prefer rare tokens: accuracy 45.6%, MLM loss 2.9877 |",
+        "| Held-out rows | masked accuracy 61.2%, loss 2.1235 (1,234 tokens, drawn uniformly); with masks "
+        "that prefer rare tokens, ∝ count^-0.7: accuracy 45.6%, MLM loss 2.9877 |",
     ):
         assert line in saved.text
