@@ -136,13 +136,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, sma
     return folder
 
 
-def weights(run: Path) -> torch.Tensor:
+def weights(run: Path, without: tuple[str, ...] = ()) -> torch.Tensor:
     student = load_file(run / "student" / "model.safetensors")
-    return torch.cat([student[name].flatten() for name in sorted(student)])
+    return torch.cat([student[name].flatten() for name in sorted(student) if not name.endswith(without)])
 
 
-def last_update(folder: Path, name: str, resumed: str) -> torch.Tensor:
-    return weights(folder / f"{name}_{resumed}") - weights(folder / name)
+def last_update(folder: Path, name: str, resumed: str, without: tuple[str, ...] = ()) -> torch.Tensor:
+    return weights(folder / f"{name}_{resumed}", without) - weights(folder / name, without)
 
 
 def off_by(ours: torch.Tensor, expected: torch.Tensor) -> float:
@@ -166,8 +166,11 @@ def test_the_next_step_uses_a_lower_learning_rate(folder: Path, stage: int, prec
 
 @pytest.mark.parametrize("stage", MOVED)
 def test_the_next_step_uses_it_on_another_number_of_ranks(folder: Path, stage: int) -> None:
-    moved, same = (last_update(folder, f"adam{stage}", resumed) for resumed in ("moved", "same"))
-    assert off_by(moved, LOWER / LEARNING_RATE * same) < 1e-3
+    # Softmax ignores biases of keys: their gradients are rounding errors, which Adam scales up to ordinary updates.
+    moved, same = (
+        last_update(folder, f"adam{stage}", resumed, without=("k_lin.bias",)) for resumed in ("moved", "same")
+    )
+    assert off_by(moved, LOWER / LEARNING_RATE * same) < 1e-4
 
 
 @pytest.mark.parametrize("stage", range(4))
