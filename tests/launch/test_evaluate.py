@@ -41,6 +41,7 @@ def options(
         (task / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     models = ("--teacher", tiny_teacher_dir, "--student", student_dir, "--baseline", student_dir)
     models += ("--baseline", f"again={student_dir}")
+    models += ("--fill_mask", "the [MASK] of the list", "--fill_mask", "[MASK] | or")
     small = ("--max_rows", 8, "--task", task, "--task_epochs", 30, "--task_seeds", 2, "--device", "cpu")
     return [*models, "--data_dir", small_corpus_dir, *small]
 
@@ -71,6 +72,8 @@ def test_the_command_writes_a_report_and_prints_its_table(whole: Path) -> None:
     assert len(report["models"][1]["tasks"][0]["scores"]["accuracy"]) == 2
     assert stdout.strip() in (output / "report.md").read_text()
     assert len(stdout.strip().splitlines()) == 6
+    assert [len(model["guesses"]) for model in report["models"]] == [2] * 4
+    assert "| [MASK] \\| or | " in (output / "report.md").read_text()
     assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -36,6 +36,13 @@ class EvaluateArguments(Settings):
         None, metavar="DIR", help="folder of GLUE's own files (CoLA/train.tsv, …), to read instead of the hub"
     )
     max_rows: int = setting(1000, at_least=1, metavar="N", help="number of held-out rows to evaluate on")
+    fill_mask: tuple[str, ...] = setting(
+        (),
+        action="append",
+        metavar="TEXT",
+        help="a text with one mask, such as 'Paris is the [MASK] of France.': the report shows every model's most "
+        "probable tokens; repeat for more",
+    )
     task_epochs: int | None = setting(
         None,
         at_least=1,

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from distilspeed.trainer.corpus.format import Corpus, open_corpus
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.evaluation.arguments import EvaluateArguments
+from distilspeed.trainer.evaluation.fill_mask import check_texts, fill_mask
 from distilspeed.trainer.evaluation.fine_tuning import fine_tune
 from distilspeed.trainer.evaluation.latency import (
     Latency,
@@ -120,6 +121,7 @@ def evaluate(arguments: EvaluateArguments) -> Report:
         for warning in task.warnings():
             logger.warning(warning)
     positions = min(model_shape(model.config).positions for model in models)
+    check_texts(arguments.fill_mask, corpus, positions)
     settings = [_fine_tuning(arguments, task, positions) for task in tasks]
     file = MeasurementsFile(
         arguments.output_dir / MEASUREMENTS, _identity(arguments, corpus, models, tasks, device)
@@ -131,6 +133,7 @@ def evaluate(arguments: EvaluateArguments) -> Report:
             held_out_rows=min(arguments.max_rows, len(corpus.held_out)),
             seq_length=corpus.manifest.seq_length,
             seed=arguments.seed,
+            fill_mask=arguments.fill_mask,
             tasks=tuple(task.conditions(how) for task, how in zip(tasks, settings, strict=True)),
             task_seeds=arguments.task_seeds,
             task_learning_rates=arguments.task_learning_rates,
@@ -208,6 +211,7 @@ def _measure(
             retention_percent=percent_of(measured[index].quality.accuracy, measured[0].quality.accuracy),
             teacher_agreement=measured[index].teacher_agreement,
             latencies=measured[index].latencies,
+            guesses=measured[index].guesses,
             tasks=tuple(of_task[index] for of_task in scores),
         )
 
@@ -225,9 +229,17 @@ def _measure_models(
         logger.info("held-out rows: %s", role)
         held_out.append(measure_held_out(model, corpus, arguments.max_rows, seed=arguments.seed))
     _, of_teacher = held_out[0]
+    tokenizer = corpus.load_tokenizer()
     return tuple(
-        ModelMeasurements(quality, predictions.agreement(of_teacher), of_model)
-        for (quality, predictions), of_model in zip(held_out, zip(*latencies, strict=True), strict=True)
+        ModelMeasurements(
+            quality,
+            predictions.agreement(of_teacher),
+            of_model,
+            fill_mask(model, tokenizer, arguments.fill_mask),
+        )
+        for model, (quality, predictions), of_model in zip(
+            models, held_out, zip(*latencies, strict=True), strict=True
+        )
     )
 
 

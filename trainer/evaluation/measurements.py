@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.evaluation.fill_mask import Guess
 from distilspeed.trainer.evaluation.latency import Latency
 from distilspeed.trainer.evaluation.task_checkpoint import check_same_settings
 from distilspeed.trainer.evaluation.tasks.task import Scores, Task
@@ -25,6 +26,7 @@ class ModelMeasurements:
     quality: TokenQuality
     teacher_agreement: float
     latencies: tuple[Latency, ...]
+    guesses: tuple[tuple[Guess, ...], ...] = ()  # for each text of --fill_mask
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from distilspeed.kernels.profiling.machine import cpu_name
+from distilspeed.trainer.evaluation.fill_mask import Guess
 from distilspeed.trainer.evaluation.latency import Latency, headline_latencies
 from distilspeed.trainer.evaluation.tasks.names import GLUE_FOLDERS, GLUE_PREFIX
 from distilspeed.trainer.evaluation.tasks.task import Scores, TaskConditions
@@ -90,6 +91,7 @@ class ModelReport:
     teacher_agreement: float
     latencies: tuple[Latency, ...]
     tasks: tuple[TaskScore, ...]
+    guesses: tuple[tuple[Guess, ...], ...] = ()
 
     @property
     def title(self) -> str:
@@ -114,6 +116,7 @@ class EvaluationConditions:
     held_out_rows: int
     seq_length: int
     seed: int
+    fill_mask: tuple[str, ...]
     tasks: tuple[TaskConditions, ...]
     task_seeds: int
     task_learning_rates: tuple[float, ...] | None  # the rates that were tried; None for the task's own
@@ -179,11 +182,24 @@ class Report:
         ]
         return _markdown([["batch × tokens", *(model.role for model in self.models)], *rows])
 
+    def guesses_table(self) -> str:
+        """Return a Markdown table with one row per text of --fill_mask, and one column per model."""
+        rows = [
+            [_cell(text), *(_cell(", ".join(map(_guess, of_text))) for of_text in of_models)]
+            for text, of_models in zip(
+                self.conditions.fill_mask,
+                zip(*(model.guesses for model in self.models), strict=True),
+                strict=True,
+            )
+        ]
+        return _markdown([["", *(model.role for model in self.models)], *rows])
+
     def to_markdown(self) -> str:
         lines = "\n".join(f"- {line}" for line in self._condition_lines())
         return (
             f"# Student and teacher\n\n{self.table()}\n\n![report](report.png)\n\n{lines}\n\n"
             f"## Latency (speed-up)\n\n{self.latency_table()}\n"
+            + (f"\n## Most probable tokens\n\n{self.guesses_table()}\n" if self.conditions.fill_mask else "")
         )
 
     def _learning_rate(self, task: TaskConditions) -> str:
@@ -251,9 +267,18 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def _cell(text: str) -> str:
+    """Return a text as a cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _guess(guess: Guess) -> str:
+    return f"{guess.token} {100 * guess.probability:.0f} %"
+
+
 def _cells(model: ModelReport) -> list[str]:
     return [
-        model.title.replace("|", "\\|"),
+        _cell(model.title),
         f"{model.parameters / 1e6:,.2f} M",
         f"{model.megabytes(4):,.1f} / {model.megabytes(2):,.1f} MB",
         *model.quality.cells(),

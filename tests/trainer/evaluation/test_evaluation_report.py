@@ -68,6 +68,7 @@ def report() -> Report:
             held_out_rows=10,
             seq_length=64,
             seed=0,
+            fill_mask=(),
             tasks=(ClassificationConditions("rte", ("accuracy",), 100, 20, FINE_TUNING, 2, 0.55),),
             task_seeds=2,
             task_learning_rates=None,
