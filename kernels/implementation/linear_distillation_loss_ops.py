@@ -4,6 +4,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from distilspeed.kernels.implementation.backend import accumulation_dtype
 from distilspeed.kernels.implementation.distillation_loss_ops import implementation_for
@@ -55,19 +56,23 @@ def forward_backward(
     num_rows, width, teacher_width = student_hidden.shape[0], student_weight.shape[0], teacher_weight.shape[0]
     needs_hidden, needs_weight, needs_bias = needs_gradient
     implementation = implementation_for(student_hidden)
+    columns = padded_width(width), padded_width(teacher_width)
+    # With outputs that are not contiguous, or of odd widths, cuBLAS takes slower kernels and adds the bias in a pass.
+    student_weight, teacher_weight = map(padded_rows, (student_weight, teacher_weight), columns)
+    student_bias = None if student_bias is None else padded_rows(student_bias, columns[0])
+    teacher_bias = None if teacher_bias is None else padded_rows(teacher_bias, columns[1])
     losses, hidden_gradient, weight_gradient, bias_gradient = new_results(
-        student_hidden, width, needs_gradient
+        student_hidden, columns[0], needs_gradient
     )
 
-    columns = padded_width(width), padded_width(teacher_width)
     chunk_rows = balanced_chunk(num_rows, chunk_bytes // (sum(columns) * student_hidden.itemsize))
     buffers = [student_hidden.new_empty((chunk_rows, of_model)) for of_model in columns]
     for first in range(0, num_rows, chunk_rows):
         chunk = slice(first, first + chunk_rows)
         hidden = student_hidden[chunk]
         student_logits, teacher_logits = (buffer[: len(hidden)] for buffer in buffers)
-        project(hidden, student_weight, student_bias, student_logits[:, :width])
-        project(teacher_hidden[chunk], teacher_weight, teacher_bias, teacher_logits[:, :teacher_width])
+        project(hidden, student_weight, student_bias, student_logits)
+        project(teacher_hidden[chunk], teacher_weight, teacher_bias, teacher_logits)
         rows = LossRows(
             student_logits,
             teacher_logits,
@@ -81,14 +86,14 @@ def forward_backward(
             losses += implementation.forward(rows)[:LOSS_FIELDS].sum(1)
             continue
         losses += implementation.forward_backward(rows, coefficients, student_logits).sum(1)
-        gradient = student_logits[:, :width]
+        gradient = student_logits  # 0 in the padding
         if needs_hidden:
             torch.mm(gradient, student_weight, out=hidden_gradient[chunk])
         if needs_weight:
             add_product(weight_gradient, gradient.T, hidden)
         if needs_bias:
             bias_gradient += gradient.sum(0, dtype=bias_gradient.dtype)
-    return losses, hidden_gradient, weight_gradient, bias_gradient
+    return losses, hidden_gradient, weight_gradient[:width], bias_gradient[..., :width]
 
 
 @forward_backward.register_fake
@@ -110,6 +115,13 @@ def new_results(
         zeros((width, hidden_size) if needs_weight else 0, dtype=dtype),
         zeros((1, width) if needs_bias else 0, dtype=dtype),
     )
+
+
+def padded_rows(tensor: Tensor, rows: int) -> Tensor:
+    """Return a weight [width, hidden size] or a bias [width] with rows of 0 at its end, ``rows`` in all."""
+    if len(tensor) == rows:
+        return tensor
+    return functional.pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, rows - len(tensor)))
 
 
 def balanced_chunk(num_rows: int, most: int) -> int:

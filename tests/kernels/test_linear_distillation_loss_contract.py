@@ -162,6 +162,34 @@ def test_frozen_weight_and_evaluation_allocate_no_gradient(grad_enabled: bool, d
     assert peak_bytes(run, device) <= chunk_bytes + 12 * MIB
 
 
+@pytest.mark.parametrize("width", [64, 100])
+def test_products_have_whole_rows_of_a_multiple_of_64(
+    width: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = random_case(32, width=width, device=device).in_dtype(torch.float32)
+    logits: list[tuple[int, int]] = []
+    project = ops.project
+
+    def recorded(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        project(hidden, weight, bias, out)
+        assert out.is_contiguous()
+        assert bias is not None
+        assert len(weight) == len(bias) == out.shape[1]
+        logits.append(tuple(out.shape))
+
+    def added(total: Tensor, left: Tensor, right: Tensor) -> None:
+        assert left.T.is_contiguous()
+        assert total.is_contiguous()
+        add_product(total, left, right)
+
+    add_product = ops.add_product
+    monkeypatch.setattr(ops, "project", recorded)
+    monkeypatch.setattr(ops, "add_product", added)
+    linear_loss(case, chunk_bytes=2 * 16 * 128 * 4)
+    padded = -(-width // 64) * 64
+    assert logits == [(chunk, padded) for chunk in ([32] if width == 64 else [16, 16]) for _ in range(2)]
+
+
 def loss_of_leaves(case: LinearCase) -> Callable[..., Tensor]:
     def loss(*trained: Tensor) -> Tensor:
         hidden, weight, bias = trained
