@@ -25,8 +25,10 @@ setup(
         "Operating System :: POSIX :: Linux",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    # Follows the links, so that launch/ and ds_configs/ are part of the package.
-    packages=find_namespace_packages(include=["distilspeed", "distilspeed.*"]),
+    # Follows the links, so that launch/ and ds_configs/ are part of the package; the quickstart's model is not.
+    packages=find_namespace_packages(
+        include=["distilspeed", "distilspeed.*"], exclude=["distilspeed.launch.quickstart*"]
+    ),
     package_data={"": ["*.cpp", "*.h", "*.json", "*.sh", "*.sbatch", "py.typed"]},
     entry_points={"console_scripts": ["distilspeed=distilspeed.launch.command:main"]},
     python_requires=">=3.11",

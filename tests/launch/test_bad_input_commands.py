@@ -385,6 +385,11 @@ GPU_CHECK = [
     ("--minutes nan", "bad-argument", "--minutes"),
     ("--parts speed", "bad-argument", "--parts", "speed"),
 ]
+CUT_VOCABULARY = [
+    ("--model nowhere --text good.txt --vocab_size 100", "unusable-model", "nowhere"),
+    ("--model teacher --text good.txt --vocab_size 0", "bad-argument", "--vocab_size"),
+    ("--model teacher --text nowhere.txt --vocab_size 100", "unreadable-file", "nowhere.txt"),
+]
 NOTHING_GIVEN = [
     ("prepare_data.py", "", "missing-argument", "--output_dir"),
     ("prepare_data.py", "--tokenizer tokenizer --output_dir out", "missing-argument", "--text", "--dataset"),
@@ -393,6 +398,15 @@ NOTHING_GIVEN = [
     ("benchmark.py", "", "missing-argument", "--deepspeed_config", "--teacher", "--data_dir"),
     ("benchmark_preparation.py", "", "missing-argument", "--text", "--tokenizer"),
     ("quickstart_data.py", "", "missing-argument", "--output_dir"),
+    (
+        "quickstart/cut_vocabulary.py",
+        "",
+        "missing-argument",
+        "--model",
+        "--text",
+        "--vocab_size",
+        "--output_dir",
+    ),
     ("gpu_check.py", "", "missing-argument", "--output_dir"),
 ]
 CASES = [
@@ -409,6 +423,7 @@ CASES = [
             ("benchmark.py", BENCHMARK, BENCHMARK_OPTIONS),
             ("benchmark_preparation.py", "--text good.txt --tokenizer tokenizer", BENCHMARK_PREPARATION),
             ("quickstart_data.py", "", QUICKSTART_DATA),
+            ("quickstart/cut_vocabulary.py", "--output_dir out", CUT_VOCABULARY),
             ("gpu_check.py", "--smoke --output_dir out", GPU_CHECK),
         )
         for arguments, code, *named in table
@@ -540,6 +555,7 @@ SCRIPTS = [
     ("quickstart.sh $'two\\nlines'", "unknown argument two lines;"),
     ("quickstart.sh --output_dir", "--output_dir needs a value;"),
     ("quickstart.sh --teacher somebody/bert", "--teacher needs text;"),
+    ("quickstart.sh --from_scratch --teacher somebody/bert --text a.txt", "omit one of them"),
     ("quickstart.sh --dataset somebody/text", "--dataset and --text need a --teacher;"),
     ("quickstart.sh --output_dir ../good.txt", "cannot make the folder ../good.txt;"),
     ("quickstart.sh --output_dir ../good.txt/run", "cannot make the folder ../good.txt/run;"),

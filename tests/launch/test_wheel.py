@@ -38,6 +38,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, "./source", folder=folder)
     (wheel,) = folder.glob("*.whl")
+    assert wheel.stat().st_size < 1e6, "it holds the quickstart's model"
     venv.create(folder / "environment")
     python = folder / "environment" / "bin" / "python"
     run(*pip, "--python", python, "install", "--no-deps", wheel, folder=folder)
