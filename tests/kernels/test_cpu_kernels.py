@@ -222,3 +222,26 @@ def test_a_killed_compilation_does_not_hold_up_the_next_and_two_at_once_compile_
     assert [process.returncode for process in both] == [0, 0]
     assert library.exists()
     assert not list(tmp_path.glob("*/*.unfinished"))
+
+
+MORE_THREADS = """
+import torch
+torch.set_num_threads(2)
+from distilspeed.kernels.implementation import distillation_loss_chunked, distillation_loss_cpp
+from distilspeed.kernels.implementation.distillation_loss_rows import LossRows
+
+student, teacher = torch.randn(2, 64, 5000, generator=torch.Generator().manual_seed(0))
+rows, coefficients = LossRows(student, teacher, None, None, 2.0, -100, 5000), torch.ones(2)
+gradients = torch.zeros(2, 64, 5000)
+for implementation, gradient in zip((distillation_loss_cpp, distillation_loss_chunked), gradients):
+    implementation.forward_backward(rows, coefficients, gradient)
+torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+"""
+
+
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="there is no clang++")
+def test_a_compiler_may_have_another_openmp_library_with_more_threads(tmp_path: Path) -> None:
+    own = {"CXX": "clang++", "TORCH_EXTENSIONS_DIR": str(tmp_path), "OMP_NUM_THREADS": "8"}
+    subprocess.run([sys.executable, "-c", MORE_THREADS], env=os.environ | own, check=True)
+    assert list(tmp_path.glob("*/*.so"))
