@@ -1,7 +1,6 @@
 """The losses' C++ kernels for CPUs: compiled at first use for the machine's vector instructions, then cached.
 
-The compiled library is kept where PyTorch keeps extensions: ``TORCH_EXTENSIONS_DIR``, by default
-``~/.cache/torch_extensions``.
+The compiled library is kept in ``TORCH_EXTENSIONS_DIR``, by default ``~/.cache/torch_extensions``.
 """
 
 import hashlib
