@@ -25,7 +25,7 @@ INTERPRETED = TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def use_triton(tensor: Tensor) -> bool:
-    """Return True if the Triton kernels run on ``tensor``, False if chunked PyTorch does."""
+    """Return True if the Triton kernels run on ``tensor``."""
     return TRITON_INSTALLED and tensor.dtype in TRITON_DTYPES and (tensor.is_cuda or INTERPRETED)
 
 

@@ -1,12 +1,12 @@
 """The losses' C++ kernels for CPUs: compiled at first use for the machine's vector instructions, then cached.
 
-The compiled library is kept where PyTorch keeps extensions: ``TORCH_EXTENSIONS_DIR``, by default
-``~/.cache/torch_extensions``.
+The compiled library is kept in ``TORCH_EXTENSIONS_DIR``, by default ``~/.cache/torch_extensions``.
 """
 
 import hashlib
 import logging
 import os
+import shlex
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -44,7 +44,7 @@ def cpu_operators() -> Any:
     try:
         library = compiled_library()
         torch.ops.load_library(str(library))
-    except (OSError, subprocess.CalledProcessError, Timeout) as error:
+    except (OSError, RuntimeError, subprocess.CalledProcessError, Timeout) as error:
         logger.warning(
             "the losses on the CPU run in PyTorch, several times slower than in C++: %s", _reason(error)
         )
@@ -57,6 +57,7 @@ def compiled_library() -> Path:
 
     Raises:
         OSError: there is no compiler, or the folder cannot be written.
+        RuntimeError: the user has no home directory, or the folder's file system no locks.
         subprocess.CalledProcessError: the compiler failed.
         Timeout: another process has been compiling for ten minutes.
     """
@@ -95,7 +96,7 @@ def _compile(flags: list[str], library: Path) -> None:
 
     unfinished = library.with_suffix(".unfinished")
     command = [
-        cpp_extension.get_cxx_compiler(),
+        *shlex.split(cpp_extension.get_cxx_compiler()),  # CXX may be "ccache g++"
         *flags,
         *(f"-I{folder}" for folder in cpp_extension.include_paths()),
         str(SOURCES / "kernels.cpp"),
@@ -114,4 +115,5 @@ def _reason(error: Exception) -> str:
         return f"{error.cmd[0]} cannot compile them: {(errors or [f'exit status {error.returncode}'])[0]}"
     if isinstance(error, FileNotFoundError):
         return f"there is no compiler {error.filename}; install g++, or set CXX to a C++ compiler"
-    return str(error)
+    reason = str(error.__cause__ or error)  # why a library cannot be loaded is only in the cause
+    return f"{reason.rstrip('.')}; set TORCH_EXTENSIONS_DIR to another folder"

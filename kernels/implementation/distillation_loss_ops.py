@@ -36,6 +36,11 @@ def implementation_for(logits: Tensor) -> ModuleType:
     return distillation_loss_cpp if use_cpp(logits) else distillation_loss_chunked
 
 
+def empty_gradient(student_logits: Tensor) -> Tensor:
+    # Overlapping rows, as of unfold, have strides from which empty_like makes columns.
+    return torch.empty_like(student_logits, memory_format=torch.contiguous_format)
+
+
 @torch.library.custom_op("distilspeed::distillation_loss_forward", mutates_args=())
 def forward(
     student_logits: Tensor,
@@ -63,7 +68,7 @@ def backward(
     coefficients: Tensor,
 ) -> Tensor:
     rows = LossRows(student_logits, teacher_logits, labels, soft_mask, temperature, ignore_index, vocab_size)
-    gradient = torch.empty_like(student_logits)
+    gradient = empty_gradient(student_logits)
     implementation_for(student_logits).backward(rows, table, coefficients, gradient)
     return gradient
 
@@ -80,7 +85,7 @@ def forward_backward(
     coefficients: Tensor,
 ) -> tuple[Tensor, Tensor]:
     rows = LossRows(student_logits, teacher_logits, labels, soft_mask, temperature, ignore_index, vocab_size)
-    gradient = torch.empty_like(student_logits)
+    gradient = empty_gradient(student_logits)
     losses = implementation_for(student_logits).forward_backward(rows, coefficients, gradient)
     return losses, gradient
 
@@ -92,12 +97,12 @@ def _(student_logits: Tensor, *_: object) -> Tensor:
 
 @backward.register_fake
 def _(student_logits: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(student_logits)
+    return empty_gradient(student_logits)
 
 
 @forward_backward.register_fake
 def _(student_logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return empty_table(student_logits, LOSS_FIELDS), torch.empty_like(student_logits)
+    return empty_table(student_logits, LOSS_FIELDS), empty_gradient(student_logits)
 
 
 def rescale_gradient(gradient: Tensor, factor: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ An implementation is a module with three functions. All three ignore rows that a
                   to the logits' dtype is the last operation on a gradient
     gradient      [rows, student's width], the logits' dtype; may be ``rows.student_logits`` itself
 
-``distillation_loss_triton`` runs on GPUs, ``distillation_loss_chunked`` everywhere else. Means, loss weights and
-autograd are in ``distillation_loss``, once for both.
+``backend`` says which implementation runs where. Means, loss weights and autograd are in ``distillation_loss`` and
+``weighted_distillation_loss``, once for all.
 """
 
 from typing import NamedTuple

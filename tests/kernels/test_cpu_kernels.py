@@ -2,6 +2,8 @@
 
 import logging
 import os
+import pwd
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,7 +24,9 @@ from distilspeed.kernels.weighted_distillation_loss import weighted_distillation
 
 pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="the interpreter runs instead"),
-    pytest.mark.skipif(shutil.which(get_cxx_compiler()) is None, reason="there is no C++ compiler"),
+    pytest.mark.skipif(
+        shutil.which(shlex.split(get_cxx_compiler())[0]) is None, reason="there is no C++ compiler"
+    ),
 ]
 
 ROWS = 12
@@ -133,6 +137,10 @@ def no_kernels_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     cpu_kernels.cpu_operators.cache_clear()
 
 
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.levelno == logging.WARNING]
+
+
 @pytest.mark.parametrize("compiler", ["no/such/compiler", "false"])
 def test_without_a_working_compiler_the_losses_run_in_pytorch_and_the_log_says_so_once(
     compiler: str,
@@ -146,10 +154,45 @@ def test_without_a_working_compiler_the_losses_run_in_pytorch_and_the_log_says_s
         weighted_distillation_loss(student, student.detach().flip(1)).loss.backward()
     assert student.grad is not None
     assert student.grad.count_nonzero() == student.numel()
-    (record,) = (record for record in caplog.records if record.levelno == logging.WARNING)
-    assert "run in PyTorch" in record.message
-    assert compiler in record.message
+    (message,) = warnings_of(caplog)
+    assert "run in PyTorch" in message
+    assert compiler in message
     assert not list(no_kernels_yet.glob("*/*.so"))
+
+
+@pytest.mark.usefixtures("no_kernels_yet")
+def test_without_a_home_the_losses_run_in_pytorch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unknown_user(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown_user)
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    assert cpu_kernels.cpu_operators() is None
+    (message,) = warnings_of(caplog)
+    assert "home directory; set TORCH_EXTENSIONS_DIR" in message
+
+
+def test_a_damaged_library_is_reported_with_the_reason(
+    no_kernels_yet: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    damaged = no_kernels_yet / "damaged.so"
+    damaged.write_text("no library")
+    monkeypatch.setattr(cpu_kernels, "compiled_library", lambda: damaged)
+    assert cpu_kernels.cpu_operators() is None
+    (message,) = warnings_of(caplog)
+    assert f"{damaged}: file too short" in message
+
+
+def test_the_compiler_may_be_given_with_arguments(
+    no_kernels_yet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(
+        "CXX", f"env MADE_BY=ccache {sys.executable} -c 'import sys; open(sys.argv[-1], \"w\")'"
+    )
+    assert cpu_kernels.compiled_library().is_relative_to(no_kernels_yet)
 
 
 BUILD = "from distilspeed.kernels.implementation.cpu_kernels import compiled_library as c; print(c())"
@@ -179,3 +222,26 @@ def test_a_killed_compilation_does_not_hold_up_the_next_and_two_at_once_compile_
     assert [process.returncode for process in both] == [0, 0]
     assert library.exists()
     assert not list(tmp_path.glob("*/*.unfinished"))
+
+
+MORE_THREADS = """
+import torch
+torch.set_num_threads(2)
+from distilspeed.kernels.implementation import distillation_loss_chunked, distillation_loss_cpp
+from distilspeed.kernels.implementation.distillation_loss_rows import LossRows
+
+student, teacher = torch.randn(2, 64, 5000, generator=torch.Generator().manual_seed(0))
+rows, coefficients = LossRows(student, teacher, None, None, 2.0, -100, 5000), torch.ones(2)
+gradients = torch.zeros(2, 64, 5000)
+for implementation, gradient in zip((distillation_loss_cpp, distillation_loss_chunked), gradients):
+    implementation.forward_backward(rows, coefficients, gradient)
+torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+"""
+
+
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="there is no clang++")
+def test_a_compiler_may_have_another_openmp_library_with_more_threads(tmp_path: Path) -> None:
+    own = {"CXX": "clang++", "TORCH_EXTENSIONS_DIR": str(tmp_path), "OMP_NUM_THREADS": "8"}
+    subprocess.run([sys.executable, "-c", MORE_THREADS], env=os.environ | own, check=True)
+    assert list(tmp_path.glob("*/*.so"))

@@ -12,11 +12,10 @@ from distilspeed.trainer.objective.kernel_check import check_kernels
 from distilspeed.trainer.training.arguments import TrainArguments
 
 
-def check_device(arguments: TrainArguments, config: DeepSpeedConfig, device: torch.device) -> None:
+def check_device(config: DeepSpeedConfig, device: torch.device) -> None:
     """Raise a UserError unless the device supports the config's precision and runs the loss kernels."""
     check_precision(config.precision, device)
-    if arguments.has_teacher:  # without a teacher none of our kernels runs
-        check_kernels(device)
+    check_kernels(device)
 
 
 def check_output_dir(arguments: TrainArguments) -> None:

@@ -112,7 +112,7 @@ def prepare_run(
 def _prepare_training(inputs: _Inputs) -> Run:
     """Prepare a run that trains on this machine."""
     arguments, device = inputs.arguments, inputs.process.device
-    check_device(arguments, inputs.config, device)
+    check_device(inputs.config, device)
     layer_norm = fused_layer_norm(device) if arguments.apex_layer_norm else None
     check_output_dir(arguments)
     record = read_record(arguments.output_dir) if arguments.resume else None

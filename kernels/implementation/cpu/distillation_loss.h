@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
 #include <optional>
 #include <vector>
 
@@ -272,6 +271,14 @@ class Row {
   Sums sums_{};
 };
 
+// Return the calling thread's buffer, which it keeps. Not one of at::get_num_threads(): clang's OpenMP library is another
+// one than PyTorch's, and starts its own number of threads.
+inline float* thread_buffer(size_t size) {
+  thread_local std::vector<float> buffer;
+  buffer.resize(std::max(buffer.size(), size));
+  return buffer.data();
+}
+
 // Call function(Row, row) with the right type of Row for all rows that are soft or labelled, on all threads.
 template <typename scalar_t, typename Function>
 void for_rows(const Rows& rows, const Function& function) {
@@ -358,12 +365,11 @@ void distillation_loss_forward_backward(const Tensor& student, const Tensor& tea
   auto columns = losses.accessor<float, 2>();
   const float* factors = coefficients.const_data_ptr<float>();
   const int64_t buffer_width = (vocab_size + BLOCK - 1) / BLOCK * BLOCK;
-  const std::unique_ptr<float[]> buffers(new float[2 * buffer_width * at::get_num_threads()]);
   for_type(student, [&](auto type) {
     using scalar_t = decltype(type);
     scalar_t* gradients = gradient.mutable_data_ptr<scalar_t>();
     for_rows<scalar_t>(rows, [&](auto row, int64_t index) {
-      float* of_thread = buffers.get() + 2 * buffer_width * at::get_thread_num();
+      float* of_thread = thread_buffer(2 * buffer_width);
       row.forward(of_thread, of_thread + buffer_width);
       row.write(columns, index);
       row.backward(of_thread, of_thread + buffer_width, factors[0], factors[1],

@@ -8,8 +8,10 @@ import torch
 from triton.runtime import build
 from user_errors import raises_user_error
 
+from distilspeed.trainer.engine.config import DeepSpeedConfig
 from distilspeed.trainer.objective import kernel_check
 from distilspeed.trainer.objective.kernel_check import check_kernels, run_losses
+from distilspeed.trainer.training.checks import check_device
 
 CUDA = torch.device("cuda", 0)
 
@@ -62,10 +64,21 @@ def test_missing_python_headers_are_reported(monkeypatch: pytest.MonkeyPatch, tm
         check_kernels(CUDA)
 
 
-def test_any_other_failure_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def failing_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(device: torch.device) -> None:
         raise RuntimeError("no kernel image is available\nfor this device")
 
     monkeypatch.setattr(kernel_check, "run_losses", fail)
+
+
+@pytest.mark.usefixtures("failing_losses")
+def test_any_other_failure_is_reported_in_one_line() -> None:
     with raises_user_error("unusable-kernels", "no kernel image is available", "--debug"):
         check_kernels(CUDA)
+
+
+@pytest.mark.usefixtures("failing_losses")
+def test_every_run_is_checked_because_hard_labels_use_a_kernel_without_a_teacher_too() -> None:
+    with raises_user_error("unusable-kernels", "cpu"):
+        check_device(DeepSpeedConfig({}), torch.device("cpu"))
