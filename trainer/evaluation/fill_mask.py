@@ -16,7 +16,7 @@ SHOWN = 3  # tokens
 class Guess:
     """A token for the mask, and its probability."""
 
-    token: str
+    token: str  # as text; a token of white space as in the vocabulary
     probability: float
 
 
@@ -55,7 +55,9 @@ def fill_mask(
         probabilities, tokens = logits[0].float().softmax(dim=-1).topk(SHOWN)
         guesses.append(
             tuple(
-                Guess(tokenizer.decode([token]).strip(), probability)
+                Guess(
+                    tokenizer.decode([token]).strip() or tokenizer.convert_ids_to_tokens(token), probability
+                )
                 for token, probability in zip(tokens.tolist(), probabilities.tolist(), strict=True)
             )
         )

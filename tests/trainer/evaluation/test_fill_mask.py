@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 from transformers import AutoModelForMaskedLM, pipeline
 from user_errors import raises_user_error
 
@@ -22,6 +23,16 @@ def test_they_are_those_of_transformers_pipeline(family_dirs: Callable[[str], An
     for ours, theirs in zip(fill_mask(model, tokenizer, texts), filler(texts), strict=True):
         assert [guess.token for guess in ours] == [found["token_str"].strip() for found in theirs]
         assert [guess.probability for guess in ours] == pytest.approx([found["score"] for found in theirs])
+
+
+def test_a_token_of_white_space_is_shown_as_in_the_vocabulary(family_dirs: Callable[[str], Any]) -> None:
+    folders = family_dirs("roberta")
+    tokenizer = open_corpus(folders.corpus).load_tokenizer()
+    model = AutoModelForMaskedLM.from_pretrained(folders.teacher)
+    nn.init.zeros_(model.lm_head.decoder.weight)
+    model.lm_head.bias.data[tokenizer.convert_tokens_to_ids("Ġ")] = 9.0
+    [(first, *_)] = fill_mask(model, tokenizer, [f"the {tokenizer.mask_token}"])
+    assert first.token == "Ġ"
 
 
 def test_texts_need_one_mask_and_room(small_corpus_dir: Path) -> None:
