@@ -31,6 +31,9 @@ def check_texts(texts: Sequence[str], corpus: Corpus, positions: int) -> None:
             f"--fill_mask needs a mask, and the corpus {corpus.path} is for causal language models; omit it",
         )
     for text in texts:
+        # Bytes of a command line that are not UTF-8 become surrogates, which cannot be tokenised.
+        if text.encode("utf-8", "replace").decode() != text:
+            raise UserError("bad-argument", f"--fill_mask {text[:60]!r} is not UTF-8; convert it to UTF-8")
         ids = tokenizer(text)["input_ids"]
         masks = ids.count(tokenizer.mask_token_id)
         if masks != 1 or len(ids) > positions:

@@ -1,5 +1,6 @@
 """Most probable tokens for a mask: those of transformers' pipeline; unsuitable texts are refused."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ def test_texts_need_one_mask_and_room(small_corpus_dir: Path) -> None:
     ):
         with raises_user_error("bad-argument", "--fill_mask", found, "at most 16 tokens"):
             check_texts([text], corpus, positions=16)
+    with raises_user_error("bad-argument", "--fill_mask", "not UTF-8"):
+        check_texts([os.fsdecode(b"\xff [MASK]")], corpus, positions=16)
 
 
 def test_a_causal_corpus_has_no_mask(family_dirs: Callable[[str], Any]) -> None:
