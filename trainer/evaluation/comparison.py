@@ -144,8 +144,10 @@ def evaluate(arguments: EvaluateArguments) -> Report:
         writing(arguments.output_dir),
         folder_written_whole(arguments.output_dir, replaces=True) as folder,
     ):
+        # The measurements, and whatever else lies in the folder, for example a log.
+        ignored = shutil.ignore_patterns(f".{MEASUREMENTS}.incomplete")
+        shutil.copytree(arguments.output_dir, folder, symlinks=True, ignore=ignored, dirs_exist_ok=True)
         write_report(report, folder)
-        shutil.copy(file.path, folder)
     return report
 
 

@@ -195,10 +195,13 @@ def test_a_failure_while_writing_leaves_only_the_measurements(
     assert [path.name for path in arguments.output_dir.iterdir()] == ["measurements.json"]
     assert [path.name for path in arguments.output_dir.parent.iterdir()] == ["evaluation"]
     (arguments.output_dir / ".measurements.json.incomplete").write_text("{")  # as after a kill
+    (arguments.output_dir / "log.txt").write_text("mine")
     monkeypatch.setattr(comparison, "measure_latency", None)  # would fail: nothing is measured again
     monkeypatch.setattr(comparison, "measure_held_out", None)
     report = evaluate(replace(arguments, resume=True))
     assert (arguments.output_dir / "report.json").read_text() == report.to_json()
+    assert (arguments.output_dir / "log.txt").read_text() == "mine"
+    assert not (arguments.output_dir / ".measurements.json.incomplete").exists()
     again = evaluate(replace(arguments, resume=True))  # a finished evaluation
     assert again.models == report.models
 
