@@ -198,7 +198,10 @@ def test_a_failure_while_writing_leaves_only_the_measurements(
     (arguments.output_dir / "log.txt").write_text("mine")
     monkeypatch.setattr(comparison, "measure_latency", None)  # would fail: nothing is measured again
     monkeypatch.setattr(comparison, "measure_held_out", None)
+    here = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: here + 1)  # as on another machine
     report = evaluate(replace(arguments, resume=True))
+    assert report.machine.threads == here  # where the latencies were measured
     assert (arguments.output_dir / "report.json").read_text() == report.to_json()
     assert (arguments.output_dir / "log.txt").read_text() == "mine"
     assert not (arguments.output_dir / ".measurements.json.incomplete").exists()
