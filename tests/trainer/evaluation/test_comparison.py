@@ -17,6 +17,7 @@ from distilspeed.trainer.corpus.format import open_corpus
 from distilspeed.trainer.evaluation import comparison
 from distilspeed.trainer.evaluation.arguments import EvaluateArguments
 from distilspeed.trainer.evaluation.comparison import choose_device, evaluate, shown_names
+from distilspeed.trainer.evaluation.fill_mask import fill_mask
 from distilspeed.trainer.evaluation.quality import held_out_quality
 from distilspeed.trainer.evaluation.tasks.task import Scores
 from distilspeed.trainer.models.loading import load_teacher, make_student
@@ -83,7 +84,13 @@ def test_student_and_baseline_are_measured_against_the_teacher(
         return {"accuracy": {arguments.teacher: 0.8, arguments.student: 0.6}[name] + 0.1 * (seed - 5)}
 
     monkeypatch.setattr(comparison, "fine_tune", recorded_fine_tune)
-    whole = replace(arguments, baseline=(arguments.student,), task=(str(tiny_task(tmp_path / "words")),))
+    texts = ("the [MASK] of the list", "[MASK] is returned")
+    whole = replace(
+        arguments,
+        baseline=(arguments.student,),
+        task=(str(tiny_task(tmp_path / "words")),),
+        fill_mask=texts,
+    )
     report = evaluate(whole)
 
     teacher, student, baseline = report.models
@@ -91,6 +98,8 @@ def test_student_and_baseline_are_measured_against_the_teacher(
     model = AutoModelForMaskedLM.from_pretrained(arguments.student)
     assert student.quality == held_out_quality(model, open_corpus(arguments.data_dir), 12, seed=5)
     assert student.parameters == model.num_parameters()
+    assert student.guesses == fill_mask(model, open_corpus(arguments.data_dir).load_tokenizer(), texts)
+    assert teacher.guesses != student.guesses == baseline.guesses
     assert [model.name for model in report.models] == [
         f"{Path(arguments.student).parent.name}/{name}" for name in ("teacher", "student", "student")
     ]
