@@ -28,7 +28,7 @@ def check_texts(texts: Sequence[str], corpus: Corpus, positions: int) -> None:
     if corpus.manifest.mask_id is None:
         raise UserError(
             "conflicting-arguments",
-            f"--fill_mask needs a mask, and the corpus {corpus.path} is for causal language models; omit it",
+            f"--fill_mask needs a mask, and the corpus {corpus.path} is for causal language models; omit --fill_mask",
         )
     for text in texts:
         # Bytes of a command line that are not UTF-8 become surrogates, which cannot be tokenised.
