@@ -58,10 +58,12 @@ def fill_mask(
         probabilities, tokens = logits[0].float().softmax(dim=-1).topk(SHOWN)
         guesses.append(
             tuple(
-                Guess(
-                    tokenizer.decode([token]).strip() or tokenizer.convert_ids_to_tokens(token), probability
-                )
+                Guess(_shown(tokenizer, token), probability)
                 for token, probability in zip(tokens.tolist(), probabilities.tolist(), strict=True)
             )
         )
     return tuple(guesses)
+
+
+def _shown(tokenizer: PreTrainedTokenizerFast, token: int) -> str:
+    return str(tokenizer.decode([token])).strip() or str(tokenizer.convert_ids_to_tokens(token))
