@@ -55,14 +55,14 @@ class MeasurementsFile:
         """Read the file if there is one.
 
         Raises:
-            UserError: the file is damaged, or of an evaluation with other settings or inputs.
+            UserError: the file is damaged or unreadable, or of an evaluation with other settings or inputs.
         """
         self.path = path
         self._so_far = Measurements(dict(identity))
         if path.exists():
             try:
                 self._so_far = from_json(Measurements, path.read_text(encoding="utf-8"))
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 raise UserError(
                     "damaged-checkpoint",
                     f"cannot read {path}: {error}; remove it to start from the beginning",

@@ -18,6 +18,7 @@ from distilspeed.trainer.evaluation import comparison
 from distilspeed.trainer.evaluation.arguments import EvaluateArguments
 from distilspeed.trainer.evaluation.comparison import choose_device, evaluate, shown_names
 from distilspeed.trainer.evaluation.fill_mask import fill_mask
+from distilspeed.trainer.evaluation.measurements import MeasurementsFile
 from distilspeed.trainer.evaluation.quality import held_out_quality
 from distilspeed.trainer.evaluation.tasks.task import Scores
 from distilspeed.trainer.models.loading import load_teacher, make_student
@@ -216,6 +217,12 @@ def test_a_failure_while_writing_leaves_only_the_measurements(
     assert not (arguments.output_dir / ".measurements.json.incomplete").exists()
     again = evaluate(replace(arguments, resume=True))  # a finished evaluation
     assert again.models == report.models
+
+
+def test_measurements_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "measurements.json").mkdir()
+    with raises_user_error("damaged-checkpoint", "measurements.json"):
+        MeasurementsFile(tmp_path / "measurements.json", {})
 
 
 @pytest.mark.parametrize(
