@@ -451,7 +451,7 @@ def _as_a_command(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     # These fail when called: bad input must be refused before anything is measured.
-    monkeypatch.setattr("distilspeed.trainer.evaluation.comparison._measure", None)
+    monkeypatch.setattr("distilspeed.trainer.evaluation.comparison._measure_models", None)
     monkeypatch.setattr("distilspeed.trainer.throughput.measurement.compare", None)
     monkeypatch.setattr("distilspeed.kernels.profiling.profile.profile_kernels", None)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -73,7 +73,7 @@ def test_the_command_writes_a_report_and_prints_its_table(whole: Path) -> None:
     assert stdout.strip() in (output / "report.md").read_text()
     assert len(stdout.strip().splitlines()) == 6
     assert [len(model["guesses"]) for model in report["models"]] == [2] * 4
-    assert "| [MASK] \\| or | " in (output / "report.md").read_text()
+    assert "| `[MASK] \\| or` | " in (output / "report.md").read_text()
     assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
 
 

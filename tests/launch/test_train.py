@@ -268,7 +268,7 @@ def test_a_resume_with_other_settings_is_refused_and_changes_nothing(
         (
             [*command(teacher, corpus, run, same), "--mlm_smoothing", 0],
             "changed-run",
-            ("mlm_smoothing none", "0.0"),
+            ("mlm_smoothing 0.7", "0.0"),
         ),
         (command(teacher, corpus, run, zero2), "changed-run", ("zero_stage 1", "2")),
         (command(teacher, corpus, run, bf16), "changed-run", ("precision fp32", "bf16")),

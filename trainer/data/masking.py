@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 MASKED_FRACTION = 0.15
 SMOOTHING = 0.7
+# Keeps the weight of every token above 0 in float64, also of a token with 2^63 occurrences.
+LARGEST_SMOOTHING = 10
 MASK_SHARE = 0.8
 KEEP_SHARE = 0.1
 IGNORE_INDEX = -100
@@ -47,8 +49,8 @@ def masking_rule(
 ) -> MaskingRule:
     """Make the rule from the token counts (int64 [vocabulary]) of the training rows.
 
-    A token that is not in the training rows gets count 1, as in DistilBERT's code. With smoothing 0 the rule prefers no
-    token.
+    A token that is not in the training rows gets count 1, as in DistilBERT's code. ``smoothing`` is from 0, which
+    prefers no token, to ``LARGEST_SMOOTHING``.
     """
     weights = np.maximum(token_counts, 1).astype(np.float64) ** -smoothing
     weights[special_ids] = 0.0

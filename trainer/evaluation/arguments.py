@@ -40,8 +40,8 @@ class EvaluateArguments(Settings):
         (),
         action="append",
         metavar="TEXT",
-        help="a text with one mask, such as 'Paris is the [MASK] of France.': the report shows every model's most "
-        "probable tokens; repeat for more",
+        help="a text with the tokenizer's mask once, such as 'Paris is the [MASK] of France.': the report shows every "
+        "model's most probable tokens; repeat for more",
     )
     task_epochs: int | None = setting(
         None,
@@ -69,7 +69,9 @@ class EvaluateArguments(Settings):
         0, at_least=0, at_most=LARGEST_SEED, help="seed of the masks, and first seed of the tasks"
     )
 
-    resume: bool = setting(False, help="continue a killed evaluation with its measurements, if there is one")
+    resume: bool = setting(
+        False, help="resume a killed evaluation, if there is one: its measurements are not repeated"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -34,7 +34,6 @@ from distilspeed.trainer.evaluation.measurements import (
 )
 from distilspeed.trainer.evaluation.quality import measure_held_out
 from distilspeed.trainer.evaluation.report import (
-    Environment,
     EvaluationConditions,
     ModelReport,
     Report,
@@ -126,8 +125,11 @@ def evaluate(arguments: EvaluateArguments) -> Report:
     file = MeasurementsFile(
         arguments.output_dir / MEASUREMENTS, _identity(arguments, corpus, models, tasks, device)
     )
+    measured, machine = file.models(
+        lambda: _measure_models(arguments, corpus, models, positions, device), device
+    )
     report = Report(
-        models=tuple(_measure(arguments, corpus, models, positions, tasks, settings, device, file)),
+        models=tuple(_model_reports(arguments, corpus, models, measured, tasks, settings, device, file)),
         conditions=EvaluationConditions(
             corpus=arguments.data_dir.resolve().name,
             held_out_rows=min(arguments.max_rows, len(corpus.held_out)),
@@ -138,14 +140,16 @@ def evaluate(arguments: EvaluateArguments) -> Report:
             task_seeds=arguments.task_seeds,
             task_learning_rates=arguments.task_learning_rates,
         ),
-        machine=Environment.here(device),
+        machine=machine,
     )
     with (
         writing(arguments.output_dir),
         folder_written_whole(arguments.output_dir, replaces=True) as folder,
     ):
+        # The measurements, and whatever else lies in the folder, for example a log.
+        ignored = shutil.ignore_patterns(f".{MEASUREMENTS}.incomplete")
+        shutil.copytree(arguments.output_dir, folder, symlinks=True, ignore=ignored, dirs_exist_ok=True)
         write_report(report, folder)
-        shutil.copy(file.path, folder)
     return report
 
 
@@ -183,18 +187,17 @@ def _fine_tuning(arguments: EvaluateArguments, task: Task, positions: int) -> Fi
     ).within(positions)
 
 
-def _measure(
+def _model_reports(
     arguments: EvaluateArguments,
     corpus: Corpus,
     models: Sequence[PreTrainedModel],
-    positions: int,
+    measured: Sequence[ModelMeasurements],
     tasks: Sequence[Task],
     settings: Sequence[FineTuning],
     device: torch.device,
     file: MeasurementsFile,
 ) -> Iterator[ModelReport]:
     """Yield one report per model, in the order of ``arguments.models``."""
-    measured = file.models(lambda: _measure_models(arguments, corpus, models, positions, device))
     scores = [
         _fine_tune_all(arguments, task, corpus, how, device, file)
         for task, how in zip(tasks, settings, strict=True)

@@ -16,7 +16,7 @@ SHOWN = 3  # tokens
 class Guess:
     """A token for the mask, and its probability."""
 
-    token: str
+    token: str  # as text; a token of white space as in the vocabulary
     probability: float
 
 
@@ -28,9 +28,12 @@ def check_texts(texts: Sequence[str], corpus: Corpus, positions: int) -> None:
     if corpus.manifest.mask_id is None:
         raise UserError(
             "conflicting-arguments",
-            f"--fill_mask needs a mask, and the corpus {corpus.path} is for causal language models; omit it",
+            f"--fill_mask needs a mask, and the corpus {corpus.path} is for causal language models; omit --fill_mask",
         )
     for text in texts:
+        # Bytes of a command line that are not UTF-8 become surrogates, which cannot be tokenised.
+        if text.encode("utf-8", "replace").decode() != text:
+            raise UserError("bad-argument", f"--fill_mask {text[:60]!r} is not UTF-8; convert it to UTF-8")
         ids = tokenizer(text)["input_ids"]
         masks = ids.count(tokenizer.mask_token_id)
         if masks != 1 or len(ids) > positions:
@@ -55,8 +58,12 @@ def fill_mask(
         probabilities, tokens = logits[0].float().softmax(dim=-1).topk(SHOWN)
         guesses.append(
             tuple(
-                Guess(tokenizer.decode([token]).strip(), probability)
+                Guess(_shown(tokenizer, token), probability)
                 for token, probability in zip(tokens.tolist(), probabilities.tolist(), strict=True)
             )
         )
     return tuple(guesses)
+
+
+def _shown(tokenizer: PreTrainedTokenizerFast, token: int) -> str:
+    return str(tokenizer.decode([token])).strip() or str(tokenizer.convert_ids_to_tokens(token))

@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.evaluation.fill_mask import Guess
 from distilspeed.trainer.evaluation.latency import Latency
+from distilspeed.trainer.evaluation.report import Environment
 from distilspeed.trainer.evaluation.task_checkpoint import check_same_settings
 from distilspeed.trainer.evaluation.tasks.task import Scores, Task
 from distilspeed.trainer.evaluation.token_quality import TokenQuality
@@ -36,11 +38,13 @@ class Measurements:
     Attributes:
         identity: the settings and inputs that must not change when the evaluation is resumed.
         models: in the order of the report; empty before they are measured.
+        machine: where and when the models were measured; an evaluation may be resumed on another machine.
         runs: the scores of finished fine-tuning runs, by task, model, learning rate and seed.
     """
 
     identity: dict[str, str]
     models: tuple[ModelMeasurements, ...] = ()
+    machine: Environment | None = None
     runs: dict[str, Scores] = field(default_factory=dict)
 
 
@@ -51,25 +55,28 @@ class MeasurementsFile:
         """Read the file if there is one.
 
         Raises:
-            UserError: the file is damaged, or of an evaluation with other settings or inputs.
+            UserError: the file is damaged or unreadable, or of an evaluation with other settings or inputs.
         """
         self.path = path
         self._so_far = Measurements(dict(identity))
         if path.exists():
             try:
                 self._so_far = from_json(Measurements, path.read_text(encoding="utf-8"))
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 raise UserError(
                     "damaged-checkpoint",
                     f"cannot read {path}: {error}; remove it to start from the beginning",
                 ) from error
             check_same_settings(path, self._so_far.identity, identity)
 
-    def models(self, measure: Callable[[], tuple[ModelMeasurements, ...]]) -> tuple[ModelMeasurements, ...]:
-        """Return the measurements of all models."""
-        if not self._so_far.models:
-            self._save(replace(self._so_far, models=measure()))
-        return self._so_far.models
+    def models(
+        self, measure: Callable[[], tuple[ModelMeasurements, ...]], device: torch.device
+    ) -> tuple[tuple[ModelMeasurements, ...], Environment]:
+        """Return the measurements of all models, and the machine they were measured on."""
+        if self._so_far.machine is None:
+            self._save(replace(self._so_far, models=measure(), machine=Environment.here(device)))
+        assert self._so_far.machine
+        return self._so_far.models, self._so_far.machine
 
     def run(self, name: str, fine_tune: Callable[[], Scores]) -> Scores:
         """Return the scores of a fine-tuning run."""

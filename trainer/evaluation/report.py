@@ -4,6 +4,7 @@ import datetime
 import json
 import math
 import os
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -180,19 +181,19 @@ class Report:
             ]
             for of_models in zip(*(model.latencies for model in self.models), strict=True)
         ]
-        return _markdown([["batch × tokens", *(model.role for model in self.models)], *rows])
+        return _markdown([["batch × tokens", *(_cell(model.role) for model in self.models)], *rows])
 
     def guesses_table(self) -> str:
         """Return a Markdown table with one row per text of --fill_mask, and one column per model."""
         rows = [
-            [_cell(text), *(_cell(", ".join(map(_guess, of_text))) for of_text in of_models)]
+            [_code_cell(text), *(", ".join(map(_guess, of_text)) for of_text in of_models)]
             for text, of_models in zip(
                 self.conditions.fill_mask,
                 zip(*(model.guesses for model in self.models), strict=True),
                 strict=True,
             )
         ]
-        return _markdown([["", *(model.role for model in self.models)], *rows])
+        return _markdown([["", *(_cell(model.role) for model in self.models)], *rows])
 
     def to_markdown(self) -> str:
         lines = "\n".join(f"- {line}" for line in self._condition_lines())
@@ -272,8 +273,15 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
+def _code_cell(text: str) -> str:
+    """Return a text as code in a cell, so that ``<mask>`` is not taken for HTML, nor ``*`` for emphasis."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if "`" in text else ""
+    return _cell(f"{fence}{space}{text}{space}{fence}")
+
+
 def _guess(guess: Guess) -> str:
-    return f"{guess.token} {100 * guess.probability:.0f} %"
+    return f"{_code_cell(guess.token)} {100 * guess.probability:.0f} %"
 
 
 def _cells(model: ModelReport) -> list[str]:

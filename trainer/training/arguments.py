@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from distilspeed.trainer.data.masking import SMOOTHING
+from distilspeed.trainer.data.masking import LARGEST_SMOOTHING, SMOOTHING
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.job.arguments import LARGEST_SEED, Settings, setting, whole_numbers
 
@@ -59,6 +59,8 @@ class TrainArguments(StepArguments):
     mlm_smoothing: float = setting(
         SMOOTHING,
         at_least=0,
+        at_most=LARGEST_SMOOTHING,
+        metavar="SMOOTHING",
         help="tokens are masked with probability proportional to count^-SMOOTHING, so rare ones more often; "
         "0: all alike, as in BERT (default 0.7)",
     )

@@ -91,7 +91,7 @@ def _text(record: TrainingRecord) -> str:
         ("Real tokens seen", f"{last.tokens:,} in {last.step:,} steps ({last.epoch:.2f} epochs)"),
         ("Global batch", f"{config.batch.train_batch_size} rows on {record.world_size} ranks"),
         ("Optimiser", f"{optimizer.type} {optimizer.params}"),
-        ("Schedule", f"{scheduler.type} {scheduler.params}" if scheduler else "constant "),
+        ("Schedule", f"{scheduler.type} {scheduler.params}" if scheduler else "constant"),
         ("Gradient clipping", "none" if config.gradient_clipping is None else config.gradient_clipping),
         *(("Changed", change) for change in record.changes),
         ("Seed", arguments.seed),
@@ -104,7 +104,7 @@ def _text(record: TrainingRecord) -> str:
             held_out.described(),
         ),
     ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
     model = held_out.task.lower().replace("modelling", "model")
     what = "distilled student" if arguments.has_teacher else model
     return f"""# {what.capitalize()}
@@ -116,3 +116,7 @@ Load it with `{held_out.auto_class}.from_pretrained`.
 |---|---|
 {table}
 """
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|")

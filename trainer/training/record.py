@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from distilspeed.trainer.data.masking import SMOOTHING
 from distilspeed.trainer.engine.config import DeepSpeedConfig
 from distilspeed.trainer.engine.config_auto import OF_MACHINES, SCHEDULE_LENGTH, Started
 from distilspeed.trainer.engine.schedules import learning_rates
@@ -37,6 +38,8 @@ FIXED_LAYOUT = tuple(
     f"zero_optimization.{name}"
     for name in ("round_robin_gradients", "sub_group_size", "parameter_alignment", "elastic_checkpoint")
 )
+# Values of settings that an identity lacks if they are the default.
+UNRECORDED = {"mlm_smoothing": SMOOTHING}
 
 Changes = dict[str, tuple[Any, Any]]
 
@@ -104,7 +107,7 @@ def find_changes(
     """
     # A name that only one identity has is a setting of an optional term.
     for name in [*identity, *(record.identity.keys() - identity.keys())]:
-        before, value = record.identity.get(name), identity.get(name)
+        before, value = (of.get(name, UNRECORDED.get(name)) for of in (record.identity, identity))
         if name != TOTAL_STEPS and before != value:
             raise _refusal(name, before, value)
     before_config = record.started.deepspeed_config

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from distilspeed.trainer.data.masking import (
     IGNORE_INDEX,
     KEEP_SHARE,
+    LARGEST_SMOOTHING,
     MASK_SHARE,
     MASKED_FRACTION,
     SMOOTHING,
@@ -169,6 +170,14 @@ def test_without_smoothing_no_token_is_preferred(rule: MaskingRule) -> None:
         masking_rule(COUNTS, SPECIAL, MASK, smoothing=0).sampling_weights.tolist()
         == rule.uniform().sampling_weights.tolist()
     )
+
+
+def test_with_the_largest_smoothing_all_counted_tokens_are_masked() -> None:
+    frequent = masking_rule(np.full(VOCABULARY, 2**62), SPECIAL, MASK, LARGEST_SMOOTHING)
+    ids = np.full(128, 50, dtype=np.int64)
+    _, labels = mask_row(ids, 100, frequent, seed=0, epoch=0, row=0)
+    assert (labels[:100] != IGNORE_INDEX).sum() == 15
+    assert (labels[100:] == IGNORE_INDEX).all()
 
 
 def test_tokens_are_drawn_as_sequential_weighted_draws_without_replacement(rule: MaskingRule) -> None:

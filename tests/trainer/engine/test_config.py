@@ -298,6 +298,8 @@ def test_precision_is_one_of_three() -> None:
         ({"seed": -1}, "bad-argument"),
         ({"save_steps": 0}, "bad-argument"),
         ({"learning_rate": -1e-4}, "bad-argument"),
+        ({"mlm_smoothing": -0.1}, "bad-argument"),
+        ({"mlm_smoothing": 11.0}, "bad-argument"),
         ({"train_batch_size": 0}, "bad-argument"),
         ({"teacher": "none"}, "missing-argument"),
         ({"student": "s", "student_config": "config.json"}, "conflicting-arguments"),

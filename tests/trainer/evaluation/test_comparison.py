@@ -17,6 +17,8 @@ from distilspeed.trainer.corpus.format import open_corpus
 from distilspeed.trainer.evaluation import comparison
 from distilspeed.trainer.evaluation.arguments import EvaluateArguments
 from distilspeed.trainer.evaluation.comparison import choose_device, evaluate, shown_names
+from distilspeed.trainer.evaluation.fill_mask import fill_mask
+from distilspeed.trainer.evaluation.measurements import MeasurementsFile
 from distilspeed.trainer.evaluation.quality import held_out_quality
 from distilspeed.trainer.evaluation.tasks.task import Scores
 from distilspeed.trainer.models.loading import load_teacher, make_student
@@ -83,7 +85,13 @@ def test_student_and_baseline_are_measured_against_the_teacher(
         return {"accuracy": {arguments.teacher: 0.8, arguments.student: 0.6}[name] + 0.1 * (seed - 5)}
 
     monkeypatch.setattr(comparison, "fine_tune", recorded_fine_tune)
-    whole = replace(arguments, baseline=(arguments.student,), task=(str(tiny_task(tmp_path / "words")),))
+    texts = ("the [MASK] of the list", "[MASK] is returned")
+    whole = replace(
+        arguments,
+        baseline=(arguments.student,),
+        task=(str(tiny_task(tmp_path / "words")),),
+        fill_mask=texts,
+    )
     report = evaluate(whole)
 
     teacher, student, baseline = report.models
@@ -91,6 +99,8 @@ def test_student_and_baseline_are_measured_against_the_teacher(
     model = AutoModelForMaskedLM.from_pretrained(arguments.student)
     assert student.quality == held_out_quality(model, open_corpus(arguments.data_dir), 12, seed=5)
     assert student.parameters == model.num_parameters()
+    assert student.guesses == fill_mask(model, open_corpus(arguments.data_dir).load_tokenizer(), texts)
+    assert teacher.guesses != student.guesses == baseline.guesses
     assert [model.name for model in report.models] == [
         f"{Path(arguments.student).parent.name}/{name}" for name in ("teacher", "student", "student")
     ]
@@ -195,12 +205,24 @@ def test_a_failure_while_writing_leaves_only_the_measurements(
     assert [path.name for path in arguments.output_dir.iterdir()] == ["measurements.json"]
     assert [path.name for path in arguments.output_dir.parent.iterdir()] == ["evaluation"]
     (arguments.output_dir / ".measurements.json.incomplete").write_text("{")  # as after a kill
+    (arguments.output_dir / "log.txt").write_text("mine")
     monkeypatch.setattr(comparison, "measure_latency", None)  # would fail: nothing is measured again
     monkeypatch.setattr(comparison, "measure_held_out", None)
+    here = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: here + 1)  # as on another machine
     report = evaluate(replace(arguments, resume=True))
+    assert report.machine.threads == here  # where the latencies were measured
     assert (arguments.output_dir / "report.json").read_text() == report.to_json()
+    assert (arguments.output_dir / "log.txt").read_text() == "mine"
+    assert not (arguments.output_dir / ".measurements.json.incomplete").exists()
     again = evaluate(replace(arguments, resume=True))  # a finished evaluation
     assert again.models == report.models
+
+
+def test_measurements_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "measurements.json").mkdir()
+    with raises_user_error("damaged-checkpoint", "measurements.json"):
+        MeasurementsFile(tmp_path / "measurements.json", {})
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from distilspeed.trainer.evaluation.fill_mask import Guess
 from distilspeed.trainer.evaluation.latency import Latency
 from distilspeed.trainer.evaluation.report import (
     Environment,
@@ -158,6 +159,20 @@ def test_the_second_table_has_the_latencies_of_every_setting(report: Report) -> 
 def test_a_name_does_not_break_the_table(report: Report) -> None:
     teacher = replace(report.models[0], name="a|b")
     assert "| teacher (a\\|b) |" in replace(report, models=(teacher, *report.models[1:])).table()
+    student = replace(report.models[1], role="a|b")
+    named = replace(report, models=(report.models[0], student))
+    assert named.latency_table().startswith("| batch × tokens | teacher | a\\|b |\n")
+    assert named.guesses_table().startswith("|  | teacher | a\\|b |\n")
+
+
+def test_texts_and_tokens_are_code(report: Report) -> None:
+    tokens = ("<s>", "|", "*", "`", ",")
+    teacher = replace(report.models[0], guesses=(tuple(Guess(token, 0.2) for token in tokens),))
+    conditions = replace(report.conditions, fill_mask=("__init__\nis <mask> or |",))
+    table = replace(report, models=(teacher,), conditions=conditions).guesses_table()
+    text, guesses = table.splitlines()[-1].removeprefix("| ").removesuffix(" |").split(" | ")
+    assert text == r"`__init__ is <mask> or \|`"
+    assert guesses == r"`<s>` 20 %, `\|` 20 %, `*` 20 %, `` ` `` 20 %, `,` 20 %"
 
 
 def test_the_folder_contains_numbers_table_conditions_and_plot(report: Report, tmp_path: Path) -> None:

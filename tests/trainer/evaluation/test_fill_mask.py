@@ -1,10 +1,12 @@
 """Most probable tokens for a mask: those of transformers' pipeline; unsuitable texts are refused."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 from transformers import AutoModelForMaskedLM, pipeline
 from user_errors import raises_user_error
 
@@ -24,6 +26,16 @@ def test_they_are_those_of_transformers_pipeline(family_dirs: Callable[[str], An
         assert [guess.probability for guess in ours] == pytest.approx([found["score"] for found in theirs])
 
 
+def test_a_token_of_white_space_is_shown_as_in_the_vocabulary(family_dirs: Callable[[str], Any]) -> None:
+    folders = family_dirs("roberta")
+    tokenizer = open_corpus(folders.corpus).load_tokenizer()
+    model = AutoModelForMaskedLM.from_pretrained(folders.teacher)
+    nn.init.zeros_(model.lm_head.decoder.weight)
+    model.lm_head.bias.data[tokenizer.convert_tokens_to_ids("Ġ")] = 9.0
+    [(first, *_)] = fill_mask(model, tokenizer, [f"the {tokenizer.mask_token}"])
+    assert first.token == "Ġ"
+
+
 def test_texts_need_one_mask_and_room(small_corpus_dir: Path) -> None:
     corpus = open_corpus(small_corpus_dir)
     check_texts(["the [MASK] of"], corpus, positions=16)
@@ -34,6 +46,8 @@ def test_texts_need_one_mask_and_room(small_corpus_dir: Path) -> None:
     ):
         with raises_user_error("bad-argument", "--fill_mask", found, "at most 16 tokens"):
             check_texts([text], corpus, positions=16)
+    with raises_user_error("bad-argument", "--fill_mask", "not UTF-8"):
+        check_texts([os.fsdecode(b"\xff [MASK]")], corpus, positions=16)
 
 
 def test_a_causal_corpus_has_no_mask(family_dirs: Callable[[str], Any]) -> None:

@@ -113,6 +113,10 @@ def test_a_single_hub_data_set_is_the_data_set_of_the_results(corpus: Corpus) ->
         assert result.dataset_type == "wikimedia/wikipedia"
 
 
+def test_a_file_name_does_not_break_the_table(corpus: Corpus) -> None:
+    assert "| Data | a\\|b.txt |\n" in card_of(corpus, "org/teacher", SourceRecord("a|b.txt", 1)).text
+
+
 def test_unknown_facts_and_local_models_and_data_are_omitted(corpus: Corpus, tiny_teacher_dir: Path) -> None:
     known = card_of(corpus, str(tiny_teacher_dir), OWN_TEXT).data.to_dict()
     assert set(known) == {"library_name", "model-index", "pipeline_tag", "tags"}
