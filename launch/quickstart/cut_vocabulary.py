@@ -2,7 +2,7 @@
 
     python launch/quickstart/cut_vocabulary.py --model DIR --text books.txt --vocab_size 8192 --output_dir DIR
 
-Single characters of the text all stay, so a word that loses its piece is spelt in smaller ones and none is unknown.
+The text's single characters all stay, so a word that loses its piece is spelt in smaller ones.
 """
 
 from collections import Counter
@@ -18,6 +18,16 @@ from distilspeed.trainer.job.command import quiet_libraries, run_command
 
 if TYPE_CHECKING:
     from transformers import BertTokenizer
+
+
+# Weights with a row per piece of the vocabulary.
+OF_PIECES = {
+    "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.bias",
+    "cls.predictions.decoder.bias",
+    "cls.predictions.decoder.weight",
+}
+OF_TOKENIZER = ("do_lower_case", "strip_accents", "tokenize_chinese_chars", "model_max_length")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +75,16 @@ def cut_vocabulary(arguments: CutVocabularyArguments, folder: Path) -> None:
         ) from error
     rows = tokenizer.convert_tokens_to_ids(pieces)
     weights = {
-        name: weight[rows] if len(weight) == len(tokenizer) else weight
-        for name, weight in model.state_dict().items()
+        name: weight[rows] if name in OF_PIECES else weight for name, weight in model.state_dict().items()
     }
     model.config.vocab_size = len(pieces)
+    model.config.pad_token_id = pieces.index(tokenizer.pad_token)
     smaller = BertForMaskedLM(model.config)
     smaller.load_state_dict(weights)
     smaller.save_pretrained(folder)
     vocabulary = {piece: row for row, piece in enumerate(pieces)}
-    BertTokenizer(vocab=vocabulary, model_max_length=tokenizer.model_max_length).save_pretrained(folder)
+    settings = {name: value for name, value in tokenizer.init_kwargs.items() if name in OF_TOKENIZER}
+    BertTokenizer(vocab=vocabulary, **settings).save_pretrained(folder)
 
 
 def kept_pieces(tokenizer: "BertTokenizer", lines: Iterable[str], size: int) -> list[str]:
@@ -84,8 +95,13 @@ def kept_pieces(tokenizer: "BertTokenizer", lines: Iterable[str], size: int) -> 
     ids = tokenizer.get_vocab()
     characters = sorted(set("".join(counts)))
     spellings = [prefix + character for character in characters for prefix in ("", "##")]
-    wanted = [*tokenizer.all_special_tokens, *spellings, *(piece for piece, _ in counts.most_common())]
-    kept = [piece for piece in dict.fromkeys(wanted) if piece in ids][:size]
+    needed = {piece for piece in (*tokenizer.all_special_tokens, *spellings) if piece in ids}
+    if len(needed) > size:
+        raise UserError(
+            "bad-argument", f"--vocab_size must be at least {len(needed)}, to spell every word of the text"
+        )
+    frequent = (piece for piece, _ in counts.most_common())
+    kept = list(dict.fromkeys([*needed, *frequent]))[:size]
     return sorted(kept, key=ids.__getitem__)
 
 

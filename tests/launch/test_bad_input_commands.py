@@ -389,6 +389,7 @@ CUT_VOCABULARY = [
     ("--model nowhere --text good.txt --vocab_size 100", "unusable-model", "nowhere"),
     ("--model teacher --text good.txt --vocab_size 0", "bad-argument", "--vocab_size"),
     ("--model teacher --text nowhere.txt --vocab_size 100", "unreadable-file", "nowhere.txt"),
+    ("--model teacher --text good.txt --vocab_size 5", "bad-argument", "--vocab_size"),
 ]
 NOTHING_GIVEN = [
     ("prepare_data.py", "", "missing-argument", "--output_dir"),

@@ -110,11 +110,14 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(work: Path, tuned_teacher
     wait_until((work / "killed" / "checkpoint.pt").is_file, job)
     kill(job)
     assert not (work / "killed" / "results.json").exists()
+    (work / "killed" / "log.txt").write_text("mine")
     finetune(work, "student", "killed", *more, "--resume")
     ours, theirs = (load_file(work / name / "model.safetensors") for name in ("killed", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     results = [(work / name / "results.json").read_text() for name in ("killed", "whole")]
     assert results[0] == results[1]
+    assert (work / "killed" / "log.txt").read_text() == "mine"
+    assert not (work / "killed" / "checkpoint.pt").exists()
     again = (work / "killed" / "results.json").stat().st_mtime_ns
     finetune(work, "student", "killed", *more, "--resume")
     assert (work / "killed" / "results.json").stat().st_mtime_ns == again

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -102,6 +103,9 @@ def finetune(arguments: FinetuneArguments) -> Results:
         run.train(model)
         results = replace(results, scores=run.score(model, arguments.model))
         with folder_written_whole(arguments.output_dir, replaces=True) as folder:
+            # Whatever else lies in the folder, for example a log.
+            finished = shutil.ignore_patterns(CHECKPOINT, f".{CHECKPOINT}.incomplete")
+            shutil.copytree(arguments.output_dir, folder, symlinks=True, ignore=finished, dirs_exist_ok=True)
             model.save_pretrained(folder)
             tokenizer_for(model, tokenizer).save_pretrained(folder)
             _model_card(results, task, arguments).save(folder / "README.md")
