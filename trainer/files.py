@@ -89,7 +89,7 @@ def check_new_file(path: Path) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Yield a temporary file beside ``path``; on success sync it to disk and rename it to ``path``."""
-    beside = path.with_name(f".{path.name}.incomplete")
+    beside = _incomplete(path)
     with beside.open("wb") as file:
         yield file
         file.flush()
@@ -205,12 +205,27 @@ def folder_written_whole(path: Path, *, replaces: bool = False) -> Iterator[Path
         raise
 
 
+def copy_others(source: Path, target: Path, path: Path, *, keeps: bool) -> None:
+    """Copy a folder's files to another folder, without what a killed :func:`replacing` of ``path`` has left.
+
+    Args:
+        keeps: copy ``path``, too.
+    """
+    left_out = [_incomplete(path).name, *([] if keeps else [path.name])]
+    ignored = shutil.ignore_patterns(*left_out)
+    shutil.copytree(source, target, symlinks=True, ignore=ignored, dirs_exist_ok=True)
+
+
 def bring_back_replaced(path: Path) -> None:
     """Undo or complete an interrupted replacement of ``path``."""
     previous = _previous(path)
     if not path.exists() and previous.exists():
         previous.rename(path)
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def _incomplete(path: Path) -> Path:
+    return path.with_name(f".{path.name}.incomplete")
 
 
 def _previous(path: Path) -> Path:

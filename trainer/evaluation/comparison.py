@@ -6,7 +6,6 @@ Every model runs in float32 on the same masks and the same examples. Forward pas
 import hashlib
 import logging
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -43,7 +42,13 @@ from distilspeed.trainer.evaluation.report import (
 from distilspeed.trainer.evaluation.report_files import write_report
 from distilspeed.trainer.evaluation.tasks.registry import read_tasks
 from distilspeed.trainer.evaluation.tasks.task import FineTuning, Scores, Task
-from distilspeed.trainer.files import bring_back_replaced, check_unoccupied, folder_written_whole, writing
+from distilspeed.trainer.files import (
+    bring_back_replaced,
+    check_unoccupied,
+    copy_others,
+    folder_written_whole,
+    writing,
+)
 from distilspeed.trainer.models.flops import model_shape
 from distilspeed.trainer.models.loading import (
     check_fits_corpus,
@@ -147,8 +152,7 @@ def evaluate(arguments: EvaluateArguments) -> Report:
         folder_written_whole(arguments.output_dir, replaces=True) as folder,
     ):
         # The measurements, and whatever else lies in the folder, for example a log.
-        ignored = shutil.ignore_patterns(f".{MEASUREMENTS}.incomplete")
-        shutil.copytree(arguments.output_dir, folder, symlinks=True, ignore=ignored, dirs_exist_ok=True)
+        copy_others(arguments.output_dir, folder, file.path, keeps=True)
         write_report(report, folder)
     return report
 

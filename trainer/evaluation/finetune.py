@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +21,13 @@ from distilspeed.trainer.evaluation.task_checkpoint import TaskCheckpoint, check
 from distilspeed.trainer.evaluation.task_distillation import TaskTeacher
 from distilspeed.trainer.evaluation.tasks.registry import read_tasks
 from distilspeed.trainer.evaluation.tasks.task import FineTuning, Scores, Task
-from distilspeed.trainer.files import bring_back_replaced, folder_written_whole, parents_made, writing
+from distilspeed.trainer.files import (
+    bring_back_replaced,
+    copy_others,
+    folder_written_whole,
+    parents_made,
+    writing,
+)
 from distilspeed.trainer.models.flops import model_shape
 from distilspeed.trainer.models.inputs import tokenizer_for
 from distilspeed.trainer.models.loading import load_fine_tuned, load_with_head
@@ -104,8 +109,7 @@ def finetune(arguments: FinetuneArguments) -> Results:
         results = replace(results, scores=run.score(model, arguments.model))
         with folder_written_whole(arguments.output_dir, replaces=True) as folder:
             # Whatever else lies in the folder, for example a log.
-            finished = shutil.ignore_patterns(CHECKPOINT, f".{CHECKPOINT}.incomplete")
-            shutil.copytree(arguments.output_dir, folder, symlinks=True, ignore=finished, dirs_exist_ok=True)
+            copy_others(arguments.output_dir, folder, checkpoint.path, keeps=False)
             model.save_pretrained(folder)
             tokenizer_for(model, tokenizer).save_pretrained(folder)
             _model_card(results, task, arguments).save(folder / "README.md")
