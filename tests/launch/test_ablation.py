@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from refusals import refusal
 from safetensors.torch import load_file
 from user_errors import assert_names
 
+from distilspeed.trainer.corpus.format import open_corpus
+from distilspeed.trainer.evaluation.fine_tuning import fine_tune
+from distilspeed.trainer.evaluation.tasks.registry import read_tasks
 from distilspeed.trainer.models.loading import load_teacher, make_student
 from distilspeed.trainer.training.metrics import read_metrics
 
@@ -29,6 +33,10 @@ def options(teacher: Path, corpus: Path, output: Path, **changed: object) -> lis
         train_batch_size=8,
         max_rows=4,
         device="cpu",
+        mlm_smoothing=0.5,
+        task_epochs=2,
+        task_learning_rates="1e-5,1e-3",
+        task_precision="bf16",
     )
     return flags(given | changed)
 
@@ -66,6 +74,23 @@ def test_every_variant_is_trained_from_its_start_and_evaluated(done: Path, tiny_
     assert torch.equal(load_file(done / "out" / "untrained_student" / "model.safetensors")[name], start[name])
     losses = {variant: read_metrics(run / "metrics.jsonl")[-1].losses for variant, run in runs.items()}
     assert (losses["full"]["ce"] > 0, losses["no_teacher_from_layers"]["ce"] > 0) == (True, False)
+    for run in runs.values():
+        assert json.loads((run / "train_config.json").read_text())["identity"]["mlm_smoothing"] == 0.5
+
+
+@pytest.mark.full
+def test_the_scores_on_tasks_are_those_of_the_best_learning_rate(done: Path, small_corpus_dir: Path) -> None:
+    (task,) = read_tasks([str(done / "words")])
+    student = done / "out" / "full" / "seed_0" / "run" / "student"
+    tokenizer = open_corpus(small_corpus_dir).load_tokenizer()
+
+    def score(rate: float) -> float:
+        settings = replace(task.fine_tuning, epochs=2, learning_rate=rate, max_length=64)
+        return fine_tune(str(student), task, tokenizer, settings, 0, torch.device("cpu"), "bf16")["accuracy"]
+
+    scores = [score(1e-5), score(1e-3)]
+    report = json.loads((done / "out" / "ablation.json").read_text())
+    assert report["results"][0]["scores"][0]["words"] == max(scores) != min(scores)
 
 
 @pytest.mark.full

@@ -288,6 +288,8 @@ EVALUATE_OPTIONS = [
     ("--task_epochs 0", "bad-argument", "--task_epochs"),
     ("--task_seeds -1", "bad-argument", "--task_seeds"),
     ("--task_batch_size 0", "bad-argument", "--task_batch_size"),
+    ("--task_precision fp16", "unsupported-precision", "fp16"),
+    ("--task_precision half", "bad-argument", "--task_precision"),
     ("--task_learning_rates nan", "bad-argument", "--task_learning_rates"),
     ("--task_learning_rates 2e-5,0", "bad-argument", "--task_learning_rates"),
     ("--seed -1", "bad-argument", "--seed"),
@@ -391,6 +393,11 @@ CUT_VOCABULARY = [
     ("--model teacher --text nowhere.txt --vocab_size 100", "unreadable-file", "nowhere.txt"),
     ("--model teacher --text good.txt --vocab_size 5", "bad-argument", "--vocab_size"),
 ]
+BIGRAM_SHIFT = [
+    ("--text nowhere.txt", "missing-file", "nowhere.txt"),
+    ("--text good.txt", "no-text", "--train_examples"),
+    ("--text good.txt --dev_examples 0", "bad-argument", "--dev_examples"),
+]
 NOTHING_GIVEN = [
     ("prepare_data.py", "", "missing-argument", "--output_dir"),
     ("prepare_data.py", "--tokenizer tokenizer --output_dir out", "missing-argument", "--text", "--dataset"),
@@ -408,6 +415,7 @@ NOTHING_GIVEN = [
         "--vocab_size",
         "--output_dir",
     ),
+    ("benchmarks/bigram_shift.py", "", "missing-argument", "--text", "--output_dir"),
     ("gpu_check.py", "", "missing-argument", "--output_dir"),
 ]
 CASES = [
@@ -425,6 +433,7 @@ CASES = [
             ("benchmark_preparation.py", "--text good.txt --tokenizer tokenizer", BENCHMARK_PREPARATION),
             ("quickstart_data.py", "", QUICKSTART_DATA),
             ("quickstart/cut_vocabulary.py", "--output_dir out", CUT_VOCABULARY),
+            ("benchmarks/bigram_shift.py", "--output_dir out", BIGRAM_SHIFT),
             ("gpu_check.py", "--smoke --output_dir out", GPU_CHECK),
         )
         for arguments, code, *named in table

@@ -1,12 +1,9 @@
 """Worker processes that turn batches of documents into packed rows."""
 
-import multiprocessing
 import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from distilspeed.trainer.corpus.packing import (
@@ -17,15 +14,13 @@ from distilspeed.trainer.corpus.packing import (
     pack_best_fit_decreasing,
 )
 from distilspeed.trainer.corpus.tokenization import DocumentTokenizer, is_blank
-from distilspeed.trainer.job.processes import children_deaf_to
+from distilspeed.trainer.job.workers import WorkerPool
 
 # The size of a batch of documents, by the memory that the text takes.
 BATCH_CHARACTERS = 2_000_000
 STRING_OVERHEAD = 50  # bytes of a str besides its characters; bounds batches of tiny documents
 # One batch in work, one ready to start, and one more in case the oldest batch is slow.
 BATCHES_PER_WORKER = 3
-# A terminal sends these to the parent and the workers. The parent ends its workers, with SIGTERM if they hang.
-LEFT_TO_PARENT = (signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -50,25 +45,14 @@ def pack_documents(
     flight, so memory does not grow with the corpus. Close the iterator to stop the processes. Raises
     ``BrokenProcessPool`` if a process dies.
     """
-    # Spawn, because forking while threads run (tokenizers, Arrow, a hub download) can deadlock.
-    with children_deaf_to(LEFT_TO_PARENT):
-        pool = ProcessPoolExecutor(
-            num_proc,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_start_worker,
-            initargs=(tokenizer_json, rules),
-        )
     waiting: deque[Future[PackedBatch]] = deque()
-    try:
+    with WorkerPool(num_proc, _start_worker, tokenizer_json, rules) as pool:
         for batch in _batches(documents):
-            with children_deaf_to(LEFT_TO_PARENT):  # the pool starts its processes on demand
-                waiting.append(pool.submit(_pack_in_worker, batch))
+            waiting.append(pool.submit(_pack_in_worker, batch))
             if len(waiting) >= BATCHES_PER_WORKER * num_proc:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def pack_batch(documents: Sequence[str | None], tokenizer: DocumentTokenizer, rules: RowRules) -> PackedBatch:
@@ -106,17 +90,8 @@ _worker_state: tuple[DocumentTokenizer, RowRules]
 
 def _start_worker(tokenizer_json: str, rules: RowRules) -> None:
     global _worker_state
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per process
     _worker_state = (DocumentTokenizer(tokenizer_json), rules)
-
-
-def _end_with_parent() -> None:
-    # A worker waits for tasks on a pipe whose other end it also holds, so it would outlive a killed parent.
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _pack_in_worker(documents: list[str | None]) -> PackedBatch:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from distilspeed.trainer.corpus.training_objective import TrainingObjective
 from distilspeed.trainer.evaluation.report import Environment, mean_and_deviation, percent_of, shown_score
+from distilspeed.trainer.evaluation.tasks.task import TaskConditions
 from distilspeed.trainer.objective.registry import TERMS
 
 # The column of a report beside the tasks: accuracy on masked or next tokens of held-out rows.
@@ -87,7 +88,10 @@ class AblationReport:
     results: tuple[VariantResult, ...]
     max_steps: int
     tokens: int  # real tokens that each trained student has seen
-    seconds: float  # of all trainings and evaluations
+    tasks: tuple[TaskConditions, ...]
+    task_learning_rates: tuple[float, ...] | None  # the rates that were tried; None for the tasks' own
+    task_precision: str
+    seconds: float  # of all trainings and evaluations together; some may have run at the same time
     machine: Environment
 
     @property
@@ -124,14 +128,22 @@ class AblationReport:
 
     def to_markdown(self) -> str:
         machine = self.machine
+        tasks = "".join(f"\n- {task.line(self._learning_rate(task))}" for task in self.tasks)
         return (
             f"# Ablation\n\n{self.table()}\n\n![ablation](ablation.png)\n\n"
             "Scores in %, mean ± standard deviation over "
             f"{len(self.results[0].scores)} seeds; in brackets the share of the teacher's score. Below the full loss: "
             f"differences to it with the same seed. Each trained student has seen {self.tokens:,} tokens in "
-            f"{self.max_steps:,} steps; all took {self.seconds / 3600:.1f} hours on {machine.cpu}, {machine.cores} "
-            f"cores{f', {machine.gpu}' if machine.gpu else ''}, torch {machine.torch_version}; {machine.date}.\n"
+            f"{self.max_steps:,} steps; all runs together took {self.seconds / 3600:.1f} hours on {machine.cpu}, "
+            f"{machine.cores} cores{f', {machine.gpu}' if machine.gpu else ''}, torch {machine.torch_version}; "
+            f"{machine.date}.\n"
+            + (f"\nTasks, fine-tuned with AdamW in {self.task_precision}:\n{tasks}\n" if tasks else "")
         )
+
+    def _learning_rate(self, task: TaskConditions) -> str:
+        tried = self.task_learning_rates or (task.fine_tuning.learning_rate,)
+        rates = ", ".join(f"{rate:g}" for rate in tried)
+        return rates if len(tried) == 1 else f"the best on dev of {rates} for each model"
 
 
 def with_task_mean(scores: Mapping[str, float]) -> Scores:

@@ -6,18 +6,21 @@ Every model runs in float32 on the same masks and the same examples. Forward pas
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from distilspeed.trainer.corpus.format import Corpus, open_corpus
 from distilspeed.trainer.errors import UserError
-from distilspeed.trainer.evaluation.arguments import EvaluateArguments
+from distilspeed.trainer.evaluation.arguments import ComparisonArguments, EvaluateArguments
+from distilspeed.trainer.evaluation.device_jobs import choose_device, jobs_at_a_time
 from distilspeed.trainer.evaluation.fill_mask import check_texts, fill_mask
-from distilspeed.trainer.evaluation.fine_tuning import fine_tune
+from distilspeed.trainer.evaluation.fine_tuning import check_precision, fine_tune
 from distilspeed.trainer.evaluation.latency import (
     Latency,
     count_parameters,
@@ -59,18 +62,13 @@ from distilspeed.trainer.models.loading import (
 
 logger = logging.getLogger(__name__)
 
+# What may change when an evaluation is resumed.
+CHANGEABLE = ("output_dir", "num_gpus", "resume")
 SHOWN_PARTS = 2  # parts of a model's path in the report, at least
 LONGEST_NAME = 60  # characters
 
 
 # --- checks before the comparison -----------------------------------------------------------------------
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device; ``auto`` is the GPU if there is one. Raise ``UserError`` for ``cuda`` without a GPU."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("no-gpu", "--device cuda needs a GPU, and PyTorch finds none; use --device cpu")
-    return torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
 
 
 def _check_output_dir(output_dir: Path, resume: bool) -> None:
@@ -105,6 +103,8 @@ def evaluate(arguments: EvaluateArguments) -> Report:
         NumericalError: a model's loss on the held-out rows, or a score on a task, is not finite.
     """
     device = choose_device(arguments.device)
+    jobs_at_a_time(arguments.num_gpus, device)  # raises an error for too many
+    check_precision(arguments.task_precision, device)
     _check_output_dir(arguments.output_dir, arguments.resume)
     tasks = read_tasks(arguments.task_names)
     corpus = open_corpus(arguments.data_dir)
@@ -126,15 +126,16 @@ def evaluate(arguments: EvaluateArguments) -> Report:
             logger.warning(warning)
     positions = min(model_shape(model.config).positions for model in models)
     check_texts(arguments.fill_mask, corpus, positions)
-    settings = [_fine_tuning(arguments, task, positions) for task in tasks]
+    settings = [fine_tuning_settings(arguments, task, positions) for task in tasks]
     file = MeasurementsFile(
         arguments.output_dir / MEASUREMENTS, _identity(arguments, corpus, models, tasks, device)
     )
     measured, machine = file.models(
         lambda: _measure_models(arguments, corpus, models, positions, device), device
     )
+    scores = _fine_tune_all(_Runs(arguments, corpus.load_tokenizer(), device, file), tasks, settings)
     report = Report(
-        models=tuple(_model_reports(arguments, corpus, models, measured, tasks, settings, device, file)),
+        models=tuple(_model_reports(arguments, models, measured, scores)),
         conditions=EvaluationConditions(
             corpus=arguments.data_dir.resolve().name,
             held_out_rows=min(arguments.max_rows, len(corpus.held_out)),
@@ -144,6 +145,7 @@ def evaluate(arguments: EvaluateArguments) -> Report:
             tasks=tuple(task.conditions(how) for task, how in zip(tasks, settings, strict=True)),
             task_seeds=arguments.task_seeds,
             task_learning_rates=arguments.task_learning_rates,
+            task_precision=arguments.task_precision,
         ),
         machine=machine,
     )
@@ -165,9 +167,7 @@ def _identity(
     device: torch.device,
 ) -> dict[str, str]:
     """Return the settings and inputs that must not change when the evaluation is resumed."""
-    settings = {
-        name: str(value) for name, value in asdict(arguments).items() if name not in ("output_dir", "resume")
-    }
+    settings = {name: str(value) for name, value in asdict(arguments).items() if name not in CHANGEABLE}
     return {
         **settings,
         "device": device.type,
@@ -180,8 +180,8 @@ def _identity(
     }
 
 
-def _fine_tuning(arguments: EvaluateArguments, task: Task, positions: int) -> FineTuning:
-    """Return the settings of fine-tuning: the command's, else the task's; inputs fit the positions of every model."""
+def fine_tuning_settings(arguments: ComparisonArguments, task: Task, positions: int) -> FineTuning:
+    """Return the settings of fine-tuning: the command's, else the task's; inputs have at most ``positions`` tokens."""
     own = task.fine_tuning
     return FineTuning(
         epochs=arguments.task_epochs or own.epochs,
@@ -193,19 +193,11 @@ def _fine_tuning(arguments: EvaluateArguments, task: Task, positions: int) -> Fi
 
 def _model_reports(
     arguments: EvaluateArguments,
-    corpus: Corpus,
     models: Sequence[PreTrainedModel],
     measured: Sequence[ModelMeasurements],
-    tasks: Sequence[Task],
-    settings: Sequence[FineTuning],
-    device: torch.device,
-    file: MeasurementsFile,
+    scores: Sequence[Sequence[TaskScore]],
 ) -> Iterator[ModelReport]:
-    """Yield one report per model, in the order of ``arguments.models``."""
-    scores = [
-        _fine_tune_all(arguments, task, corpus, how, device, file)
-        for task, how in zip(tasks, settings, strict=True)
-    ]
+    """Yield one report per model, in the order of ``arguments.models``; ``scores``: for each task, of each model."""
     names = shown_names(list(arguments.models.values()))
     for index, role in enumerate(arguments.models):
         parameters = count_parameters(models[index])
@@ -267,38 +259,72 @@ def _measure_latencies(
     return latencies
 
 
+@dataclass(frozen=True)
+class _Run:
+    """One fine-tuning of the model with a role."""
+
+    task: Task
+    role: str
+    settings: FineTuning
+    seed: int
+
+    @property
+    def name(self) -> str:
+        rate = self.settings.learning_rate
+        return f"{self.task.name}, {self.role}, learning rate {rate!r}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Does fine-tuning runs once; their scores are in the file of measurements."""
+
+    arguments: EvaluateArguments
+    tokenizer: PreTrainedTokenizerFast
+    device: torch.device
+    file: MeasurementsFile
+
+    def scores(self, runs: Iterable[_Run]) -> Mapping[str, Scores]:
+        """Return the scores of the runs, and of all earlier ones, by the names of the runs."""
+        jobs = {run.name: self._job(run) for run in runs}
+        return self.file.runs(jobs, self.device, jobs_at_a_time(self.arguments.num_gpus, self.device))
+
+    def _job(self, run: _Run) -> Callable[[torch.device], Scores]:
+        model, precision = self.arguments.models[run.role], self.arguments.task_precision
+        return partial(
+            fine_tune, model, run.task, self.tokenizer, run.settings, run.seed, precision=precision
+        )
+
+
 def _fine_tune_all(
-    arguments: EvaluateArguments,
-    task: Task,
-    corpus: Corpus,
-    settings: FineTuning,
-    device: torch.device,
-    file: MeasurementsFile,
-) -> list[TaskScore]:
-    """Fine-tune every model with the same seeds; return the task's score of each."""
-    tokenizer = corpus.load_tokenizer()
-    first_seed = arguments.seed
-    rates = arguments.task_learning_rates or (settings.learning_rate,)
+    runs: _Runs, tasks: Sequence[Task], settings: Sequence[FineTuning]
+) -> list[list[TaskScore]]:
+    """Fine-tune every model on every task with the same seeds; return the scores of each task, by model."""
+    arguments = runs.arguments
+    tried = {
+        (task.name, role): [
+            _Run(task, role, replace(how, learning_rate=rate), arguments.seed)
+            for rate in arguments.task_learning_rates or (how.learning_rate,)
+        ]
+        for task, how in zip(tasks, settings, strict=True)
+        for role in arguments.models
+    }
+    scores = runs.scores(chain(*tried.values()))
+    best = {
+        key: max(of_key, key=lambda run: scores[run.name][run.task.metrics[0]])
+        for key, of_key in tried.items()
+    }
+    seeds = range(arguments.seed, arguments.seed + arguments.task_seeds)
+    repeated = {key: [replace(run, seed=seed) for seed in seeds] for key, run in best.items()}
+    scores = runs.scores(chain(*repeated.values()))
 
-    def scores_of(role: str, name: str, rate: float, seed: int) -> Scores:
-        def run() -> Scores:
-            logger.info("%s: fine-tuning the %s, learning rate %g, seed %d", task.name, role, rate, seed)
-            return fine_tune(name, task, tokenizer, replace(settings, learning_rate=rate), seed, device)
+    def scores_on(task: str) -> list[TaskScore]:
+        of_models = [[scores[run.name] for run in repeated[task, role]] for role in arguments.models]
+        return [
+            TaskScore.of(task, of_model, of_models[0], best[task, role].settings.learning_rate)
+            for role, of_model in zip(arguments.models, of_models, strict=True)
+        ]
 
-        return file.run(f"{task.name}, {role}, learning rate {rate!r}, seed {seed}", run)
-
-    scores: list[list[Scores]] = []
-    best_rates: list[float] = []
-    for role, name in arguments.models.items():
-        tried = {rate: scores_of(role, name, rate, first_seed) for rate in rates}
-        best = max(tried, key=lambda rate: tried[rate][task.metrics[0]])
-        others = range(first_seed + 1, first_seed + arguments.task_seeds)
-        scores.append([tried[best], *(scores_of(role, name, best, seed) for seed in others)])
-        best_rates.append(best)
-    return [
-        TaskScore.of(task.name, of_model, scores[0], rate)
-        for of_model, rate in zip(scores, best_rates, strict=True)
-    ]
+    return [scores_on(task.name) for task in tasks]
 
 
 def shown_names(names: Sequence[str]) -> list[str]:

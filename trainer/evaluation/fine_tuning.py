@@ -18,10 +18,12 @@ from transformers import (
 )
 
 from distilspeed.trainer.data.masking import philox
-from distilspeed.trainer.errors import NumericalError
+from distilspeed.trainer.errors import NumericalError, UserError
 from distilspeed.trainer.evaluation.task_checkpoint import TaskCheckpoint
 from distilspeed.trainer.evaluation.task_distillation import TaskTeacher, soft_loss
 from distilspeed.trainer.evaluation.tasks.task import Batch, Feature, FineTuning, Predictions, Scores, Task
+from distilspeed.trainer.families.masks import EAGER
+from distilspeed.trainer.models.attention import attention_candidates
 from distilspeed.trainer.models.inputs import input_names
 from distilspeed.trainer.models.loading import load_with_head
 
@@ -69,13 +71,14 @@ class FineTuningRun:
         steps_per_epoch = math.ceil(len(inputs) / self.settings.batch_size)
         steps = self.settings.epochs * steps_per_epoch
         optimizer = torch.optim.AdamW(
-            model.parameters(), lr=self.settings.learning_rate, weight_decay=WEIGHT_DECAY
+            model.parameters(), lr=self.settings.learning_rate, weight_decay=WEIGHT_DECAY, fused=True
         )
         schedule = get_linear_schedule_with_warmup(optimizer, round(WARMUP_FRACTION * steps), steps)
         scaler = torch.amp.GradScaler(model.device.type, enabled=self.precision == "fp16")
         parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
         first = self.checkpoint.load(parts) if self.checkpoint else 0
 
+        self._choose_attention(model)
         model.train()
         for step in range(first, steps):
             epoch, batch_number = divmod(step, steps_per_epoch)
@@ -96,6 +99,13 @@ class FineTuningRun:
             optimizer.zero_grad()
             if self.checkpoint and self.checkpoint.is_due(step + 1, steps):
                 self.checkpoint.save(parts, step + 1)
+
+    def _choose_attention(self, model: PreTrainedModel) -> None:
+        """Avoid an implementation that is slow in the precision; the others stay as transformers chose them."""
+        dtype = HALF_PRECISION.get(self.precision, torch.float32)
+        length = self.settings.max_length
+        if EAGER in attention_candidates(model.device, dtype, length, dropout=0.0, is_trained=True):
+            model.set_attn_implementation(EAGER)
 
     def _order(self, count: int, epoch: int) -> NDArray[np.int64]:
         return np.random.Generator(philox(self.seed, epoch, ORDER_STREAM)).permutation(count)
@@ -155,22 +165,32 @@ def fine_tune(
     settings: FineTuning,
     seed: int,
     device: torch.device,
+    precision: str = "fp32",
 ) -> Scores:
-    """Fine-tune a pre-trained model on a task, in float32, and return its scores on dev after the last epoch.
+    """Fine-tune a pre-trained model on a task, and return its scores on dev after the last epoch.
 
     The seed determines the new head, the dropout and the order of the features.
 
     Args:
         model_name: a folder or hub id with safetensors weights.
+        precision: of :class:`FineTuningRun`.
 
     Raises:
-        NumericalError: a score is not finite.
+        NumericalError: a loss or a score is not finite.
     """
-    run = FineTuningRun(task, tokenizer, settings, seed)
+    run = FineTuningRun(task, tokenizer, settings, seed, precision)
     torch.manual_seed(seed)
     model = nn.Module.to(load_with_head(model_name, task.head), device)
     run.train(model)
     return run.score(model, model_name)
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise ``UserError`` if the device cannot fine-tune in a precision."""
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("unsupported-precision", "fine-tuning in fp16 needs a GPU; use bf16 or fp32")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        raise UserError("unsupported-precision", "this GPU has no bf16; use fp16 or fp32")
 
 
 def model_inputs(model: PreTrainedModel, features: Sequence[Feature]) -> list[Feature]:

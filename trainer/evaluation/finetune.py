@@ -14,13 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from distilspeed.trainer.corpus.format import load_tokenizer, tokenizer_hash
 from distilspeed.trainer.errors import UserError
-from distilspeed.trainer.evaluation.comparison import choose_device, shown_names
-from distilspeed.trainer.evaluation.fine_tuning import FineTuningRun
+from distilspeed.trainer.evaluation.comparison import shown_names
+from distilspeed.trainer.evaluation.device_jobs import choose_device
+from distilspeed.trainer.evaluation.fine_tuning import FineTuningRun, check_precision
 from distilspeed.trainer.evaluation.finetune_arguments import FinetuneArguments
 from distilspeed.trainer.evaluation.task_checkpoint import TaskCheckpoint, check_same_settings
 from distilspeed.trainer.evaluation.task_distillation import TaskTeacher
 from distilspeed.trainer.evaluation.tasks.registry import read_tasks
-from distilspeed.trainer.evaluation.tasks.task import FineTuning, Scores, Task
+from distilspeed.trainer.evaluation.tasks.task import FineTuning, Scores, Task, shown_scores
 from distilspeed.trainer.files import (
     bring_back_replaced,
     copy_others,
@@ -60,7 +61,7 @@ class Results:
     seed: int
 
     def line(self) -> str:
-        return ", ".join(f"{self.task} {metric} {100 * score:.1f} %" for metric, score in self.scores.items())
+        return f"{self.task}: {shown_scores(self.scores)}"
 
 
 def finetune(arguments: FinetuneArguments) -> Results:
@@ -71,7 +72,7 @@ def finetune(arguments: FinetuneArguments) -> Results:
         NumericalError: a loss or a score is not finite.
     """
     device = choose_device(arguments.device)
-    _check_precision(arguments.precision, device)
+    check_precision(arguments.precision, device)
     _check_output_dir(arguments)
     (task,) = read_tasks([arguments.task_name])
     tokenizer = load_tokenizer(arguments.model)
@@ -116,13 +117,6 @@ def finetune(arguments: FinetuneArguments) -> Results:
             text = json.dumps(asdict(results), indent=2, allow_nan=False) + "\n"
             (folder / RESULTS).write_text(text, encoding="utf-8")
     return results
-
-
-def _check_precision(precision: str, device: torch.device) -> None:
-    if precision == "fp16" and device.type == "cpu":
-        raise UserError("unsupported-precision", "--fp16 needs a GPU; use --bf16, or neither")
-    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
-        raise UserError("unsupported-precision", "this GPU has no bf16; use --fp16, or neither")
 
 
 def _check_output_dir(arguments: FinetuneArguments) -> None:
@@ -207,9 +201,7 @@ def _model_card(results: Results, task: Task, arguments: FinetuneArguments) -> M
         else "none",
         "Fine-tuning": f"{how.epochs} epochs, learning rate {how.learning_rate:g}, batch {how.batch_size}, at most "
         f"{how.max_length} tokens, {results.precision}, seed {results.seed}",
-        "Scores on dev": ", ".join(
-            f"{metric} {100 * score:.1f} %" for metric, score in results.scores.items()
-        ),
+        "Scores on dev": shown_scores(results.scores),
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     text = f"# {results.task}\n\nFine-tuned with distilspeed.\n\n| | |\n|---|---|\n{table}\n"

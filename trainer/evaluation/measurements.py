@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -10,13 +11,16 @@ import torch
 from transformers import PreTrainedModel
 
 from distilspeed.trainer.errors import UserError
+from distilspeed.trainer.evaluation.device_jobs import run_jobs
 from distilspeed.trainer.evaluation.fill_mask import Guess
 from distilspeed.trainer.evaluation.latency import Latency
 from distilspeed.trainer.evaluation.report import Environment
 from distilspeed.trainer.evaluation.task_checkpoint import check_same_settings
-from distilspeed.trainer.evaluation.tasks.task import Scores, Task
+from distilspeed.trainer.evaluation.tasks.task import Scores, Task, shown_scores
 from distilspeed.trainer.evaluation.token_quality import TokenQuality
 from distilspeed.trainer.files import from_json, write_text, writing
+
+logger = logging.getLogger(__name__)
 
 MEASUREMENTS = "measurements.json"
 
@@ -78,11 +82,18 @@ class MeasurementsFile:
         assert self._so_far.machine
         return self._so_far.models, self._so_far.machine
 
-    def run(self, name: str, fine_tune: Callable[[], Scores]) -> Scores:
-        """Return the scores of a fine-tuning run."""
-        if name not in self._so_far.runs:
-            self._save(replace(self._so_far, runs={**self._so_far.runs, name: fine_tune()}))
-        return self._so_far.runs[name]
+    def runs(
+        self,
+        jobs: Mapping[str, Callable[[torch.device], Scores]],
+        device: torch.device,
+        at_a_time: int,
+    ) -> Mapping[str, Scores]:
+        """Do the fine-tuning runs that are not in the file; return the scores of all, by the names of the runs."""
+        missing = {name: job for name, job in jobs.items() if name not in self._so_far.runs}
+        for name, scores in run_jobs(missing, device, at_a_time):
+            logger.info("%s: %s", name, shown_scores(scores))
+            self._save(replace(self._so_far, runs={**self._so_far.runs, name: scores}))
+        return self._so_far.runs
 
     def _save(self, measurements: Measurements) -> None:
         with writing(self.path):

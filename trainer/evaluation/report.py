@@ -121,6 +121,7 @@ class EvaluationConditions:
     tasks: tuple[TaskConditions, ...]
     task_seeds: int
     task_learning_rates: tuple[float, ...] | None  # the rates that were tried; None for the task's own
+    task_precision: str  # of fine-tuning: "fp32", "bf16" or "fp16"
 
 
 @dataclass(frozen=True)
@@ -231,14 +232,9 @@ class Report:
         if conditions.tasks:
             lines.append(
                 f"Tasks: scores on dev in %, mean ± standard deviation over {conditions.task_seeds} seeds, after "
-                "fine-tuning with AdamW."
+                f"fine-tuning with AdamW in {conditions.task_precision}."
             )
-        lines += [
-            f"{task.name}: {' and '.join(task.metrics)}; {task.fine_tuning.epochs} epochs, learning rate "
-            f"{self._learning_rate(task)}, batch {task.fine_tuning.batch_size}, at most "
-            f"{task.fine_tuning.max_length} tokens; {task.described()}."
-            for task in conditions.tasks
-        ]
+        lines += [task.line(self._learning_rate(task)) for task in conditions.tasks]
         gpu = f"; {machine.gpu}" if machine.gpu else ""
         lines.append(
             f"Machine: {machine.cpu}, {machine.cores} cores{gpu}; torch {machine.torch_version}, "

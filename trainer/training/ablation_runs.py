@@ -2,7 +2,7 @@
 
 student_config/       the student's config, for random weights
 untrained_student/    the teacher's layers as a model
-VARIANT/seed_N/       run/, a run of launch/train.py; train.log, its output; scores.json, which marks the end
+VARIANT/seed_N/       run/, a run of launch/train.py; train.log, its output; scores.json, made when it is trained
 """
 
 import json
@@ -11,15 +11,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from distilspeed.trainer.corpus.format import Corpus, open_corpus
 from distilspeed.trainer.corpus.training_objective import TrainingObjective
@@ -28,6 +29,7 @@ from distilspeed.trainer.evaluation.ablation import (
     ACCURACY,
     FULL,
     AblationReport,
+    Scores,
     Variant,
     VariantResult,
     variants,
@@ -35,12 +37,13 @@ from distilspeed.trainer.evaluation.ablation import (
     write_ablation,
 )
 from distilspeed.trainer.evaluation.ablation_arguments import AblationArguments
-from distilspeed.trainer.evaluation.comparison import choose_device
-from distilspeed.trainer.evaluation.fine_tuning import fine_tune
+from distilspeed.trainer.evaluation.comparison import fine_tuning_settings
+from distilspeed.trainer.evaluation.device_jobs import choose_device, jobs_at_a_time, run_jobs
+from distilspeed.trainer.evaluation.fine_tuning import check_precision, fine_tune
 from distilspeed.trainer.evaluation.quality import held_out_quality
 from distilspeed.trainer.evaluation.report import Environment
 from distilspeed.trainer.evaluation.tasks.registry import read_tasks
-from distilspeed.trainer.evaluation.tasks.task import Task
+from distilspeed.trainer.evaluation.tasks.task import FineTuning, Task
 from distilspeed.trainer.files import (
     check_unoccupied,
     folder_written_whole,
@@ -62,6 +65,7 @@ from distilspeed.trainer.training.metrics import read_metrics
 
 logger = logging.getLogger(__name__)
 
+TEACHER = "teacher"
 SETTINGS, SCORES, LOG = "ablation_arguments.json", "scores.json", "train.log"
 # What may change when an ablation goes on: seeds and variants are added.
 CHANGEABLE = ("output_dir", "seeds", "variants", "num_gpus", "device")
@@ -80,6 +84,16 @@ class _Ablation:
     def folder(self, variant: str, seed: int) -> Path:
         return self.arguments.output_dir / variant / f"seed_{seed}"
 
+    def record(self, name: str, seed: int) -> "_Record":
+        return _Record(self.folder(name, seed) / SCORES)
+
+    def model(self, name: str, seed: int) -> str:
+        """Return the teacher, or the student of a variant."""
+        if name == TEACHER:
+            return self.arguments.teacher
+        is_trained = next(variant for variant in self.chosen if variant.name == name).is_trained
+        return str(self.folder(name, seed) / "run" / "student" if is_trained else self.untrained)
+
     @property
     def untrained(self) -> Path:
         return self.arguments.output_dir / "untrained_student"
@@ -96,28 +110,38 @@ def run_ablation(arguments: AblationArguments) -> AblationReport:
         UserError: anything the caller can fix, if possible before the first training.
         NumericalError: a loss or a score is not finite.
     """
+    device = choose_device(arguments.device)
+    jobs_at_a_time(arguments.num_gpus, device)  # raises an error for too many
+    check_precision(arguments.task_precision, device)
     corpus = open_corpus(arguments.data_dir)
     ablation = _Ablation(
         arguments,
         corpus,
         read_tasks(arguments.task_names),
         _chosen_variants(arguments.variants, corpus.manifest.objective),
-        choose_device(arguments.device),
+        device,
     )
     _check_settings(arguments)
     if not ablation.untrained.exists():
         _write_students(ablation, _make_student(ablation))
-    results = []
-    for variant in ablation.chosen:
-        of_seeds = [_scores_of_variant(ablation, variant, seed) for seed in range(arguments.seeds)]
-        results.append(VariantResult(variant.name, variant.title, tuple(map(with_task_mean, of_seeds))))
-    teacher = [_scores(ablation, "teacher", arguments.teacher, seed) for seed in range(arguments.seeds)]
+    positions = model_shape(AutoConfig.from_pretrained(ablation.student_config)).positions
+    settings = [fine_tuning_settings(arguments, task, positions) for task in ablation.tasks]
+    _evaluate(ablation, [TEACHER], settings)  # first, because it shows early whether the tasks can be used
+    for variant, seed in product(ablation.chosen, range(arguments.seeds)):
+        _train_once(ablation, variant, seed)
+    _evaluate(ablation, [variant.name for variant in ablation.chosen], settings)
     report = AblationReport(
-        teacher=tuple(map(with_task_mean, teacher)),
-        results=tuple(results),
+        teacher=_scores(ablation, TEACHER),
+        results=tuple(
+            VariantResult(variant.name, variant.title, _scores(ablation, variant.name))
+            for variant in ablation.chosen
+        ),
         max_steps=arguments.max_steps,
         tokens=read_metrics(ablation.folder(FULL.name, 0) / "run" / "metrics.jsonl")[-1].tokens,
-        seconds=sum(_record(path)["seconds"] for path in arguments.output_dir.rglob(SCORES)),
+        tasks=tuple(task.conditions(how) for task, how in zip(ablation.tasks, settings, strict=True)),
+        task_learning_rates=arguments.task_learning_rates,
+        task_precision=arguments.task_precision,
+        seconds=sum(_Record(path).seconds for path in arguments.output_dir.rglob(SCORES)),
         machine=Environment.here(ablation.device),
     )
     with writing(arguments.output_dir):
@@ -183,51 +207,100 @@ def _write_students(ablation: _Ablation, student: PreTrainedModel) -> None:
             tokenizer_for(student, ablation.corpus.load_tokenizer()).save_pretrained(untrained)
 
 
-def _scores_of_variant(ablation: _Ablation, variant: Variant, seed: int) -> Mapping[str, float]:
-    folder = ablation.folder(variant.name, seed)
-    if not variant.is_trained:
-        return _scores(ablation, variant.name, str(ablation.untrained), seed)
-    if not (folder / SCORES).exists():
+# --- what is done once ---------------------------------------------------------------------------------
+
+
+class _Record:
+    """The scores of one model, by column, and the seconds they took; in scores.json, written after each of them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self.scores: dict[str, float] = found.get("scores", {})
+        self.seconds: float = found.get("seconds", 0.0)
+
+    def add(self, scores: Mapping[str, float], seconds: float) -> None:
+        self.scores |= scores
+        self.seconds += seconds
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"scores": self.scores, "seconds": self.seconds}, indent=2)
+            write_text(self.path, text + "\n")
+
+
+def _scores(ablation: _Ablation, name: str) -> tuple[Scores, ...]:
+    """Return the recorded scores of a variant or the teacher, for every seed, in the order of the report."""
+    columns = [ACCURACY, *(task.name for task in ablation.tasks)]
+    records = [ablation.record(name, seed) for seed in range(ablation.arguments.seeds)]
+    return tuple(with_task_mean({column: record.scores[column] for column in columns}) for record in records)
+
+
+def _train_once(ablation: _Ablation, variant: Variant, seed: int) -> None:
+    """Train a variant unless its record says that it is trained."""
+    record = ablation.record(variant.name, seed)
+    if variant.is_trained and not record.path.exists():
         started = time.monotonic()
-        folder.mkdir(parents=True, exist_ok=True)
-        _train(ablation, variant, seed, folder)
-        return _scores(
-            ablation, variant.name, str(folder / "run" / "student"), seed, time.monotonic() - started
-        )
-    return _record(folder / SCORES)["scores"]
+        record.path.parent.mkdir(parents=True, exist_ok=True)
+        _train(ablation, variant, seed, record.path.parent)
+        record.add({}, time.monotonic() - started)
 
 
-def _scores(
-    ablation: _Ablation, name: str, model: str, seed: int, seconds: float = 0.0
-) -> Mapping[str, float]:
-    """Return the scores of a model that is fine-tuned with a seed; recorded, so that they are computed once.
+def _evaluate(ablation: _Ablation, names: Sequence[str], settings: Sequence[FineTuning]) -> None:
+    """Measure what is missing in the records of models.
 
     Args:
-        seconds: the time of the training, for the record.
+        names: of variants, or the teacher.
+        settings: of fine-tuning, for each task.
     """
-    path = ablation.folder(name, seed) / SCORES
-    if path.exists():
-        return _record(path)["scores"]
+    arguments, tokenizer = ablation.arguments, ablation.corpus.load_tokenizer()
+    accuracies: dict[str, float] = {}  # by model: the teacher is the same for all seeds
+    jobs: dict[tuple[str, int, str], Callable[[torch.device], tuple[float, float]]] = {}
+    for name, seed in product(names, range(arguments.seeds)):
+        model, record = ablation.model(name, seed), ablation.record(name, seed)
+        if ACCURACY not in record.scores:
+            started = time.monotonic()
+            if model not in accuracies:
+                logger.info("%s, seed %d: held-out rows", name, seed)
+                loaded = nn.Module.to(load_language_model(name, model), ablation.device)
+                accuracies[model] = held_out_quality(loaded, ablation.corpus, arguments.max_rows).accuracy
+            record.add({ACCURACY: accuracies[model]}, time.monotonic() - started)
+        for task, how in zip(ablation.tasks, settings, strict=True):
+            if task.name not in record.scores:
+                jobs[name, seed, task.name] = partial(
+                    _score_on_task,
+                    model=model,
+                    task=task,
+                    tokenizer=tokenizer,
+                    settings=how,
+                    rates=arguments.task_learning_rates or (how.learning_rate,),
+                    seed=seed,
+                    precision=arguments.task_precision,
+                )
+    at_a_time = jobs_at_a_time(arguments.num_gpus, ablation.device)
+    for (name, seed, task_name), (score, seconds) in run_jobs(jobs, ablation.device, at_a_time):
+        logger.info("%s, seed %d: %s %.1f %%", name, seed, task_name, 100 * score)
+        ablation.record(name, seed).add({task_name: score}, seconds)
+
+
+def _score_on_task(
+    device: torch.device,
+    *,
+    model: str,
+    task: Task,
+    tokenizer: PreTrainedTokenizerFast,
+    settings: FineTuning,
+    rates: Sequence[float],
+    seed: int,
+    precision: str,
+) -> tuple[float, float]:
+    """Return a model's score in the task's first metric, with the rate that is best on dev, and the seconds."""
     started = time.monotonic()
-    logger.info("%s, seed %d: evaluation", name, seed)
-    loaded = nn.Module.to(load_language_model(name, model), ablation.device)
-    quality = held_out_quality(loaded, ablation.corpus, ablation.arguments.max_rows)
-    scores = {ACCURACY: quality.accuracy}
-    tokenizer = ablation.corpus.load_tokenizer()
-    for task in ablation.tasks:
-        settings = task.fine_tuning.within(model_shape(loaded.config).positions)
-        scores[task.name] = fine_tune(model, task, tokenizer, settings, seed, ablation.device)[
-            task.metrics[0]
-        ]
-    seconds += time.monotonic() - started
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({"scores": scores, "seconds": seconds}, indent=2) + "\n")
-    return scores
 
+    def score(rate: float) -> float:
+        of_rate = replace(settings, learning_rate=rate)
+        return fine_tune(model, task, tokenizer, of_rate, seed, device, precision)[task.metrics[0]]
 
-def _record(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return max(map(score, rates)), time.monotonic() - started
 
 
 def _train(ablation: _Ablation, variant: Variant, seed: int, folder: Path) -> None:
@@ -247,6 +320,7 @@ def _train(ablation: _Ablation, variant: Variant, seed: int, folder: Path) -> No
         "train_batch_size": arguments.train_batch_size,
         "per_device_train_batch_size": arguments.per_device_train_batch_size,
         "learning_rate": arguments.learning_rate,
+        "mlm_smoothing": arguments.mlm_smoothing,
     }
     if not variant.from_layers:
         options["student_config"] = ablation.student_config

@@ -17,6 +17,7 @@ from distilspeed.trainer.evaluation.ablation import (
     write_ablation,
 )
 from distilspeed.trainer.evaluation.report import Environment
+from distilspeed.trainer.evaluation.tasks.task import FineTuning, TaskConditions
 
 
 def scores(masked: float, rte: float, sst2: float) -> dict[str, float]:
@@ -36,6 +37,9 @@ def report() -> AblationReport:
         max_steps=10,
         tokens=12345,
         seconds=7200.0,
+        tasks=(TaskConditions("rte", ("accuracy",), 100, 20, FineTuning(3, 5e-5, 32, 128)),),
+        task_learning_rates=(1e-4, 2e-4),
+        task_precision="bf16",
         machine=Environment.here(torch.device("cpu")),
     )
 
@@ -80,4 +84,9 @@ def test_the_files_have_numbers_conditions_and_plot(report: AblationReport, tmp_
     text = (tmp_path / "ablation.md").read_text()
     assert "12,345 tokens in 10 steps" in text
     assert "2.0 hours" in text
+    assert (
+        "fine-tuned with AdamW in bf16:\n\n- rte: accuracy; 3 epochs, learning rate the best on dev of "
+        in text
+    )
+    assert "0.0001, 0.0002 for each model, batch 32, at most 128 tokens; 100 training and 20 dev" in text
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")

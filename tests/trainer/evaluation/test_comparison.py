@@ -16,7 +16,8 @@ from user_errors import raises_user_error
 from distilspeed.trainer.corpus.format import open_corpus
 from distilspeed.trainer.evaluation import comparison
 from distilspeed.trainer.evaluation.arguments import EvaluateArguments
-from distilspeed.trainer.evaluation.comparison import choose_device, evaluate, shown_names
+from distilspeed.trainer.evaluation.comparison import evaluate, shown_names
+from distilspeed.trainer.evaluation.device_jobs import choose_device
 from distilspeed.trainer.evaluation.fill_mask import fill_mask
 from distilspeed.trainer.evaluation.measurements import MeasurementsFile
 from distilspeed.trainer.evaluation.quality import held_out_quality
@@ -79,7 +80,7 @@ def test_student_and_baseline_are_measured_against_the_teacher(
     given: list[tuple[str, int]] = []
 
     def recorded_fine_tune(
-        name: str, task: Any, tokenizer: Any, settings: Any, seed: int, device: Any
+        name: str, task: Any, tokenizer: Any, settings: Any, seed: int, device: Any, precision: str
     ) -> Scores:
         given.append((Path(name).name, seed))
         return {"accuracy": {arguments.teacher: 0.8, arguments.student: 0.6}[name] + 0.1 * (seed - 5)}
@@ -141,22 +142,27 @@ def test_each_model_uses_the_learning_rate_with_the_best_first_seed(
     best = {arguments.teacher: 3e-5, arguments.student: 2e-5}
 
     def recorded_fine_tune(
-        name: str, task: Any, tokenizer: Any, settings: Any, seed: int, device: Any
+        name: str, task: Any, tokenizer: Any, settings: Any, seed: int, device: Any, precision: str
     ) -> Scores:
+        assert precision == "bf16"
         given.append((name, settings.learning_rate, seed))
         return {"accuracy": 0.5 + 0.2 * (settings.learning_rate == best[name]) + 0.01 * seed}
 
     monkeypatch.setattr(comparison, "fine_tune", recorded_fine_tune)
     task = str(tiny_task(tmp_path / "words"))
-    report = evaluate(replace(arguments, task=(task,), task_learning_rates=(2e-5, 3e-5)))
+    report = evaluate(
+        replace(arguments, task=(task,), task_learning_rates=(2e-5, 3e-5), task_precision="bf16")
+    )
     assert given == [
         (name, rate, seed)
+        for tried in (((2e-5, 5), (3e-5, 5)), ((None, 6),))
         for name in (arguments.teacher, arguments.student)
-        for rate, seed in ((2e-5, 5), (3e-5, 5), (best[name], 6))
+        for rate, seed in ((rate or best[name], seed) for rate, seed in tried)
     ]
     assert [model.tasks[0].learning_rate for model in report.models] == [3e-5, 2e-5]
     assert report.models[0].tasks[0].scores["accuracy"] == pytest.approx((0.75, 0.76))
     assert "the best on dev of 2e-05, 3e-05 (teacher 3e-05, student 2e-05)" in report.to_markdown()
+    assert "fine-tuning with AdamW in bf16." in report.to_markdown()
 
 
 def test_models_get_short_unique_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +252,7 @@ def test_an_evaluation_is_resumed_only_with_its_settings_and_inputs(
     code: str,
     named: str,
 ) -> None:
-    monkeypatch.setattr(comparison, "fine_tune", lambda *_: {"accuracy": 0.5})
+    monkeypatch.setattr(comparison, "fine_tune", lambda *_, precision: {"accuracy": 0.5})
     shutil.copytree(models / "student", tmp_path / "student")
     shutil.copytree(small_corpus_dir, tmp_path / "corpus")
     task = tiny_task(tmp_path / "words")

@@ -73,6 +73,7 @@ def report() -> Report:
             tasks=(ClassificationConditions("rte", ("accuracy",), 100, 20, FINE_TUNING, 2, 0.55),),
             task_seeds=2,
             task_learning_rates=None,
+            task_precision="fp32",
         ),
         machine=Environment.here(torch.device("cpu")),
     )

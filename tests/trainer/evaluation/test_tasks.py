@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from distilspeed.trainer.errors import NumericalError
-from distilspeed.trainer.evaluation.fine_tuning import fine_tune, model_inputs
+from distilspeed.trainer.evaluation.fine_tuning import FineTuningRun, fine_tune, model_inputs
 from distilspeed.trainer.evaluation.tasks.jsonl_classification import JsonLinesClassification
 from distilspeed.trainer.evaluation.tasks.jsonl_regression import JsonLinesRegression
 from distilspeed.trainer.evaluation.tasks.registry import read_tasks
@@ -135,9 +135,11 @@ def test_a_model_gets_only_the_inputs_it_accepts_from_any_tokenizer(
     assert set(of_bert["token_type_ids"]) == {0, 1}
 
 
-@pytest.mark.parametrize("architecture", ["bert", "distilbert"])
+@pytest.mark.parametrize(
+    ("architecture", "precision"), [("bert", "fp32"), ("distilbert", "fp32"), ("distilbert", "bf16")]
+)
 def test_a_separable_task_is_learned(
-    tmp_path: Path, tiny_teacher_dir: Path, small_tokenizer_dir: Path, architecture: str
+    tmp_path: Path, tiny_teacher_dir: Path, small_tokenizer_dir: Path, architecture: str, precision: str
 ) -> None:
     model_dir = tiny_teacher_dir
     if architecture == "distilbert":
@@ -146,7 +148,21 @@ def test_a_separable_task_is_learned(
     task = read_task(separable_task(tmp_path / "task"))
     settings = FineTuning(epochs=6, learning_rate=2e-3, batch_size=16, max_length=32)
     tokenizer = AutoTokenizer.from_pretrained(small_tokenizer_dir)
-    assert fine_tune(str(model_dir), task, tokenizer, settings, seed=0, device=CPU)["accuracy"] > 0.95
+    assert fine_tune(str(model_dir), task, tokenizer, settings, 0, CPU, precision)["accuracy"] > 0.95
+
+
+def test_bf16_on_a_cpu_is_not_trained_with_the_slow_attention(
+    tmp_path: Path, tiny_teacher_dir: Path, small_tokenizer_dir: Path
+) -> None:
+    task = read_task(separable_task(tmp_path / "task", train=4, dev=4))
+    used = {}
+    for precision, length in (("fp32", 32), ("bf16", 32), ("bf16", 1024)):
+        model = load_with_head(str(tiny_teacher_dir), task.head)
+        settings = FineTuning(epochs=1, learning_rate=1e-3, batch_size=4, max_length=length)
+        tokenizer = AutoTokenizer.from_pretrained(small_tokenizer_dir)
+        FineTuningRun(task, tokenizer, settings, 0, precision).train(model)
+        used[precision, length] = model.config._attn_implementation
+    assert used == {("fp32", 32): "sdpa", ("bf16", 32): "eager", ("bf16", 1024): "sdpa"}
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,11 @@ Predictions = Mapping[str, list[torch.Tensor]]
 Scores = dict[str, float]  # by the name of the metric
 
 
+def shown_scores(scores: Scores) -> str:
+    """Return scores as a text, for example "accuracy 81.3 %, f1 84.0 %"."""
+    return ", ".join(f"{metric} {100 * score:.1f} %" for metric, score in scores.items())
+
+
 @dataclass(frozen=True)
 class FineTuning:
     """The settings of fine-tuning; ``max_length`` in tokens."""
@@ -51,6 +56,18 @@ class TaskConditions:
     def described(self) -> str:
         """Describe the data in words, as the end of a line."""
         return f"{self.train_examples:,} training and {self.dev_examples:,} dev examples"
+
+    def line(self, learning_rate: str) -> str:
+        """Describe metrics, settings and data in one line.
+
+        Args:
+            learning_rate: the rate, or in words how it was chosen.
+        """
+        how = self.fine_tuning
+        return (
+            f"{self.name}: {' and '.join(self.metrics)}; {how.epochs} epochs, learning rate {learning_rate}, batch "
+            f"{how.batch_size}, at most {how.max_length} tokens; {self.described()}."
+        )
 
 
 @dataclass(frozen=True)
