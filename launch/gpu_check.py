@@ -196,16 +196,21 @@ class Plan:
         return Part("evaluation", SECONDS_OF_MEASUREMENT, [evaluate], folder / "report.json")
 
     def training(self) -> list[Part]:
-        """Return the first ZeRO stage at every row length, the V100 recipe, then the other ZeRO stages."""
+        """Return the first ZeRO stage at every row length, then without compiling, the V100 recipe, other stages."""
         sizes, longest = self.sizes, max(self.sizes.micro_batches)
         parts = []
         for stage in sizes.zero_stages:
             for length, micro_batch in sizes.micro_batches.items():
                 name, batch = f"training, rows of {length}, ZeRO-{stage}", sizes.accumulation * micro_batch
                 parts.append(self._benchmark(name, length, stage, micro_batch, batch))
-        v100 = self._benchmark("V100 recipe", longest, 1, 8, sizes.v100_batch, "--as_v100")
+        # PyTorch's builds for V100 are too old to compile.
+        not_compiled = ("--compile", "off")
+        v100 = self._benchmark("V100 recipe", longest, 1, 8, sizes.v100_batch, "--as_v100", *not_compiled)
+        micro_batch = sizes.micro_batches[longest]
+        name, batch = f"training, rows of {longest}, not compiled", sizes.accumulation * micro_batch
+        plain = self._benchmark(name, longest, sizes.zero_stages[0], micro_batch, batch, *not_compiled)
         first = len(sizes.micro_batches)
-        return [*parts[:first], v100, *parts[first:]]
+        return [*parts[:first], plain, v100, *parts[first:]]
 
     def profiles(self) -> list[Part]:
         return [self._profile(rows, dtype) for dtype in self.sizes.dtypes for rows in self.sizes.rows]

@@ -79,6 +79,9 @@ class MadeUpFamily:
     def attention_mask(self, config: Any, document_ids: torch.Tensor, implementation: str | None) -> Any:
         return document_mask(document_ids, implementation)
 
+    def layers(self, model: Any) -> Any:
+        return model.bert.encoder.layer
+
     def first_attention(self, model: Any) -> nn.Module:
         return model.bert.encoder.layer[0].attention.self
 

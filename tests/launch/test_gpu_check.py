@@ -44,6 +44,7 @@ def test_every_part_runs(tiny_teacher_dir: Path, reference_text: Path, tmp_path:
             "distillation",
             "evaluation",
             "training, rows of 64, ZeRO-2",
+            "training, rows of 64, not compiled",
             "V100 recipe",
             "kernels, 64 rows, fp32",
         ),
@@ -52,6 +53,8 @@ def test_every_part_runs(tiny_teacher_dir: Path, reference_text: Path, tmp_path:
     setting = parts["training, rows of 64, ZeRO-2"]["result"]["setting"]
     assert setting["zero_stage"] == 2
     assert "limited_to" not in setting
+    assert setting["compile"] == "auto"
+    assert parts["training, rows of 64, not compiled"]["result"]["setting"]["compile"] == "off"
     assert parts["V100 recipe"]["result"]["setting"]["limited_to"] == "V100"
     assert [model["role"] for model in parts["evaluation"]["result"]["models"]] == [
         "teacher",

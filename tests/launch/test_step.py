@@ -1,6 +1,7 @@
 """The training step under the launcher: waits for the device, compilation, workers."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,8 +62,32 @@ def test_with_compile_and_workers_the_step_is_the_same(
     tmp_path: Path, tiny_teacher_dir: Path, small_corpus_dir: Path, device: str
 ) -> None:
     plain = metrics_of(tmp_path / "plain", tiny_teacher_dir, small_corpus_dir, device)
-    flags = ("--compile", "--dataloader_num_workers", 2)
+    flags = ("--compile", "on", "--dataloader_num_workers", 2)
     compiled = metrics_of(tmp_path / "compiled", tiny_teacher_dir, small_corpus_dir, device, *flags)
     for one, other in zip(plain, compiled, strict=True):
         assert other.loss == pytest.approx(one.loss, rel=1e-4)
         assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-3)
+
+
+@pytest.mark.full
+def test_a_resumed_run_compiles_as_at_its_start_and_computes_the_same_bits(
+    tmp_path: Path, dropout_teacher_dir: Path, small_corpus_dir: Path
+) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    train = (ROOT / "launch" / "train.py", "--save_steps", 2)
+    given = arguments_of(whole, dropout_teacher_dir, small_corpus_dir)
+    result = deepspeed(*train, *given, "--compile", "on", ranks=1)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "encoders: compiled; the first step took" in result.stdout
+
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "student")
+    for checkpoint in (resumed / "checkpoints").glob("step_*"):
+        if checkpoint.name != "step_2":
+            shutil.rmtree(checkpoint)
+    given = arguments_of(resumed, dropout_teacher_dir, small_corpus_dir)
+    result = deepspeed(*train, *given, "--resume", ranks=1)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "encoders: compiled; the first step took" in result.stdout
+    weights = [(run / "student" / "model.safetensors").read_bytes() for run in (whole, resumed)]
+    assert weights[0] == weights[1]

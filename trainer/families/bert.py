@@ -145,11 +145,13 @@ class BertFamily:
     ) -> Any:
         return document_mask(document_ids, implementation)
 
-    def first_attention(self, model: PreTrainedModel) -> nn.Module:
+    def layers(self, model: PreTrainedModel) -> nn.ModuleList:
         encoder: Any = model.base_model
-        if isinstance(model, DistilBertForMaskedLM):
-            return encoder.transformer.layer[0].attention
-        return encoder.encoder.layer[0].attention.self
+        return (encoder.transformer if isinstance(model, DistilBertForMaskedLM) else encoder.encoder).layer
+
+    def first_attention(self, model: PreTrainedModel) -> nn.Module:
+        attention: Any = self.layers(model)[0].attention
+        return attention if isinstance(model, DistilBertForMaskedLM) else attention.self
 
     def head(self, model: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         if isinstance(model, DistilBertForMaskedLM):

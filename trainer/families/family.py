@@ -66,6 +66,10 @@ class Family(Protocol):
         """
         ...
 
+    def layers(self, model: PreTrainedModel) -> nn.ModuleList:
+        """Return the Transformer layers, which are compiled one by one."""
+        ...
+
     def first_attention(self, model: PreTrainedModel) -> nn.Module:
         """Return the first layer's attention with its input projections.
 

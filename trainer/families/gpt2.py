@@ -74,9 +74,13 @@ class Gpt2Family:
     ) -> Any:
         return causal_document_mask(document_ids, implementation)
 
-    def first_attention(self, model: PreTrainedModel) -> nn.Module:
+    def layers(self, model: PreTrainedModel) -> nn.ModuleList:
         decoder: Any = model.base_model
-        return decoder.h[0].attn
+        return decoder.h
+
+    def first_attention(self, model: PreTrainedModel) -> nn.Module:
+        layer: Any = self.layers(model)[0]
+        return layer.attn
 
     def head(self, model: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         return model.lm_head(hidden_states)

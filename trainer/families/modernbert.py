@@ -90,6 +90,10 @@ class ModernBertFamily:
             for kind in set(config.layer_types)
         }
 
+    def layers(self, model: PreTrainedModel) -> nn.ModuleList:
+        encoder: Any = model.base_model
+        return encoder.layers
+
     def first_attention(self, model: PreTrainedModel) -> nn.Module:
         return _OneAttention(model)
 

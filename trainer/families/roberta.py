@@ -62,9 +62,13 @@ class RobertaFamily:
     ) -> Any:
         return document_mask(document_ids, implementation)
 
-    def first_attention(self, model: PreTrainedModel) -> nn.Module:
+    def layers(self, model: PreTrainedModel) -> nn.ModuleList:
         encoder: Any = model.base_model
-        return encoder.encoder.layer[0].attention.self
+        return encoder.encoder.layer
+
+    def first_attention(self, model: PreTrainedModel) -> nn.Module:
+        layer: Any = self.layers(model)[0]
+        return layer.attention.self
 
     def head(self, model: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         return model.lm_head(hidden_states)

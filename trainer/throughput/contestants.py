@@ -71,7 +71,7 @@ class Ours:
     """The trainer's own step, as in ``launch/train.py``; created in ``joined_job``."""
 
     def __init__(self, run: Run) -> None:
-        self.run = run = run.with_optimizer_settled()
+        self.run = run = run.settled()
         self.batches = MicroBatches(run.corpus, run.batch, run.process.rank, run.arguments.seed)
         settle_attention(run, self.batches)
         self.step = TrainingStep(run)

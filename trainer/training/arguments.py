@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from distilspeed.trainer.data.masking import LARGEST_SMOOTHING, SMOOTHING
 from distilspeed.trainer.errors import UserError
@@ -26,7 +27,10 @@ class StepArguments(Settings):
     dataloader_num_workers: int | None = setting(
         None, at_least=0, help="processes per rank that mask and collate; default 2 on a GPU, 0 on a CPU"
     )
-    compile: bool = setting(False, help="compile the student's and the teacher's encoder (torch.compile)")
+    compile: Literal["auto", "on", "off"] = setting(
+        "auto",
+        help="torch.compile the student's and the teacher's encoder; auto does on GPUs, except with ZeRO-3",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from distilspeed.trainer.data.masking import SMOOTHING
 from distilspeed.trainer.engine.config import DeepSpeedConfig
@@ -51,6 +51,7 @@ class Record:
     Attributes:
         identity: the settings that must not change, as at the start (``identity.identity_of``).
         attention: transformers' names of the attention implementations, for "student" and "teacher".
+        compile: whether the encoders are compiled, "on" or "off".
         started: current config and number of steps: those of the start, with all changes applied.
         changes: the changes made when the run was resumed, one line each.
         student_step: the step at which ``student/`` was exported, if it exists.
@@ -58,6 +59,7 @@ class Record:
 
     identity: dict[str, Any]
     attention: dict[str, str]
+    compile: Literal["on", "off"]
     started: Started
     changes: tuple[str, ...]
     student_step: int
@@ -84,6 +86,7 @@ def read_record(output_dir: Path) -> Record | None:
         return Record(
             identity,
             dict(content["attention"]),
+            "on" if content["arguments"].get("compile") in (True, "on") else "off",
             Started(DeepSpeedConfig(config), total_steps),
             tuple(lines),
             int(content.get("student_step", identity[TOTAL_STEPS])),  # older versions export only at the end

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch.distributed
 from transformers import PreTrainedModel
@@ -21,6 +22,7 @@ from distilspeed.trainer.engine.student import DTYPES
 from distilspeed.trainer.families.shape import ModelShape
 from distilspeed.trainer.job.ranks import Process, this_process
 from distilspeed.trainer.models.attention import SDPA, choose_attention
+from distilspeed.trainer.models.compilation import compiling_pays
 from distilspeed.trainer.models.flops import flops_per_token, model_shape
 from distilspeed.trainer.models.loading import warn_without_tokenizer
 from distilspeed.trainer.objective.objective import Objective
@@ -66,11 +68,25 @@ class Run:
         """Return the shapes of the student and, if there is one, the teacher."""
         return model_shape(self.student.config), model_shape(self.teacher.config) if self.teacher else None
 
-    def with_optimizer_settled(self) -> "Run":
-        """Return the run with an optimiser that every rank can make; called by every rank, after the ranks join."""
-        process = self.process
+    def settled(self) -> "Run":
+        """Return the run with what all ranks must agree on; called by every rank, after the ranks join.
+
+        This is an optimiser that every rank can make, and whether the encoders are compiled. A resumed run compiles
+        them as it did at its start, unless --compile says otherwise, so that it computes the same bits.
+        """
+        process, arguments = self.process, self.arguments
         config = settle_optimizer(self.deepspeed_config, process.device, process.local_rank)
-        return replace(self, deepspeed_config=config)
+        compile = [arguments.compile]
+        if process.rank == 0 and arguments.compile == "auto":
+            record = read_record(arguments.output_dir)
+            compile = [record.compile if record else self._best_compile()]
+        torch.distributed.broadcast_object_list(compile, device=process.device)
+        return replace(self, deepspeed_config=config, arguments=replace(arguments, compile=compile[0]))
+
+    def _best_compile(self) -> Literal["on", "off"]:
+        # ZeRO-3 gathers weights in hooks of every layer, each of which ends a compiled graph.
+        gathers = self.deepspeed_config.zero_stage == 3 or self.arguments.teacher_zero3
+        return "on" if not gathers and compiling_pays(self.process.device) else "off"
 
     def flops_per_token(self) -> float:
         """Return the FLOPs of a training step per token of a row."""

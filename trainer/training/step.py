@@ -13,6 +13,7 @@ from distilspeed.trainer.engine.student import DTYPES, backward, loss_scale, opt
 from distilspeed.trainer.engine.teacher import make_teacher
 from distilspeed.trainer.errors import OverflowAtLowestScale
 from distilspeed.trainer.families.vocabulary import pad_vocabulary
+from distilspeed.trainer.models.compilation import compile_encoder
 from distilspeed.trainer.objective.objective import Distillation
 from distilspeed.trainer.training.run import Run
 
@@ -48,8 +49,8 @@ class TrainingStep:
         self.objective = run.objective
         for model in run.models().values():
             pad_vocabulary(model)
-            if arguments.compile:
-                model.base_model.compile()
+            if arguments.compile == "on":
+                compile_encoder(model)
         # The terms' own parameters must start the same on every rank and in every run.
         torch.manual_seed(arguments.seed)
         self.distillation = Distillation(
