@@ -78,7 +78,7 @@ class Sizes:
     dtypes: tuple[str, ...] = ("fp16", "bf16")
     vocab_size: int = 30522
     hidden_size: int = 768
-    peers: str = "eager,compile,liger"
+    peers: str = "eager,compile,liger,nemo"
     repeats: int = 20
     precision: str = "fp16"
     zero_stages: tuple[int, ...] = (1, 2)

@@ -28,6 +28,7 @@ from distilspeed.kernels.profiling.peers import (
     EAGER,
     HARD_WEIGHT,
     LIGER,
+    NEMO,
     PEERS,
     SOFT_WEIGHT,
     compile_once,
@@ -36,6 +37,7 @@ from distilspeed.kernels.profiling.peers import (
     eager_cosine,
     eager_losses,
     liger_logits,
+    nemo_logits,
 )
 from distilspeed.kernels.profiling.problem import (
     GB_PER_S,
@@ -191,6 +193,14 @@ def peer_logit_cases(inputs: LogitInputs, floor: Floor) -> tuple[Case, ...]:
             inputs.overwritable,
             lambda student: (liger_logits(student, teacher, labels, temperature),),
             peers=LIGER,
+        ),
+        Case(
+            "NeMo soft cross-entropy",
+            "softmax of the teacher in PyTorch, NeMo Automodel's kernel, then PyTorch's cross_entropy",
+            floor,
+            inputs.fresh,
+            lambda student: (nemo_logits(student, teacher, labels, temperature),),
+            peers=NEMO,
         ),
     )
 

@@ -32,6 +32,7 @@ class Machine:
     cuda_version: str | None
     triton_version: str | None
     liger_version: str | None
+    nemo_version: str | None
     date: str
     command: str
 
@@ -49,6 +50,7 @@ class Machine:
             cuda_version=torch.version.cuda,
             triton_version=_version("triton"),
             liger_version=_version("liger-kernel"),
+            nemo_version=_version("nemo-automodel"),
             date=datetime.datetime.now(datetime.UTC).date().isoformat(),
             command=shlex.join(["python", *sys.argv]),
         )
@@ -56,8 +58,8 @@ class Machine:
     def __str__(self) -> str:
         return (
             f"{self.device}; CPU: {self.cores} cores, {self.threads} threads, load before {self.load_average:.1f}; "
-            f"torch {self.torch_version}, triton {self.triton_version}, liger-kernel {self.liger_version}; "
-            f"{self.date}."
+            f"torch {self.torch_version}, triton {self.triton_version}, liger-kernel {self.liger_version}, "
+            f"nemo-automodel {self.nemo_version}; {self.date}."
         )
 
 

@@ -1,4 +1,4 @@
-"""Peers of the kernels: the original recipe in eager PyTorch, Liger, bare matrix products.
+"""Peers of the kernels: the original recipe in eager PyTorch, Liger, NeMo Automodel, bare matrix products.
 
 The losses are those of Sanh et al. 2019, arXiv 1910.01108, section 3, with their weights; rows are tokens.
 The docstring of a peer says if it computes something else.
@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from distilspeed.kernels.implementation.backend import use_triton
 
-EAGER, COMPILE, LIGER = (frozenset({name}) for name in ("eager", "compile", "liger"))
-PEERS = EAGER | COMPILE | LIGER
+EAGER, COMPILE, LIGER, NEMO = (frozenset({name}) for name in ("eager", "compile", "liger", "nemo"))
+PEERS = EAGER | COMPILE | LIGER | NEMO
 
 SOFT_WEIGHT = 5.0
 HARD_WEIGHT = 2.0
@@ -92,6 +92,23 @@ def liger_logits(
     soft: Tensor = LigerKLDivLossFunction.apply(log_q, p, "batchmean") * temperature**2
     hard, *_ = LigerCrossEntropyFunction.apply(student_logits, labels, None, IGNORE_INDEX)
     return SOFT_WEIGHT * soft + HARD_WEIGHT * hard
+
+
+def nemo_logits(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Return :func:`eager_losses` from NeMo Automodel's soft cross-entropy kernel and PyTorch's; Triton only.
+
+    It is larger by the teacher's entropy, which has no gradient. The kernel takes the teacher's probabilities, knows no
+    temperature, and writes its gradient over its input, here a scaled copy of the logits.
+    """
+    if not use_triton(student_logits):
+        raise RuntimeError("NeMo Automodel's kernel needs a GPU")
+    from nemo_automodel.components.loss.triton.soft_cross_entropy import fused_soft_cross_entropy
+
+    scaled = (student_logits / temperature)[None]  # it wants [batch, length, vocabulary]
+    p = functional.softmax(teacher_logits / temperature, dim=-1)[None]
+    every_row = p.new_ones(*p.shape[:2], 1)
+    soft: Tensor = fused_soft_cross_entropy(scaled, p, every_row) * temperature**2
+    return SOFT_WEIGHT * soft + HARD_WEIGHT * hard_loss(student_logits, labels)
 
 
 def liger_linear(

@@ -70,7 +70,7 @@ class ProfileSettings:
         metadata={
             "type": peer_set,
             "metavar": "NAME,NAME",
-            "help": "peers to compare with: any of eager,compile,liger, or none (default: all)",
+            "help": "peers to compare with: any of eager,compile,liger,nemo, or none (default: all)",
         },
     )
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distilspeed.kernels import reference
+from distilspeed.kernels.implementation.backend import INTERPRETED
 from distilspeed.kernels.profiling.cases import build_groups
 from distilspeed.kernels.profiling.measurement import (
     Case,
@@ -27,7 +28,9 @@ from distilspeed.kernels.profiling.peers import (
     COMPILE,
     EAGER,
     LIGER,
+    eager_losses,
     liger_linear,
+    nemo_logits,
     project_back,
     project_both,
 )
@@ -277,6 +280,26 @@ def test_ligers_fused_linear_loss_is_the_same_with_soft_targets_in_labelled_rows
     logits = project_both(student_hidden, student_weight, teacher_hidden, teacher_weight)
     expected = reference.distillation_loss(*logits, labels, soft_mask=labels != -100)
     torch.testing.assert_close(loss, 5 * expected.kl + 2 * expected.hard_ce)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("nemo_automodel") is None, reason="nemo-automodel is not installed"
+)
+@pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET is not 1")
+def test_nemos_kernel_is_the_recipe_and_the_teachers_entropy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(40, 50, generator=generator) for _ in range(2))
+    labels = random_labels(small_problem(), generator)
+    mine, theirs = (student.clone().requires_grad_() for _ in range(2))
+    expected, loss = (
+        f(logits, teacher, labels, 2.0) for f, logits in ((eager_losses, mine), (nemo_logits, theirs))
+    )
+    log_p = (teacher / 2.0).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1).mean()
+    torch.testing.assert_close(loss, expected + 5 * 4 * entropy)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(of, logits)[0] for of, logits in ((loss, theirs), (expected, mine)))
+    )
 
 
 def test_the_bare_matrix_products_are_those_of_training() -> None:

@@ -20,6 +20,7 @@ CASES = {
         "weighted_distillation_loss, inplace",
         "eager recipe",
         "Liger kl_div and cross_entropy",
+        "NeMo soft cross-entropy",
     },
     "linear": {
         "linear_distillation_loss",
@@ -68,7 +69,7 @@ def check_complete(profile: dict[str, Any], table: str, expected: dict[str, set[
 
 def test_the_command_prints_a_table_and_writes_its_files(tmp_path: Path) -> None:
     output = tmp_path / "runs" / "profile"
-    done = run_profile("--peers", "eager,liger", "--output_dir", output, "--trace")
+    done = run_profile("--peers", "eager,liger,nemo", "--output_dir", output, "--trace")
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in output.iterdir()) == ["profile.json", "roofline.png", "trace.json"]
     assert [path.name for path in output.parent.iterdir()] == ["profile"]
@@ -82,7 +83,7 @@ def test_the_command_prints_a_table_and_writes_its_files(tmp_path: Path) -> None
     assert {"device", "cpu", "threads", "torch_version", "python_version", "date"} <= {
         name for name, value in machine.items() if value
     }
-    assert "--peers eager,liger" in machine["command"]
+    assert "--peers eager,liger,nemo" in machine["command"]
 
     assert (output / "roofline.png").read_bytes().startswith(b"\x89PNG")
     spans = {event.get("name") for event in json.loads((output / "trace.json").read_text())["traceEvents"]}
