@@ -203,12 +203,10 @@ class Plan:
             for length, micro_batch in sizes.micro_batches.items():
                 name, batch = f"training, rows of {length}, ZeRO-{stage}", sizes.accumulation * micro_batch
                 parts.append(self._benchmark(name, length, stage, micro_batch, batch))
-        # PyTorch's builds for V100 are too old to compile.
-        not_compiled = ("--compile", "off")
-        v100 = self._benchmark("V100 recipe", longest, 1, 8, sizes.v100_batch, "--as_v100", *not_compiled)
+        v100 = self._benchmark("V100 recipe", longest, 1, 8, sizes.v100_batch, "--as_v100")
         micro_batch = sizes.micro_batches[longest]
         name, batch = f"training, rows of {longest}, not compiled", sizes.accumulation * micro_batch
-        plain = self._benchmark(name, longest, sizes.zero_stages[0], micro_batch, batch, *not_compiled)
+        plain = self._benchmark(name, longest, sizes.zero_stages[0], micro_batch, batch, "--compile", "off")
         first = len(sizes.micro_batches)
         return [*parts[:first], plain, v100, *parts[first:]]
 

@@ -89,7 +89,7 @@ def waits_of_a_step(accumulation: int, arguments: list[str]) -> list[str]:
             per_device_train_batch_size=MICRO_BATCH,
         )
     )
-    run = run.settled()
+    run = run.agreed_by_ranks()
     batches = MicroBatches(run.corpus, run.batch, 0, seed=0)
     settle_attention(run, batches)
     step = TrainingStep(run)

@@ -143,7 +143,7 @@ class AblationReport:
     def _learning_rate(self, task: TaskConditions) -> str:
         tried = self.task_learning_rates or (task.fine_tuning.learning_rate,)
         rates = ", ".join(f"{rate:g}" for rate in tried)
-        return rates if len(tried) == 1 else f"the best on dev of {rates} for each model"
+        return rates if len(tried) == 1 else f"the best on dev of {rates} for each model and seed"
 
 
 def with_task_mean(scores: Mapping[str, float]) -> Scores:

@@ -1,6 +1,7 @@
 """Compare a student, and baselines, with the teacher: the work of launch/evaluate.py.
 
-Every model runs in float32 on the same masks and the same examples. Forward passes are timed in turns.
+Every model sees the same masks and the same examples, in float32 except in fine-tuning, if that is asked for. Forward
+passes are timed in turns.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from distilspeed.trainer.corpus.format import Corpus, open_corpus
@@ -103,7 +105,7 @@ def evaluate(arguments: EvaluateArguments) -> Report:
         NumericalError: a model's loss on the held-out rows, or a score on a task, is not finite.
     """
     device = choose_device(arguments.device)
-    jobs_at_a_time(arguments.num_gpus, device)  # raises an error for too many
+    at_a_time = jobs_at_a_time(arguments.num_gpus, device)
     check_precision(arguments.task_precision, device)
     _check_output_dir(arguments.output_dir, arguments.resume)
     tasks = read_tasks(arguments.task_names)
@@ -133,7 +135,13 @@ def evaluate(arguments: EvaluateArguments) -> Report:
     measured, machine = file.models(
         lambda: _measure_models(arguments, corpus, models, positions, device), device
     )
-    scores = _fine_tune_all(_Runs(arguments, corpus.load_tokenizer(), device, file), tasks, settings)
+    if device.type == "cuda":  # the fine-tuned models need the memory
+        for model in models:
+            nn.Module.to(model, "cpu")
+        torch.cuda.empty_cache()
+    scores = _fine_tune_all(
+        _Runs(arguments, corpus.load_tokenizer(), device, at_a_time, file), tasks, settings
+    )
     report = Report(
         models=tuple(_model_reports(arguments, models, measured, scores)),
         conditions=EvaluationConditions(
@@ -281,12 +289,13 @@ class _Runs:
     arguments: EvaluateArguments
     tokenizer: PreTrainedTokenizerFast
     device: torch.device
+    at_a_time: int
     file: MeasurementsFile
 
     def scores(self, runs: Iterable[_Run]) -> Mapping[str, Scores]:
         """Return the scores of the runs, and of all earlier ones, by the names of the runs."""
         jobs = {run.name: self._job(run) for run in runs}
-        return self.file.runs(jobs, self.device, jobs_at_a_time(self.arguments.num_gpus, self.device))
+        return self.file.runs(jobs, self.device, self.at_a_time)
 
     def _job(self, run: _Run) -> Callable[[torch.device], Scores]:
         model, precision = self.arguments.models[run.role], self.arguments.task_precision

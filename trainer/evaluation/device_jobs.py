@@ -10,6 +10,7 @@ import torch
 
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.job.command import quiet_libraries
+from distilspeed.trainer.job.processes import exit_on_sigterm
 from distilspeed.trainer.job.workers import WorkerPool
 
 Key = TypeVar("Key")
@@ -59,7 +60,7 @@ def run_jobs(
         devices.put("cpu" if device.type == "cpu" else f"cuda:{number}")
     threads = max(1, torch.get_num_threads() // at_a_time)
     try:
-        with WorkerPool(at_a_time, _start_worker, devices, threads) as pool:
+        with exit_on_sigterm(), WorkerPool(at_a_time, _start_worker, devices, threads) as pool:
             # These start all processes. The pool does not notice the death of a process that it started with its last
             # job: it looks for new ones only when it gets another job or a result.
             for _ in range(at_a_time):
@@ -80,6 +81,8 @@ _device: torch.device
 def _start_worker(devices: Any, threads: int) -> None:
     global _device
     _device = torch.device(devices.get())
+    if _device.type == "cuda":
+        torch.cuda.set_device(_device)
     torch.set_num_threads(threads)
     quiet_libraries()
 

@@ -71,7 +71,7 @@ class FineTuningRun:
         steps_per_epoch = math.ceil(len(inputs) / self.settings.batch_size)
         steps = self.settings.epochs * steps_per_epoch
         optimizer = torch.optim.AdamW(
-            model.parameters(), lr=self.settings.learning_rate, weight_decay=WEIGHT_DECAY, fused=True
+            model.parameters(), lr=self.settings.learning_rate, weight_decay=WEIGHT_DECAY
         )
         schedule = get_linear_schedule_with_warmup(optimizer, round(WARMUP_FRACTION * steps), steps)
         scaler = torch.amp.GradScaler(model.device.type, enabled=self.precision == "fp16")

@@ -60,12 +60,17 @@ class TaskCheckpoint:
         return step
 
 
+# Values of settings that files of earlier versions lack.
+UNRECORDED = {"task_precision": "fp32"}
+
+
 def check_same_settings(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise a UserError if a file is of a run with other settings."""
     for name, value in wanted.items():
-        if saved.get(name) != value:
+        before = saved.get(name, UNRECORDED.get(name))
+        if before != value:
             raise UserError(
                 "changed-run",
-                f"{path} is of a run with {name} {saved.get(name)}, not {value}; use the same settings, or choose "
+                f"{path} is of a run with {name} {before}, not {value}; use the same settings, or choose "
                 "another --output_dir",
             )

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from types import FrameType
 from typing import NoReturn
 
 # Ctrl-C, a closed terminal and batch systems send these to every process of a job.
@@ -48,6 +49,20 @@ def children_deaf_to(signals: Collection[signal.Signals]) -> Iterator[None]:
             signal.signal(number, handler)
         for held_number in held:
             signal.raise_signal(held_number)
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Raise SystemExit in the block when SIGTERM comes, so that the block can end what it has started."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def end_at_once(status: int) -> NoReturn:

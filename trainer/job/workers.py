@@ -21,8 +21,8 @@ LEFT_TO_PARENT = (signal.SIGINT, signal.SIGHUP)
 class WorkerPool:
     """Processes that run functions; ``submit`` raises ``BrokenProcessPool`` in its future if a process dies.
 
-    At the end of a ``with`` block what has not begun is cancelled, and what has begun is awaited; if an exception ends
-    the block, the processes are terminated.
+    At the end of a ``with`` block waiting functions are cancelled and running ones are awaited. If an exception ends
+    the block, all child processes of this process are terminated.
     """
 
     def __init__(self, count: int, start: Callable[..., None], *arguments: Any) -> None:

@@ -1,7 +1,5 @@
 """Compile the encoders with torch.compile."""
 
-import logging
-
 import torch
 import torch._inductor.config as inductor
 from torch.nn import functional
@@ -9,8 +7,6 @@ from transformers import PreTrainedModel
 
 from distilspeed.trainer.errors import first_line
 from distilspeed.trainer.families.registry import family_of
-
-logger = logging.getLogger(__name__)
 
 # Triton, which compiles for GPUs, supports no older ones.
 OLDEST_CAPABILITY = (7, 0)
@@ -27,12 +23,11 @@ def compiling_pays(device: torch.device) -> bool:
         device.type == "cuda"
         and torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY
         and hasattr(inductor, "deterministic")
-        and compiler_works(device)
     )
 
 
-def compiler_works(device: torch.device) -> bool:
-    """Compile a small function and differentiate it; warn if that fails."""
+def compiler_fault(device: torch.device) -> str | None:
+    """Compile a small function and differentiate it; return in one line what failed, or None."""
 
     def layer(states: torch.Tensor) -> torch.Tensor:
         return functional.gelu(functional.layer_norm(states, states.shape[-1:]))
@@ -41,9 +36,8 @@ def compiler_works(device: torch.device) -> bool:
     try:
         torch.compile(layer, dynamic=False)(states).sum().backward()
     except Exception as error:  # from Inductor, Triton, their C compiler or the driver
-        logger.warning("the encoders are not compiled, because torch.compile fails: %s", first_line(error))
-        return False
-    return True
+        return first_line(error)
+    return None
 
 
 def compile_encoder(model: PreTrainedModel) -> None:

@@ -54,15 +54,19 @@ class Footprint:
 
     resident   tensors held between steps: weights, gradients, optimiser states, teacher
     peak       largest size of all tensors at any moment of a step
+    compile    "on" if the encoders are compiled, else "off"
     """
 
     resident: int
     peak: int
     phases: dict[str, float]
     matmul_flops: float
+    compile: str
 
 
 class Contestant(Protocol):
+    compile: str
+
     def steps(self, count: int) -> Lap:
         """Take steps, wait for the device, and time them."""
 
@@ -71,7 +75,8 @@ class Ours:
     """The trainer's own step, as in ``launch/train.py``; created in ``joined_job``."""
 
     def __init__(self, run: Run) -> None:
-        self.run = run = run.settled()
+        self.run = run = run.agreed_by_ranks()
+        self.compile: str = run.arguments.compile
         self.batches = MicroBatches(run.corpus, run.batch, run.process.rank, run.arguments.seed)
         settle_attention(run, self.batches)
         self.step = TrainingStep(run)
@@ -96,6 +101,8 @@ class Ours:
 
 class Eager:
     """The original recipe; see eager_recipe.py."""
+
+    compile: str = "off"
 
     def __init__(self, run: Run) -> None:
         assert run.teacher is not None
@@ -145,7 +152,8 @@ def footprint(contestant: Contestant, run: Run) -> Footprint:
     with PhaseProfile() as phases:
         contestant.steps(PROFILED_STEPS)
     seconds = {name: time / PROFILED_STEPS for name, time in phases.seconds.items()}
-    return Footprint(resident, peak, seconds, measure_matmul_flops(device, DTYPES[run.precision]))
+    flops = measure_matmul_flops(device, DTYPES[run.precision])
+    return Footprint(resident, peak, seconds, flops, contestant.compile)
 
 
 def resident_bytes(device: torch.device) -> int:

@@ -77,7 +77,7 @@ class BenchmarkReport:
                 "accumulation_steps": run.batch.gradient_accumulation_steps,
                 "precision": run.precision,
                 "zero_stage": run.deepspeed_config.zero_stage,
-                "compile": run.arguments.compile,
+                "compile": footprints[OURS].compile,
                 "restrict_ce_to_mask": run.objective.settings()["restrict_ce_to_mask"],
                 "padding_of_corpus": round(run.corpus.manifest.padding_fraction, 4),
             }
@@ -128,6 +128,8 @@ def read_stored(path: Path) -> tuple[float, dict[str, Any]]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         ratio, setting = float(stored["ratio"]), dict(stored["setting"])
+        if isinstance(setting.get("compile"), bool):  # of an earlier version
+            setting["compile"] = "on" if setting["compile"] else "off"
         if not 0 < ratio < math.inf:
             raise ValueError(f"its ratio is {ratio}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

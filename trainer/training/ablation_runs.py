@@ -2,7 +2,7 @@
 
 student_config/       the student's config, for random weights
 untrained_student/    the teacher's layers as a model
-VARIANT/seed_N/       run/, a run of launch/train.py; train.log, its output; scores.json, made when it is trained
+VARIANT/seed_N/       run/, a run of launch/train.py; train.log, its output; scores.json, its scores so far
 """
 
 import json
@@ -42,6 +42,7 @@ from distilspeed.trainer.evaluation.device_jobs import choose_device, jobs_at_a_
 from distilspeed.trainer.evaluation.fine_tuning import check_precision, fine_tune
 from distilspeed.trainer.evaluation.quality import held_out_quality
 from distilspeed.trainer.evaluation.report import Environment
+from distilspeed.trainer.evaluation.task_checkpoint import UNRECORDED
 from distilspeed.trainer.evaluation.tasks.registry import read_tasks
 from distilspeed.trainer.evaluation.tasks.task import FineTuning, Task
 from distilspeed.trainer.files import (
@@ -80,6 +81,7 @@ class _Ablation:
     tasks: Sequence[Task]
     chosen: Sequence[Variant]
     device: torch.device
+    at_a_time: int  # fine-tuning runs
 
     def folder(self, variant: str, seed: int) -> Path:
         return self.arguments.output_dir / variant / f"seed_{seed}"
@@ -111,7 +113,6 @@ def run_ablation(arguments: AblationArguments) -> AblationReport:
         NumericalError: a loss or a score is not finite.
     """
     device = choose_device(arguments.device)
-    jobs_at_a_time(arguments.num_gpus, device)  # raises an error for too many
     check_precision(arguments.task_precision, device)
     corpus = open_corpus(arguments.data_dir)
     ablation = _Ablation(
@@ -120,6 +121,7 @@ def run_ablation(arguments: AblationArguments) -> AblationReport:
         read_tasks(arguments.task_names),
         _chosen_variants(arguments.variants, corpus.manifest.objective),
         device,
+        jobs_at_a_time(arguments.num_gpus, device),
     )
     _check_settings(arguments)
     if not ablation.untrained.exists():
@@ -178,7 +180,7 @@ def _check_settings(arguments: AblationArguments) -> None:
     if not path.exists():
         check_unoccupied(arguments.output_dir)
         return
-    before: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+    before: dict[str, str] = UNRECORDED | json.loads(path.read_text(encoding="utf-8"))
     for name in before.keys() | settings.keys():
         if before.get(name) != settings.get(name):
             raise UserError(
@@ -261,8 +263,7 @@ def _evaluate(ablation: _Ablation, names: Sequence[str], settings: Sequence[Fine
             started = time.monotonic()
             if model not in accuracies:
                 logger.info("%s, seed %d: held-out rows", name, seed)
-                loaded = nn.Module.to(load_language_model(name, model), ablation.device)
-                accuracies[model] = held_out_quality(loaded, ablation.corpus, arguments.max_rows).accuracy
+                accuracies[model] = _held_out_accuracy(ablation, name, model)
             record.add({ACCURACY: accuracies[model]}, time.monotonic() - started)
         for task, how in zip(ablation.tasks, settings, strict=True):
             if task.name not in record.scores:
@@ -276,10 +277,14 @@ def _evaluate(ablation: _Ablation, names: Sequence[str], settings: Sequence[Fine
                     seed=seed,
                     precision=arguments.task_precision,
                 )
-    at_a_time = jobs_at_a_time(arguments.num_gpus, ablation.device)
-    for (name, seed, task_name), (score, seconds) in run_jobs(jobs, ablation.device, at_a_time):
+    for (name, seed, task_name), (score, seconds) in run_jobs(jobs, ablation.device, ablation.at_a_time):
         logger.info("%s, seed %d: %s %.1f %%", name, seed, task_name, 100 * score)
         ablation.record(name, seed).add({task_name: score}, seconds)
+
+
+def _held_out_accuracy(ablation: _Ablation, name: str, model: str) -> float:
+    loaded = nn.Module.to(load_language_model(name, model), ablation.device)
+    return held_out_quality(loaded, ablation.corpus, ablation.arguments.max_rows).accuracy
 
 
 def _score_on_task(

@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-import time
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -169,7 +168,7 @@ class _Training:
 
 
 def _start_engine(run: Run, batches: MicroBatches) -> _Training:
-    run = run.settled()
+    run = run.agreed_by_ranks()
     checkpoints = _checkpoints(run.arguments)
     newest = checkpoints.newest_good() if run.arguments.resume else None
     if newest:
@@ -177,6 +176,9 @@ def _start_engine(run: Run, batches: MicroBatches) -> _Training:
     step = TrainingStep(run)
     if run.process.rank == 0:
         logger.info(describe_fused_parts(step.engine))
+        logger.info(
+            "layers: %s", "compiled in the first step" if run.arguments.compile == "on" else "not compiled"
+        )
     first = checkpoints.load(step.engine, newest) if newest else Progress()
     return _Training(run, batches, checkpoints, step, first)
 
@@ -207,14 +209,10 @@ def _take_steps(training: _Training, watch: JobWatch) -> None:
     metrics = _start_metrics(training)
     # Close the loader here instead of when Python collects it: its workers ignore signals, and the process waits for
     # them when it exits.
-    started = time.monotonic()
     with metrics.progress_bar, closing(loader):
         while progress.step < run.total_steps:
             learning_rate = step.engine.get_lr()[0]
             result = step.take(progress.batches, loader)
-            if arguments.compile == "on" and progress == training.first and run.process.rank == 0:
-                seconds = time.monotonic() - started
-                logger.info("encoders: compiled; the first step took %.0f s", seconds)
             progress = progress.after(result.is_update, batches.count_tokens(progress.batches))
             metrics.end_step(progress, _epoch(run, progress), result, learning_rate)
             told_by = watch.told_to_stop()

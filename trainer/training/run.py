@@ -19,10 +19,11 @@ from distilspeed.trainer.engine.config_check import check_deepspeed_config, chec
 from distilspeed.trainer.engine.config_file import read_deepspeed_config
 from distilspeed.trainer.engine.optimizers import settle_optimizer
 from distilspeed.trainer.engine.student import DTYPES
+from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.families.shape import ModelShape
 from distilspeed.trainer.job.ranks import Process, this_process
 from distilspeed.trainer.models.attention import SDPA, choose_attention
-from distilspeed.trainer.models.compilation import compiling_pays
+from distilspeed.trainer.models.compilation import compiler_fault, compiling_pays
 from distilspeed.trainer.models.flops import flops_per_token, model_shape
 from distilspeed.trainer.models.loading import warn_without_tokenizer
 from distilspeed.trainer.objective.objective import Objective
@@ -68,25 +69,50 @@ class Run:
         """Return the shapes of the student and, if there is one, the teacher."""
         return model_shape(self.student.config), model_shape(self.teacher.config) if self.teacher else None
 
-    def settled(self) -> "Run":
-        """Return the run with what all ranks must agree on; called by every rank, after the ranks join.
+    def agreed_by_ranks(self) -> "Run":
+        """Return the run with an optimiser that every rank can make, and with ``compile`` "on" or "off".
 
-        This is an optimiser that every rank can make, and whether the encoders are compiled. A resumed run compiles
-        them as it did at its start, unless --compile says otherwise, so that it computes the same bits.
+        Called by every rank, after the ranks join.
+
+        Raises:
+            UserError: the encoders shall be compiled, and a rank cannot do it.
         """
-        process, arguments = self.process, self.arguments
+        process = self.process
         config = settle_optimizer(self.deepspeed_config, process.device, process.local_rank)
-        compile = [arguments.compile]
-        if process.rank == 0 and arguments.compile == "auto":
-            record = read_record(arguments.output_dir)
-            compile = [record.compile if record else self._best_compile()]
-        torch.distributed.broadcast_object_list(compile, device=process.device)
-        return replace(self, deepspeed_config=config, arguments=replace(arguments, compile=compile[0]))
+        arguments = replace(self.arguments, compile=self._agreed_compile())
+        return replace(self, deepspeed_config=config, arguments=arguments)
 
-    def _best_compile(self) -> Literal["on", "off"]:
-        # ZeRO-3 gathers weights in hooks of every layer, each of which ends a compiled graph.
-        gathers = self.deepspeed_config.zero_stage == 3 or self.arguments.teacher_zero3
-        return "on" if not gathers and compiling_pays(self.process.device) else "off"
+    def _agreed_compile(self) -> Literal["on", "off"]:
+        process = self.process
+        wanted: list[tuple[Literal["on", "off"], bool]] = [("off", False)]
+        if process.rank == 0:
+            wanted = [self._wanted_compile()]
+        torch.distributed.broadcast_object_list(wanted, device=process.device)
+        [(choice, is_required)] = wanted
+        faults: list[str | None] = [None] * process.world_size
+        if choice == "on":
+            torch.distributed.all_gather_object(faults, compiler_fault(process.device))
+        fault = next(filter(None, faults), None)
+        if fault is None:
+            return choice
+        if is_required:
+            raise UserError("unusable-kernels", f"torch.compile fails: {fault}; use --compile off")
+        if process.rank == 0:
+            logger.warning("the layers are not compiled, because torch.compile fails: %s", fault)
+        return "off"
+
+    def _wanted_compile(self) -> tuple[Literal["on", "off"], bool]:
+        """Return whether to compile, and whether that is required; a resumed run must compute the same bits."""
+        if self.arguments.compile != "auto":
+            return self.arguments.compile, True
+        if record := read_record(self.arguments.output_dir):
+            return record.compile, True
+        # The hooks that gather weights (ZeRO-3) or take hidden states cut the layers into small graphs.
+        needs = self.objective.needs
+        hooked = needs.student_layers or needs.teacher_layers or self.arguments.teacher_zero3
+        gathered = self.deepspeed_config.zero_stage == 3
+        pays = compiling_pays(self.process.device)
+        return "on" if pays and not hooked and not gathered else "off", False
 
     def flops_per_token(self) -> float:
         """Return the FLOPs of a training step per token of a row."""

@@ -88,5 +88,8 @@ def test_the_files_have_numbers_conditions_and_plot(report: AblationReport, tmp_
         "fine-tuned with AdamW in bf16:\n\n- rte: accuracy; 3 epochs, learning rate the best on dev of "
         in text
     )
-    assert "0.0001, 0.0002 for each model, batch 32, at most 128 tokens; 100 training and 20 dev" in text
+    assert (
+        "0.0001, 0.0002 for each model and seed, batch 32, at most 128 tokens; 100 training and 20 dev"
+        in text
+    )
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")

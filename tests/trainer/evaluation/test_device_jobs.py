@@ -1,6 +1,9 @@
 """Jobs run in worker processes, one at a time on each device."""
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -76,3 +79,44 @@ def test_the_number_of_gpus_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"--num_gpus is 3, and PyTorch finds 2; give at most 2") as raised:
         jobs_at_a_time(3, cuda)
     assert raised.value.code == "no-gpu"
+
+
+STOPPED = """
+import sys
+from functools import partial
+from pathlib import Path
+import torch
+from test_device_jobs import meet
+from distilspeed.trainer.evaluation.device_jobs import run_jobs
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    dict(run_jobs({number: partial(meet, folder=folder, number=number) for number in range(2)}, torch.device("cpu"), 2))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_command_leaves_no_process_and_no_message(number: signal.Signals, tmp_path: Path) -> None:
+    (tmp_path / "running").mkdir()
+    script = tmp_path / "stopped.py"
+    script.write_text(STOPPED)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "JOB_OF_TEST": str(tmp_path)}
+    command = [sys.executable, script, tmp_path / "running"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while len(list((tmp_path / "running").iterdir())) < 2:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, errors = process.communicate()
+    assert process.returncode == (128 + number if number == signal.SIGTERM else -number)
+    assert "leaked" not in errors
+    assert not [
+        path for path in Path("/proc").glob("[0-9]*/environ") if str(tmp_path) in environment_of(path)
+    ]
+
+
+def environment_of(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:  # of another user, or ended
+        return ""
