@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from launcher import CPU_CONFIG, ROOT, deepspeed, python, training_flags
+from user_errors import assert_names
 
 from distilspeed.trainer.training.metrics import StepMetrics, read_metrics
 
@@ -91,3 +92,17 @@ def test_a_resumed_run_compiles_as_at_its_start_and_computes_the_same_bits(
     assert "layers: compiled in the first step" in result.stdout
     weights = [(run / "student" / "model.safetensors").read_bytes() for run in (whole, resumed)]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.full
+def test_a_compiler_that_fails_is_reported_before_anything_is_written(
+    tmp_path: Path, tiny_teacher_dir: Path, small_corpus_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "/bin/false")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    arguments = arguments_of(tmp_path / "run", tiny_teacher_dir, small_corpus_dir)
+    result = deepspeed(ROOT / "launch" / "train.py", *arguments, "--compile", "on", ranks=2)
+    assert result.returncode == 2, result.stderr[-3000:]
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert_names(line, "unusable-kernels", "torch.compile fails", "--compile off")
+    assert not list((tmp_path / "run").iterdir())
