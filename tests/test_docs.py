@@ -16,6 +16,7 @@ COMMANDS = sorted(path for path in (ROOT / "launch").glob("*.py") if path.stem !
 # Flags of launchers, sbatch, srun (--kill-on-bad-exit, up to its first hyphen) and launch/test.sh.
 OF_OTHERS = {"--num_gpus", "--array", "--nodes", "--hostfile", "--kill", "--module", "--nproc_per_node"}
 OF_OTHERS |= {"--max_restarts", "--multi_gpu", "--num_processes", "--full", "--from_scratch"}
+OF_OTHERS |= {"--no"}  # of pip's --no-deps
 # The left column has the other project's flags.
 MIGRATION_ROW = re.compile(r"^\|.*?\|")
 
