@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distilspeed.trainer.evaluation.arguments import ComparisonArguments
-from distilspeed.trainer.job.arguments import numbers, setting, whole_numbers
+from distilspeed.trainer.job.arguments import setting, whole_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,15 +30,6 @@ class AblationArguments(ComparisonArguments):
     learning_rate: float | None = setting(None, above=0, help='peak learning rate, if the config says "auto"')
     mlm_smoothing: float | None = setting(
         None, at_least=0, help="as for launch/train.py: 0 draws the masks of training uniformly"
-    )
-    task_learning_rates: tuple[float, ...] | None = setting(
-        None,
-        parse=numbers,
-        above=0,
-        below=1,
-        metavar="RATE,…",
-        help="peak learning rate; of several, each model and seed uses the best on dev (default: set by the task, 2e-5 "
-        "or 5e-5)",
     )
     num_gpus: int | None = setting(
         None,

@@ -39,8 +39,7 @@ class ComparisonArguments(Settings):
         above=0,
         below=1,
         metavar="RATE,…",
-        help="peak learning rate; of several, each model uses the one with the best first seed on dev (default: set "
-        "by the task, 2e-5 or 5e-5)",
+        help="peak learning rate; of several, each model uses the best on dev (default: set by the task, 2e-5 or 5e-5)",
     )
     task_batch_size: int | None = setting(
         None, at_least=1, metavar="N", help="examples per step (default: set by the task, usually 32)"
