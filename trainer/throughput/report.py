@@ -128,8 +128,6 @@ def read_stored(path: Path) -> tuple[float, dict[str, Any]]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         ratio, setting = float(stored["ratio"]), dict(stored["setting"])
-        if isinstance(setting.get("compile"), bool):  # of an earlier version
-            setting["compile"] = "on" if setting["compile"] else "off"
         if not 0 < ratio < math.inf:
             raise ValueError(f"its ratio is {ratio}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
