@@ -61,7 +61,7 @@ class Results:
     seed: int
 
     def line(self) -> str:
-        return f"{self.task}: {shown_scores(self.scores)}"
+        return f"{self.task} {shown_scores(self.scores)}"
 
 
 def finetune(arguments: FinetuneArguments) -> Results:
