@@ -34,7 +34,7 @@ def options(teacher: Path, corpus: Path, output: Path, **changed: object) -> lis
         max_rows=4,
         device="cpu",
         mlm_smoothing=0.5,
-        task_epochs=2,
+        task_epochs=8,
         task_learning_rates="1e-5,1e-3",
         task_precision="bf16",
     )
@@ -85,7 +85,7 @@ def test_the_scores_on_tasks_are_those_of_the_best_learning_rate(done: Path, sma
     tokenizer = open_corpus(small_corpus_dir).load_tokenizer()
 
     def score(rate: float) -> float:
-        settings = replace(task.fine_tuning, epochs=2, learning_rate=rate, max_length=64)
+        settings = replace(task.fine_tuning, epochs=8, learning_rate=rate, max_length=64)
         return fine_tune(str(student), task, tokenizer, settings, 0, torch.device("cpu"), "bf16")["accuracy"]
 
     scores = [score(1e-5), score(1e-3)]
