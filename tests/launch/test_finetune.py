@@ -141,7 +141,7 @@ REFUSED = {
     "--task glue": ("bad-argument", "glue/mrpc"),
     "--task nowhere": ("bad-task", "nowhere"),
     "--bf16 --fp16": ("conflicting-arguments", "--bf16", "--fp16"),
-    "--fp16 --device cpu": ("unsupported-precision", "--fp16"),
+    "--fp16 --device cpu": ("unsupported-precision", "fp16 needs a GPU"),
     "--model no/such/folder": ("unusable-tokenizer", "no/such/folder"),
     "--resume --output_dir tuned/teacher": ("changed-run", "tuned/teacher/results.json"),
     "--resume --output_dir foreign": ("output-exists", "foreign"),

@@ -86,7 +86,7 @@ def read_record(output_dir: Path) -> Record | None:
         return Record(
             identity,
             dict(content["attention"]),
-            "on" if content["arguments"].get("compile") in (True, "on") else "off",
+            "on" if content.get("arguments", {}).get("compile") in (True, "on") else "off",
             Started(DeepSpeedConfig(config), total_steps),
             tuple(lines),
             int(content.get("student_step", identity[TOTAL_STEPS])),  # older versions export only at the end
