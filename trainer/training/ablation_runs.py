@@ -7,7 +7,6 @@ VARIANT/seed_N/       run/, a run of launch/train.py; train.log, its output; sco
 
 import json
 import logging
-import signal
 import subprocess
 import sys
 import time
@@ -16,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from types import FrameType
 
 import torch
 from torch import nn
@@ -52,6 +50,7 @@ from distilspeed.trainer.files import (
     write_text,
     writing,
 )
+from distilspeed.trainer.job.processes import exit_on_sigterm
 from distilspeed.trainer.job.ranks import free_port
 from distilspeed.trainer.models.flops import model_shape
 from distilspeed.trainer.models.inputs import tokenizer_for
@@ -359,14 +358,12 @@ def _train(ablation: _Ablation, variant: Variant, seed: int, folder: Path) -> No
 
 def _run(command: Sequence[str], output: int) -> int:
     """Run a command and return its status; if this process gets SIGTERM, the command gets it, too."""
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output) as process:
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            process.send_signal(number)
-            raise SystemExit(128 + number)
-
-        before = signal.signal(signal.SIGTERM, stop)
+    with (
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output) as process,
+        exit_on_sigterm(),
+    ):
         try:
             return process.wait()
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        except SystemExit:
+            process.terminate()
+            raise
