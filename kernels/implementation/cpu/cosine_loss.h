@@ -32,7 +32,7 @@ void cosine_loss_forward(const Tensor& student, const Tensor& teacher, const std
         for_blocks(student.size(1), [&](int64_t block, int64_t width) {
           const float* s = as_float(row_of<scalar_t>(student, row) + block, width, buffers[0]);
           const float* t = as_float(row_of<scalar_t>(teacher, row) + block, width, buffers[1]);
-          for_vectors(width, [&](int64_t first, int64_t count) {
+          for_vectors(width, [&](int64_t first, int64_t count) C10_ALWAYS_INLINE_ATTRIBUTE {
             const Vec s_values = Vec::loadu(s + first, count), t_values = Vec::loadu(t + first, count);
             const auto add = [&](Vec& sum, const Vec& left, const Vec& right) {
               const Vec added = at::vec::fmadd(left, right, sum);
@@ -81,7 +81,7 @@ void cosine_loss_backward(const Tensor& student, const Tensor& teacher, const st
         for_blocks(student.size(1), [&](int64_t block, int64_t width) {
           const float* s = as_float(row_of<scalar_t>(student, row) + block, width, buffers[0]);
           const float* t = as_float(row_of<scalar_t>(teacher, row) + block, width, buffers[1]);
-          for_vectors(width, [&](int64_t first, int64_t count) {
+          for_vectors(width, [&](int64_t first, int64_t count) C10_ALWAYS_INLINE_ATTRIBUTE {
             const Vec of_s = student_factor * Vec::loadu(s + first, count);
             at::vec::fnmadd(teacher_factor, Vec::loadu(t + first, count), of_s).store(result + first, count);
           });

@@ -20,6 +20,8 @@ namespace distilspeed {
 
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 constexpr float UNDEFINED = std::numeric_limits<float>::quiet_NaN();
+constexpr float LOG2_E = 1.44269504f;
+constexpr double LN_2 = 0.693147180559945309;
 
 // The rows of RowTable; the first three are the losses.
 enum Field { KL, SOFT_CE, HARD_CE, STUDENT_MAX, STUDENT_SUM, TEACHER_MAX, TEACHER_SUM, HARD_SUM };
@@ -44,13 +46,13 @@ struct Rows {
   bool is_labelled(int64_t row) const { return labels != nullptr && labels[row] != ignore_index; }
 };
 
-// Sums over the vocabulary; z and u are the logits of student and teacher without their maxima, over T.
+// Sums over the vocabulary; z and u are the logits of student and teacher without their maxima, times log2(e) / T.
 struct Sums {
-  double student = 0;     // exp(z)
-  double teacher = 0;     // exp(u)
-  double difference = 0;  // exp(u) (u - z)
-  double weighted = 0;    // exp(u) z
-  double hard = 0;        // exp(z T)
+  double student = 0;     // 2^z
+  double teacher = 0;     // 2^u
+  double difference = 0;  // 2^u (u - z)
+  double weighted = 0;    // 2^u z
+  double hard = 0;        // 2^(z T)
 };
 
 struct Maxima {
@@ -68,20 +70,26 @@ struct Factors {
 // Return the largest value of a row; NaN if it has one.
 template <typename scalar_t>
 float largest(const scalar_t* row, int64_t width) {
+  // Each maximum waits for the one before it, so there are several chains of them.
+  constexpr int64_t CHAINS = 4, STEP = CHAINS * Vec::size();
   alignas(64) float buffer[BLOCK];
-  Vec maxima(-INFINITE);
+  Vec chains[CHAINS] = {-INFINITE, -INFINITE, -INFINITE, -INFINITE};
+  float result = -INFINITE;
+  const auto include = [&](float value) { result = std::isnan(result) || value <= result ? result : value; };
   for_blocks(width, [&](int64_t block, int64_t block_width) {
     const float* values = as_float(row + block, block_width, buffer);
-    for_vectors(block_width, [&](int64_t first, int64_t count) {
-      const Vec loaded = Vec::loadu(values + first, count);
-      maxima = at::vec::maximum(maxima, count == Vec::size() ? loaded : Vec::set(Vec(-INFINITE), loaded, count));
-    });
+    int64_t first = 0;
+    for (; first + STEP <= block_width; first += STEP) {
+      for (int64_t chain = 0; chain < CHAINS; ++chain) {
+        chains[chain] = at::vec::maximum(chains[chain], Vec::loadu(values + first + chain * Vec::size()));
+      }
+    }
+    std::for_each(values + first, values + block_width, include);
   });
-  float lanes[Vec::size()];
-  maxima.store(lanes);
-  float result = -INFINITE;
-  for (float lane : lanes) {
-    result = std::isnan(result) || lane <= result ? result : lane;
+  for (const Vec& chain : chains) {
+    float lanes[Vec::size()];
+    chain.store(lanes);
+    std::for_each(lanes, lanes + Vec::size(), include);
   }
   return result;
 }
@@ -91,20 +99,21 @@ float largest(const scalar_t* row, int64_t width) {
 template <bool SOFT, Hard HARD, bool GUARDED>
 void exponentials(const float* student_logits, const float* teacher_logits, int64_t width, Maxima maxima, float scale,
                   float* student, float* teacher, Sums* sums) {
-  const Vec student_max(maxima.student), teacher_max(maxima.teacher), scales(scale), zero(0);
+  const Vec student_max(maxima.student), teacher_max(maxima.teacher), zero(0), log2_e(LOG2_E);
+  const Vec scales(SOFT ? scale * LOG2_E : LOG2_E);
   Vec student_sum(0), teacher_sum(0), difference(0), weighted(0), hard_sum(0);
-  for_vectors(width, [&](int64_t first, int64_t count) {
-    const auto counted = [&](const Vec& values) {
+  for_vectors(width, [&](int64_t first, int64_t count) C10_ALWAYS_INLINE_ATTRIBUTE {
+    const auto counted = [&](const Vec& values) C10_ALWAYS_INLINE_ATTRIBUTE {
       return count == Vec::size() ? values : Vec::set(zero, values, count);
     };
     const Vec shifted = Vec::loadu(student_logits + first, count) - student_max;
-    const Vec z = SOFT ? shifted * scales : shifted;
-    const Vec exp_z = counted(z.exp_u20());
+    const Vec z = shifted * scales;
+    const Vec exp_z = counted(exp2_of_nonpositive(z));
     exp_z.store(student + first, count);
     student_sum = student_sum + exp_z;
     if constexpr (SOFT) {
       const Vec u = (Vec::loadu(teacher_logits + first, count) - teacher_max) * scales;
-      const Vec exp_u = counted(u.exp_u20());
+      const Vec exp_u = counted(exp2_of_nonpositive(u));
       exp_u.store(teacher + first, count);
       if (sums != nullptr) {
         teacher_sum = teacher_sum + exp_u;
@@ -120,7 +129,7 @@ void exponentials(const float* student_logits, const float* teacher_logits, int6
       if constexpr (HARD == Hard::squared) {
         hard_sum = at::vec::fmadd(exp_z, exp_z, hard_sum);
       } else if constexpr (HARD == Hard::exponential) {
-        hard_sum = hard_sum + counted(shifted.exp_u20());
+        hard_sum = hard_sum + counted(exp2_of_nonpositive(shifted * log2_e));
       }
     }
   });
@@ -138,8 +147,8 @@ template <bool SOFT, Hard HARD>
 void gradients(const float* student, const float* teacher, const float* student_logits, int64_t width, Maxima maxima,
                Factors factors, float* gradient) {
   const Vec student_factor(SOFT ? factors.student : factors.hard), teacher_factor(factors.teacher);
-  const Vec hard_factor(factors.hard), student_max(maxima.student);
-  for_vectors(width, [&](int64_t first, int64_t count) {
+  const Vec hard_factor(factors.hard), student_max(maxima.student), log2_e(LOG2_E);
+  for_vectors(width, [&](int64_t first, int64_t count) C10_ALWAYS_INLINE_ATTRIBUTE {
     const Vec exp_z = Vec::loadu(student + first, count);
     Vec result = student_factor * exp_z;
     if constexpr (SOFT) {
@@ -147,7 +156,8 @@ void gradients(const float* student, const float* teacher, const float* student_
       if constexpr (HARD == Hard::squared) {
         result = at::vec::fmadd(hard_factor * exp_z, exp_z, result);
       } else if constexpr (HARD == Hard::exponential) {
-        const Vec exp_hard = (Vec::loadu(student_logits + first, count) - student_max).exp_u20();
+        const Vec shifted = Vec::loadu(student_logits + first, count) - student_max;
+        const Vec exp_hard = exp2_of_nonpositive(shifted * log2_e);
         result = at::vec::fmadd(hard_factor, exp_hard, result);
       }
     }
@@ -176,7 +186,7 @@ class Row {
     if (std::isnan(sums_.difference) || std::isnan(sums_.weighted)) {
       sums_ = sums<true>(student_buffer, teacher_buffer);
     }
-    // exp_u20 does not return NaN for NaN.
+    // exp2_of_nonpositive does not return NaN for NaN.
     if (!std::isfinite(maxima_.student)) {
       sums_.student = sums_.hard = UNDEFINED;
     }
@@ -187,8 +197,8 @@ class Row {
 
   template <typename table_t>
   void write(table_t& table, int64_t row) const {
-    table[KL][row] = SOFT ? sums_.difference / sums_.teacher + std::log(sums_.student / sums_.teacher) : 0;
-    table[SOFT_CE][row] = SOFT ? std::log(sums_.student) - sums_.weighted / sums_.teacher : 0;
+    table[KL][row] = SOFT ? LN_2 * sums_.difference / sums_.teacher + std::log(sums_.student / sums_.teacher) : 0;
+    table[SOFT_CE][row] = SOFT ? std::log(sums_.student) - LN_2 * sums_.weighted / sums_.teacher : 0;
     table[HARD_CE][row] = 0;
     if constexpr (HARD != Hard::none) {
       table[HARD_CE][row] = std::log(sums_.hard) - (static_cast<float>(student_[label_]) - maxima_.student);

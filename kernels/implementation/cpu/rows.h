@@ -53,7 +53,7 @@ inline void prefetch(const scalar_t* values, int64_t count) {
 
 // Call function(first, count) for every vector of a block; count is smaller in the last one.
 template <typename Function>
-inline void for_vectors(int64_t width, const Function& function) {
+C10_ALWAYS_INLINE void for_vectors(int64_t width, const Function& function) {
   int64_t first = 0;
   for (; first + Vec::size() <= width; first += Vec::size()) {
     function(first, Vec::size());
@@ -69,6 +69,24 @@ inline void for_blocks(int64_t width, const Function& function) {
   for (int64_t first = 0; first < width; first += BLOCK) {
     function(first, std::min(BLOCK, width - first));
   }
+}
+
+// Return 2^t for t <= 0, and 0 where that is below float32's smallest normal number. For t = NaN it may be any number. A
+// polynomial for the fraction, with a relative error of 1e-7; the whole part is added to the exponent's bits. Shorter than
+// at::vec's exp_u20, which knows nothing of its argument's sign.
+inline Vec exp2_of_nonpositive(const Vec& t) {
+  const Vec smallest(-126);
+  const Vec clamped = at::vec::clamp_min(t, smallest);
+  const Vec whole = clamped.round();
+  const Vec fraction = clamped - whole;
+  Vec power = at::vec::fmadd(fraction, Vec(0.001326472731307149f), Vec(0.009671512991189957f));
+  power = at::vec::fmadd(power, fraction, Vec(0.05550733581185341f));
+  power = at::vec::fmadd(power, fraction, Vec(0.24022242426872253f));
+  power = at::vec::fmadd(power, fraction, Vec(0.6931470036506653f));
+  power = at::vec::fmadd(power, fraction, Vec(1));
+  using Integers = at::vec::Vectorized<int32_t>;
+  const Integers exponent = at::vec::convert_to_int_of_same_size(whole) << Integers(23);
+  return at::vec::cast<float>(at::vec::cast<int32_t>(power) + exponent) & (t >= smallest);
 }
 
 inline float sum_of_lanes(const Vec& values) {
