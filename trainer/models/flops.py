@@ -1,11 +1,15 @@
 """The FLOPs of a training step, computed from model shapes, and the FLOP/s that a device reaches."""
 
+import logging
+
 import torch
 from transformers import PreTrainedConfig
 
 from distilspeed.trainer.families.registry import family_of
 from distilspeed.trainer.families.shape import FLOPS_PER_MULTIPLY_ADD, ModelShape
 from distilspeed.trainer.models.timing import seconds_of
+
+logger = logging.getLogger(__name__)
 
 # For each matrix product of the forward pass, the backward pass computes two.
 TRAINING_OVER_FORWARD = 3
@@ -43,3 +47,14 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     while len(seconds) < 5 and sum(seconds) < SECONDS_TO_MEASURE:
         seconds.append(seconds_of(lambda: a @ b, device))
     return FLOPS_PER_MULTIPLY_ADD * size**3 / min(seconds)
+
+
+def warn_of_slow_bf16(device: torch.device) -> None:
+    """Warn on x86 CPUs without AVX-512, for which oneDNN has no bf16 products.
+
+    On an AMD EPYC with AVX2 the products of the backward pass took 80 times as long as in fp32.
+    """
+    if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        logger.warning(
+            "this CPU has no AVX-512, so matrix products in bf16 take many times as long as in fp32"
+        )

@@ -1,5 +1,7 @@
 """A precision that the device or DeepSpeed does not support is refused before training starts."""
 
+from collections.abc import Callable
+
 import deepspeed
 import pytest
 import torch
@@ -7,6 +9,7 @@ from deepspeed.accelerator import get_accelerator
 from user_errors import raises_user_error
 
 from distilspeed.trainer.engine.student import check_precision
+from distilspeed.trainer.evaluation import fine_tuning
 from distilspeed.trainer.job.ranks import Process, this_process
 
 CPU = torch.device("cpu")
@@ -32,6 +35,22 @@ def test_bf16_is_refused_on_gpus_that_emulate_it(
             check_precision("bf16", CUDA)
     else:
         check_precision("bf16", CUDA)
+
+
+@pytest.mark.parametrize("check", [check_precision, fine_tuning.check_precision])
+@pytest.mark.parametrize(("capability", "warned"), [("AVX2", True), ("AVX512", False), ("DEFAULT", False)])
+def test_bf16_on_a_cpu_without_avx512_gives_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    check: Callable[[str, torch.device], None],
+    capability: str,
+    warned: bool,
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    check("fp32", CPU)
+    assert not caplog.records
+    check("bf16", CPU)
+    assert ("bf16 take many times as long" in caplog.text) == warned
 
 
 @pytest.mark.parametrize("version", ["0.18.9", "0.19.7"])
