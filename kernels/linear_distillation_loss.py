@@ -77,8 +77,8 @@ def linear_distillation_loss(
     The other arguments are those of ``weighted_distillation_loss``; a loss scale is not needed here. Under
     autocast the projections run in the autocast dtype, like ``torch.nn.functional.linear``.
 
-    Memory: one chunk of logits and the gradients: [..., student hidden size], and the weight's in float32. A width
-    that is no multiple of 64 also costs a padded copy of its weight.
+    Memory: one chunk of logits and the gradients: [..., student hidden size], and the weight's in float32. On a GPU,
+    a width that is no multiple of 64 also costs a padded copy of its weight.
 
     Raises:
         ValueError: shapes, dtypes or devices do not match, the teacher requires grad, or a setting or (on the

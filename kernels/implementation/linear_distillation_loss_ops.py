@@ -56,8 +56,7 @@ def forward_backward(
     num_rows, width, teacher_width = student_hidden.shape[0], student_weight.shape[0], teacher_weight.shape[0]
     needs_hidden, needs_weight, needs_bias = needs_gradient
     implementation = implementation_for(student_hidden)
-    columns = padded_width(width), padded_width(teacher_width)
-    # With outputs that are not contiguous, or of odd widths, cuBLAS takes slower kernels and adds the bias in a pass.
+    columns = logits_width(width, student_hidden.device), logits_width(teacher_width, student_hidden.device)
     student_weight, teacher_weight = map(padded_rows, (student_weight, teacher_weight), columns)
     student_bias = None if student_bias is None else padded_rows(student_bias, columns[0])
     teacher_bias = None if teacher_bias is None else padded_rows(teacher_bias, columns[1])
@@ -115,6 +114,14 @@ def new_results(
         zeros((width, hidden_size) if needs_weight else 0, dtype=dtype),
         zeros((1, width) if needs_bias else 0, dtype=dtype),
     )
+
+
+def logits_width(width: int, device: torch.device) -> int:
+    """Return the width of the logits' buffers: on GPUs a multiple of 64.
+
+    For outputs of other widths, or that are not contiguous, cuBLAS takes slower kernels and adds the bias in a pass.
+    """
+    return padded_width(width) if device.type == "cuda" else width
 
 
 def padded_rows(tensor: Tensor, rows: int) -> Tensor:

@@ -162,9 +162,10 @@ def test_frozen_weight_and_evaluation_allocate_no_gradient(grad_enabled: bool, d
     assert peak_bytes(run, device) <= chunk_bytes + 12 * MIB
 
 
+@pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("width", [64, 100])
-def test_products_have_whole_rows_of_a_multiple_of_64(
-    width: int, device: str, monkeypatch: pytest.MonkeyPatch
+def test_products_have_whole_rows_on_gpus_of_a_multiple_of_64(
+    width: int, on_gpu: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = random_case(32, width=width, device=device).in_dtype(torch.float32)
     logits: list[tuple[int, int]] = []
@@ -185,9 +186,11 @@ def test_products_have_whole_rows_of_a_multiple_of_64(
     add_product = ops.add_product
     monkeypatch.setattr(ops, "project", recorded)
     monkeypatch.setattr(ops, "add_product", added)
+    logits_width, fake_device = ops.logits_width, torch.device("cuda" if on_gpu else "cpu")
+    monkeypatch.setattr(ops, "logits_width", lambda width, _: logits_width(width, fake_device))
     linear_loss(case, chunk_bytes=2 * 16 * 128 * 4)
-    padded = -(-width // 64) * 64
-    assert logits == [(chunk, padded) for chunk in ([32] if width == 64 else [16, 16]) for _ in range(2)]
+    columns = -(-width // 64) * 64 if on_gpu else width
+    assert logits == [(chunk, columns) for chunk in ([32] if width == 64 else [16, 16]) for _ in range(2)]
 
 
 def loss_of_leaves(case: LinearCase) -> Callable[..., Tensor]:
