@@ -1,8 +1,11 @@
 """Errors that end a command, and the line that reports them."""
 
 import os
+import re
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 # What can be wrong with a command's input. Scripts and tests rely on these codes; docs/errors.md explains them.
@@ -147,6 +150,23 @@ def first_line(error: Exception) -> str:
     """Return the first line of another library's error, and the second line if the first ends in a colon."""
     first, *others = (str(error).strip() or type(error).__name__).splitlines()
     return " ".join([first, *others[:1]] if first.endswith(":") else [first]).rstrip(".")
+
+
+@contextmanager
+def memory_errors_named() -> Iterator[None]:
+    """Turn the errors with which PyTorch and NumPy report too little memory into a :class:`UserError`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # Known by its name, because this module does not import torch; it has none of its own for CPUs.
+        known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if not known and "can't allocate memory" not in str(error):
+            raise
+        asked = re.search(r"(?i)(?:tried to|unable to) allocate ([\d.]+ \w+)", str(error))
+        found = f": {asked[1]} could not be allocated" if asked else ""
+        raise UserError(
+            "out-of-memory", f"out of memory{found}; use a smaller batch, or a device with more memory"
+        ) from error
 
 
 def show_error(error: CommandError) -> None:

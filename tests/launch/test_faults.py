@@ -127,6 +127,15 @@ def test_a_rank_that_dies_is_named_and_ends_the_job(training: Training, script: 
     training.assert_nothing_is_left()
 
 
+@pytest.mark.full
+def test_a_rank_without_memory_reports_it_in_one_line(training: Training) -> None:
+    result = training.run_alone(script=FAULTY, FAULT_KIND="memory", FAULT_RANK=1, FAULT_BATCHES="5")
+    assert result.returncode == 2, result.stderr[-3000:]
+    (line,) = lines_with(result.stderr)
+    assert_names(line, "out-of-memory", f"{2**47} bytes", "smaller batch")
+    assert "Traceback" not in result.stderr
+
+
 @pytest.mark.parametrize(
     ("kind", "what"),
     [("logits", "loss"), full("gradient", "gradient"), chaos("weight gradient", "gradient")],

@@ -1,6 +1,7 @@
 """The training step under the launcher: waits for the device, compilation, workers."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -80,6 +81,8 @@ def test_a_resumed_run_compiles_as_at_its_start_and_computes_the_same_bits(
     result = deepspeed(*train, *given, "--compile", "on", ranks=1)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "layers: compiled in the first step" in result.stdout
+    [seconds] = re.findall(r"compiling the layers took ([\d.]+) s", result.stdout)
+    assert float(seconds) > 0
 
     shutil.copytree(whole, resumed)
     shutil.rmtree(resumed / "student")

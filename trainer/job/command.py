@@ -15,6 +15,7 @@ from distilspeed.trainer.errors import (
     UserError,
     UserErrorCode,
     environment_rank,
+    memory_errors_named,
     show_error,
     status_of,
 )
@@ -71,7 +72,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     try:
         show_log()
         prepare_environment()
-        main()
+        with memory_errors_named():
+            main()
     except CommandError as error:
         if "--debug" in sys.argv:
             raise

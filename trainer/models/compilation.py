@@ -49,3 +49,11 @@ def compile_encoder(model: PreTrainedModel) -> None:
         inductor.deterministic = True
     for layer in family_of(model.config).layers(model):
         layer.compile(dynamic=False)
+
+
+def seconds_compiling() -> float:
+    """Return how long torch.compile has worked in this process."""
+    # Imported here: it takes a second.
+    from torch._dynamo.utils import calculate_time_spent
+
+    return calculate_time_spent()["total_wall_time"]

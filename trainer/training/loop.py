@@ -14,11 +14,12 @@ from distilspeed.trainer.data.batches import MicroBatches, on_device, resolve_nu
 from distilspeed.trainer.engine.checkpoint import Checkpoints, Progress
 from distilspeed.trainer.engine.optimizers import describe_fused_parts
 from distilspeed.trainer.engine.student import DTYPES
-from distilspeed.trainer.errors import StoppedError, UserError
+from distilspeed.trainer.errors import StoppedError, UserError, memory_errors_named
 from distilspeed.trainer.evaluation.quality import held_out_quality
 from distilspeed.trainer.files import bring_back_replaced, locked, writing
 from distilspeed.trainer.job.ranks import joined_job
 from distilspeed.trainer.job.watch import JobWatch
+from distilspeed.trainer.models.compilation import seconds_compiling
 from distilspeed.trainer.models.flops import measure_matmul_flops
 from distilspeed.trainer.training.arguments import TrainArguments
 from distilspeed.trainer.training.checks import check_output_dir
@@ -63,6 +64,7 @@ def train(run: Run) -> None:
         joined_job(process, arguments.ddp_timeout + SECONDS_TO_NAME_RANK),
         JobWatch(process, arguments.ddp_timeout) as watch,
         _alone_in_folder(run),
+        memory_errors_named(),  # here, so that the watch lets one rank report the error
     ):
         changes, is_complete = _compare_for_all(run, identity)
         if is_complete:
@@ -213,6 +215,8 @@ def _take_steps(training: _Training, watch: JobWatch) -> None:
         while progress.step < run.total_steps:
             learning_rate = step.engine.get_lr()[0]
             result = step.take(progress.batches, loader)
+            if arguments.compile == "on" and progress is training.first and run.process.rank == 0:
+                logger.info("compiling the layers took %.1f s", seconds_compiling())
             progress = progress.after(result.is_update, batches.count_tokens(progress.batches))
             metrics.end_step(progress, _epoch(run, progress), result, learning_rate)
             told_by = watch.told_to_stop()
