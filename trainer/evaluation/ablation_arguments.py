@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from distilspeed.trainer.data.masking import LARGEST_SMOOTHING
 from distilspeed.trainer.evaluation.arguments import ComparisonArguments
 from distilspeed.trainer.job.arguments import setting, whole_numbers
 
@@ -29,7 +30,10 @@ class AblationArguments(ComparisonArguments):
     )
     learning_rate: float | None = setting(None, above=0, help='peak learning rate, if the config says "auto"')
     mlm_smoothing: float | None = setting(
-        None, at_least=0, help="as for launch/train.py: 0 draws the masks of training uniformly"
+        None,
+        at_least=0,
+        at_most=LARGEST_SMOOTHING,
+        help="as for launch/train.py: 0 draws the masks of training uniformly",
     )
     num_gpus: int | None = setting(
         None,
