@@ -10,6 +10,7 @@ from launcher import CPU_CONFIG, ROOT, deepspeed, python, training_flags
 from user_errors import assert_names
 
 from distilspeed.trainer.training.metrics import StepMetrics, read_metrics
+from distilspeed.trainer.training.record import read_record
 
 STEP_JOB = Path(__file__).with_name("step_job.py")
 STEPS = 3
@@ -71,6 +72,14 @@ def test_with_compile_and_workers_the_step_is_the_same(
         assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-3)
 
 
+def go_back(run: Path) -> None:
+    """Put a finished run back to its second step."""
+    shutil.rmtree(run / "student")
+    for checkpoint in (run / "checkpoints").glob("step_*"):
+        if checkpoint.name != "step_2":
+            shutil.rmtree(checkpoint)
+
+
 @pytest.mark.full
 def test_a_resumed_run_compiles_as_at_its_start_and_computes_the_same_bits(
     tmp_path: Path, dropout_teacher_dir: Path, small_corpus_dir: Path
@@ -85,16 +94,21 @@ def test_a_resumed_run_compiles_as_at_its_start_and_computes_the_same_bits(
     assert float(seconds) > 0
 
     shutil.copytree(whole, resumed)
-    shutil.rmtree(resumed / "student")
-    for checkpoint in (resumed / "checkpoints").glob("step_*"):
-        if checkpoint.name != "step_2":
-            shutil.rmtree(checkpoint)
+    go_back(resumed)
     given = arguments_of(resumed, dropout_teacher_dir, small_corpus_dir)
     result = deepspeed(*train, *given, "--resume", ranks=1)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "layers: compiled in the first step" in result.stdout
     weights = [(run / "student" / "model.safetensors").read_bytes() for run in (whole, resumed)]
     assert weights[0] == weights[1]
+
+    go_back(resumed)
+    result = deepspeed(*train, *given, "--resume", "--compile", "off", ranks=1)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "compile on -> off" in result.stdout
+    record = read_record(resumed)
+    assert record is not None
+    assert record.compile == "off"
 
 
 @pytest.mark.full

@@ -29,6 +29,7 @@ from distilspeed.trainer.training.loss_plot import plot_losses
 from distilspeed.trainer.training.metrics import Metrics, read_metrics
 from distilspeed.trainer.training.model_card import TrainingRecord
 from distilspeed.trainer.training.record import (
+    COMPILE,
     TOTAL_STEPS,
     Changes,
     append_changes,
@@ -193,7 +194,10 @@ def _record(
     record = read_record(folder)
     if record is None:
         record_run(run, identity, attention)
-    elif changes:
+        return
+    if record.compile != run.arguments.compile:
+        changes = changes | {COMPILE: (record.compile, run.arguments.compile)}
+    if changes:
         student_step = record.student_step if (folder / "student").exists() else 0
         logger.info("changed %s", append_changes(folder, training.first.step, changes, student_step))
 

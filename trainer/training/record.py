@@ -19,6 +19,7 @@ from distilspeed.trainer.files import write_text, writing
 
 NAME = "train_config.json"
 TOTAL_STEPS = "total_steps"
+COMPILE = "compile"
 # Settings of the DeepSpeed config that a resumed run may change: the optimiser's, and the heights of a schedule.
 CHANGEABLE = {
     "gradient_clipping",
@@ -51,7 +52,7 @@ class Record:
     Attributes:
         identity: the settings that must not change, as at the start (``identity.identity_of``).
         attention: transformers' names of the attention implementations, for "student" and "teacher".
-        compile: whether the encoders are compiled, "on" or "off".
+        compile: whether the encoders are compiled, "on" or "off", with all changes applied.
         started: current config and number of steps: those of the start, with all changes applied.
         changes: the changes made when the run was resumed, one line each.
         student_step: the step at which ``student/`` was exported, if it exists.
@@ -76,17 +77,20 @@ def read_record(output_dir: Path) -> Record | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         identity, config = dict(content["identity"]), content["deepspeed_config"]
         total_steps, lines = int(identity[TOTAL_STEPS]), []
+        compiled = content.get("arguments", {}).get(COMPILE) in (True, "on")
         for change in content.get("changes", []):
             for name, (_, now) in change["changed"].items():
                 if name == TOTAL_STEPS:
                     total_steps = int(now)
+                elif name == COMPILE:
+                    compiled = now == "on"
                 else:
                     _put(config, name, now)
             lines.append(_line(change["after_step"], change["changed"]))
         return Record(
             identity,
             dict(content["attention"]),
-            "on" if content.get("arguments", {}).get("compile") in (True, "on") else "off",
+            "on" if compiled else "off",
             Started(DeepSpeedConfig(config), total_steps),
             tuple(lines),
             int(content.get("student_step", identity[TOTAL_STEPS])),  # older versions export only at the end
