@@ -15,7 +15,6 @@ from distilspeed.trainer.engine.config import DeepSpeedConfig
 from distilspeed.trainer.engine.optimizers import forget_dummy_step, own_optimizer
 from distilspeed.trainer.engine.schedules import apply_first_rate
 from distilspeed.trainer.errors import OverflowAtLowestScale, UserError
-from distilspeed.trainer.models.flops import warn_of_slow_bf16
 
 # Older versions divide gradients by the accumulation steps once per output tensor of the module.
 OLDEST_DEEPSPEED = Version("0.19.8")
@@ -48,8 +47,6 @@ def check_precision(precision: str, device: torch.device) -> None:
             "unsupported-precision",
             f'this device ({device}) cannot train in bf16; enable "fp16" in the config',
         )
-    if precision == "bf16":
-        warn_of_slow_bf16(device)
 
 
 def student_engine(module: nn.Module, deepspeed_config: DeepSpeedConfig) -> deepspeed.DeepSpeedEngine:

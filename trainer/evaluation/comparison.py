@@ -54,7 +54,7 @@ from distilspeed.trainer.files import (
     folder_written_whole,
     writing,
 )
-from distilspeed.trainer.models.flops import model_shape
+from distilspeed.trainer.models.flops import model_shape, warn_of_slow_bf16
 from distilspeed.trainer.models.loading import (
     check_fits_corpus,
     load_language_model,
@@ -139,6 +139,8 @@ def evaluate(arguments: EvaluateArguments) -> Report:
         for model in models:
             nn.Module.to(model, "cpu")
         torch.cuda.empty_cache()
+    if tasks:
+        warn_of_slow_bf16(arguments.task_precision, device)
     scores = _fine_tune_all(
         _Runs(arguments, corpus.load_tokenizer(), device, at_a_time, file), tasks, settings
     )

@@ -24,7 +24,6 @@ from distilspeed.trainer.evaluation.task_distillation import TaskTeacher, soft_l
 from distilspeed.trainer.evaluation.tasks.task import Batch, Feature, FineTuning, Predictions, Scores, Task
 from distilspeed.trainer.families.masks import EAGER
 from distilspeed.trainer.models.attention import attention_candidates
-from distilspeed.trainer.models.flops import warn_of_slow_bf16
 from distilspeed.trainer.models.inputs import input_names
 from distilspeed.trainer.models.loading import load_with_head
 
@@ -192,8 +191,6 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise UserError("unsupported-precision", "fine-tuning in fp16 needs a GPU; use bf16 or fp32")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         raise UserError("unsupported-precision", "this GPU has no bf16; use fp16 or fp32")
-    if precision == "bf16":
-        warn_of_slow_bf16(device)
 
 
 def model_inputs(model: PreTrainedModel, features: Sequence[Feature]) -> list[Feature]:

@@ -29,7 +29,7 @@ from distilspeed.trainer.files import (
     parents_made,
     writing,
 )
-from distilspeed.trainer.models.flops import model_shape
+from distilspeed.trainer.models.flops import model_shape, warn_of_slow_bf16
 from distilspeed.trainer.models.inputs import tokenizer_for
 from distilspeed.trainer.models.loading import load_fine_tuned, load_with_head
 
@@ -106,6 +106,7 @@ def finetune(arguments: FinetuneArguments) -> Results:
         run = FineTuningRun(
             task, tokenizer, settings, arguments.seed, arguments.precision, teacher, checkpoint
         )
+        warn_of_slow_bf16(arguments.precision, device)
         run.train(model)
         results = replace(results, scores=run.score(model, arguments.model))
         with folder_written_whole(arguments.output_dir, replaces=True) as folder:

@@ -49,12 +49,12 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     return FLOPS_PER_MULTIPLY_ADD * size**3 / min(seconds)
 
 
-def warn_of_slow_bf16(device: torch.device) -> None:
-    """Warn on x86 CPUs without AVX-512, for which oneDNN has no bf16 products.
+def warn_of_slow_bf16(precision: str, device: torch.device) -> None:
+    """Warn of bf16 on x86 CPUs without AVX-512, for which oneDNN has no bf16 products.
 
     On an AMD EPYC with AVX2 the products of the backward pass took 80 times as long as in fp32.
     """
-    if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+    if precision == "bf16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
         logger.warning(
             "this CPU has no AVX-512, so matrix products in bf16 take many times as long as in fp32"
         )

@@ -52,7 +52,7 @@ from distilspeed.trainer.files import (
 )
 from distilspeed.trainer.job.processes import exit_on_sigterm
 from distilspeed.trainer.job.ranks import free_port
-from distilspeed.trainer.models.flops import model_shape
+from distilspeed.trainer.models.flops import model_shape, warn_of_slow_bf16
 from distilspeed.trainer.models.inputs import tokenizer_for
 from distilspeed.trainer.models.loading import (
     check_fits_corpus,
@@ -127,6 +127,7 @@ def run_ablation(arguments: AblationArguments) -> AblationReport:
         _write_students(ablation, _make_student(ablation))
     positions = model_shape(AutoConfig.from_pretrained(ablation.student_config)).positions
     settings = [fine_tuning_settings(arguments, task, positions) for task in ablation.tasks]
+    warn_of_slow_bf16(arguments.task_precision, device)
     _evaluate(ablation, [TEACHER], settings)  # first, because it shows early whether the tasks can be used
     for variant, seed in product(ablation.chosen, range(arguments.seeds)):
         _train_once(ablation, variant, seed)

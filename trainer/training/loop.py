@@ -20,7 +20,7 @@ from distilspeed.trainer.files import bring_back_replaced, locked, writing
 from distilspeed.trainer.job.ranks import joined_job
 from distilspeed.trainer.job.watch import JobWatch
 from distilspeed.trainer.models.compilation import seconds_compiling
-from distilspeed.trainer.models.flops import measure_matmul_flops
+from distilspeed.trainer.models.flops import measure_matmul_flops, warn_of_slow_bf16
 from distilspeed.trainer.training.arguments import TrainArguments
 from distilspeed.trainer.training.checks import check_output_dir
 from distilspeed.trainer.training.export import export_student, gather_weights, whole_student
@@ -178,6 +178,7 @@ def _start_engine(run: Run, batches: MicroBatches) -> _Training:
         run = replace(run, deepspeed_config=checkpoints.config_to_load(newest, run.deepspeed_config))
     step = TrainingStep(run)
     if run.process.rank == 0:
+        warn_of_slow_bf16(run.precision, run.process.device)
         logger.info(describe_fused_parts(step.engine))
         logger.info(
             "layers: %s", "compiled in the first step" if run.arguments.compile == "on" else "not compiled"
