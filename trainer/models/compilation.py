@@ -2,6 +2,7 @@
 
 import torch
 import torch._inductor.config as inductor
+from torch._dynamo.utils import calculate_time_spent
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -53,7 +54,4 @@ def compile_encoder(model: PreTrainedModel) -> None:
 
 def seconds_compiling() -> float:
     """Return how long torch.compile has worked in this process."""
-    # Imported here: it takes a second.
-    from torch._dynamo.utils import calculate_time_spent
-
     return calculate_time_spent()["total_wall_time"]
