@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 usage="bash launch/quickstart.sh [--output_dir runs/quickstart]
     distils the BERT of launch/quickstart/teacher from 4 to 2 layers under DeepSpeed, trains the same student without a
-    teacher, and compares the three on books that none of them has seen; 6 minutes on 2 CPU cores after
+    teacher, and compares the three on books that none of them has seen; 5 to 8 minutes on 2 CPU cores after
     installing, no network, no GPU
 
 bash launch/quickstart.sh --from_scratch [--output_dir runs/from_scratch]
