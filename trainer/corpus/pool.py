@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 from distilspeed.trainer.corpus.packing import (
     PackedRows,
@@ -46,7 +47,7 @@ def pack_documents(
     ``BrokenProcessPool`` if a process dies.
     """
     waiting: deque[Future[PackedBatch]] = deque()
-    with WorkerPool(num_proc, _start_worker, tokenizer_json, rules) as pool:
+    with WorkerPool([partial(_start_worker, tokenizer_json, rules)] * num_proc) as pool:
         for batch in _batches(documents):
             waiting.append(pool.submit(_pack_in_worker, batch))
             if len(waiting) >= BATCHES_PER_WORKER * num_proc:
@@ -84,7 +85,7 @@ def _batches(documents: Iterable[str | None]) -> Iterator[list[str | None]]:
         yield batch
 
 
-# A worker process keeps its tokenizer here: an executor has no other place for per-worker state.
+# A worker process keeps its tokenizer here.
 _worker_state: tuple[DocumentTokenizer, RowRules]
 
 

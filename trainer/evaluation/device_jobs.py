@@ -1,10 +1,10 @@
 """Run jobs such as fine-tunings in worker processes: on every GPU, one job at a time."""
 
-import multiprocessing
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, TypeVar
+from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -55,16 +55,15 @@ def run_jobs(
     if at_a_time <= 1:
         yield from ((key, job(device)) for key, job in jobs.items())
         return
-    devices = multiprocessing.get_context("spawn").SimpleQueue()
-    for number in range(at_a_time):
-        devices.put("cpu" if device.type == "cpu" else f"cuda:{number}")
     threads = max(1, torch.get_num_threads() // at_a_time)
+    devices = [
+        device if device.type == "cpu" else torch.device(device.type, number) for number in range(at_a_time)
+    ]
     try:
-        with exit_on_sigterm(), WorkerPool(at_a_time, _start_worker, devices, threads) as pool:
-            # These start all processes. The pool does not notice the death of a process that it started with its last
-            # job: it looks for new ones only when it gets another job or a result.
-            for _ in range(at_a_time):
-                pool.submit(_nothing)
+        with (
+            exit_on_sigterm(),
+            WorkerPool([partial(_start_worker, each, threads) for each in devices]) as pool,
+        ):
             futures = {pool.submit(_run_in_worker, job): key for key, job in jobs.items()}
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -74,21 +73,17 @@ def run_jobs(
         ) from error
 
 
-# A worker process keeps its device here: an executor has no other place for per-worker state.
+# A worker process keeps its device here.
 _device: torch.device
 
 
-def _start_worker(devices: Any, threads: int) -> None:
+def _start_worker(device: torch.device, threads: int) -> None:
     global _device
-    _device = torch.device(devices.get())
-    if _device.type == "cuda":
-        torch.cuda.set_device(_device)
+    _device = device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     torch.set_num_threads(threads)
     quiet_libraries()
-
-
-def _nothing() -> None:
-    pass
 
 
 def _run_in_worker(job: Callable[[torch.device], Result]) -> Result:
