@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,6 +148,29 @@ def locked(folder: Path, wait: float, refusal: str) -> Iterator[None]:
 
 
 @contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Create a folder and lock it for the block; at the end remove it, and new parents, if they are empty.
+
+    Raises:
+        UserError: the folder cannot be created, or another job has locked it.
+    """
+    made = [path for path in [folder.absolute(), *folder.absolute().parents] if not path.exists()]
+    try:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder, wait=0, refusal=f"another job uses {folder}; wait for it, or stop it"):
+            yield
+    finally:
+        remove_if_empty(made)
+
+
+def remove_if_empty(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+@contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn an ``OSError`` into a UserError that names ``path``."""
     try:
@@ -170,9 +193,7 @@ def parents_made(output_dir: Path) -> Iterator[None]:
             output_dir.parent.mkdir(parents=True, exist_ok=True)
             yield
     finally:
-        for parent in made:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
+        remove_if_empty(made)
 
 
 @contextmanager
@@ -229,7 +250,7 @@ def _incomplete(path: Path) -> Path:
 
 
 def _previous(path: Path) -> Path:
-    return path.with_name(f"{path.name}.previous")
+    return path.with_name(f".{path.name}.previous")
 
 
 def sync_tree(folder: Path) -> None:

@@ -15,6 +15,7 @@ from user_errors import assert_names
 from distilspeed.trainer.corpus.format import open_corpus
 from distilspeed.trainer.evaluation.fine_tuning import fine_tune
 from distilspeed.trainer.evaluation.tasks.registry import read_tasks
+from distilspeed.trainer.files import alone_in
 from distilspeed.trainer.models.loading import load_teacher, make_student
 from distilspeed.trainer.training.metrics import read_metrics
 
@@ -107,6 +108,7 @@ def test_a_stopped_ablation_goes_on_where_it_was(
     (stopped / "scores.json").unlink()
     shutil.rmtree(stopped / "run" / "student")
     command = options(tiny_teacher_dir, small_corpus_dir, output, task=done / "words")
+    command[command.index("--teacher") + 1] = f"{tiny_teacher_dir}/"
     result = python(ABLATION, *command)
     assert result.returncode == 0, result.stderr[-3000:]
     assert kept.stat().st_mtime_ns == written
@@ -137,6 +139,7 @@ def test_other_settings_in_the_same_folder_are_refused(
         ({"data_dir": "nowhere"}, "not-a-corpus", "nowhere"),
         ({"seeds": 0}, "bad-argument", "--seeds"),
         ({"output_dir": "occupied"}, "output-exists", "occupied"),
+        ({"output_dir": "used"}, "locked", "used"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_trained(
@@ -153,7 +156,8 @@ def test_bad_input_is_refused_before_anything_is_trained(
     (tmp_path / "occupied").mkdir()
     (tmp_path / "occupied" / "file").write_text("x")
     command = [*options(tiny_teacher_dir, small_corpus_dir, tmp_path / "out"), *flags(changed)]
-    line = refusal("ablation.py", command, tmp_path, monkeypatch, capfd)
+    with alone_in(tmp_path / "used"):
+        line = refusal("ablation.py", command, tmp_path, monkeypatch, capfd)
     assert_names(line, code, named)
 
 

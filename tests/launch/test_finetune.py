@@ -10,10 +10,11 @@ import torch
 from jobs import cpu_environment, kill, start, wait_until
 from launcher import ROOT, ranks_alone
 from refusals import refusal
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, pipeline
 from user_errors import assert_names
 
+from distilspeed.trainer.files import alone_in
 from distilspeed.trainer.models.loading import load_teacher, make_student
 
 FINETUNE = ROOT / "launch" / "finetune.py"
@@ -123,6 +124,35 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(work: Path, tuned_teacher
     assert (work / "killed" / "results.json").stat().st_mtime_ns == again
 
 
+def test_a_finished_run_is_not_taken_for_one_with_other_inputs_of_the_same_names(
+    work: Path,
+    tuned_teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    inputs = {"model": work / "student", "teacher": tuned_teacher, "task": work / "words"}
+    for name, folder in inputs.items():
+        shutil.copytree(folder, tmp_path / name)
+    command = [part for name in inputs for part in (f"--{name}", name)]
+    command += ["--output_dir", "out", "--num_train_epochs", "1", "--device", "cpu"]
+    result = ranks_alone(FINETUNE, *command, ranks=1, folder=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    monkeypatch.chdir(tmp_path)
+    for name in inputs:
+        file = tmp_path / name / ("train.jsonl" if name == "task" else "model.safetensors")
+        before = file.read_bytes()
+        if name == "task":
+            file.write_bytes(before + b'{"text": "one more", "label": "list"}\n')
+        else:
+            weights = load_file(file)
+            weights[min(weights)] += 1
+            save_file(weights, file, metadata={"format": "pt"})
+        line = refusal("finetune.py", [*command, "--resume"], tmp_path, monkeypatch, capfd)
+        assert_names(line, "changed-run", "out/results.json", f"{name}_digest")
+        file.write_bytes(before)
+
+
 def test_bf16_learns_with_float32_weights(work: Path) -> None:
     finetune(work, "student", "bf16", "--bf16")
     results = json.loads((work / "bf16" / "results.json").read_text())
@@ -145,6 +175,7 @@ REFUSED = {
     "--model no/such/folder": ("unusable-tokenizer", "no/such/folder"),
     "--resume --output_dir tuned/teacher": ("changed-run", "tuned/teacher/results.json"),
     "--resume --output_dir foreign": ("output-exists", "foreign"),
+    "--output_dir used": ("locked", "used"),
     "--resume --output_dir damaged": ("damaged-checkpoint", "damaged/checkpoint.pt"),
 }
 
@@ -169,7 +200,8 @@ def test_bad_input_is_refused_in_one_line(
     given = {"--model": "student", "--task": "words", "--output_dir": "out"}
     parts = arguments.split()
     defaults = [part for name, value in given.items() if name not in parts for part in (name, value)]
-    line = refusal("finetune.py", [*defaults, *parts], work, monkeypatch, capfd)
+    with alone_in(work / "used"):
+        line = refusal("finetune.py", [*defaults, *parts], work, monkeypatch, capfd)
     code, *named = REFUSED[arguments]
     assert_names(line, code, *named)
 

@@ -322,13 +322,13 @@ def test_a_student_whose_replacement_was_killed_is_restored(
     run = tmp_path / "run"
     shutil.copytree(finished / "run", run)
     before = snapshot(run / "student")
-    (run / "student").rename(run / "student.previous")
+    (run / "student").rename(run / ".student.previous")
     arguments = command(finished / "teacher", small_corpus_dir, run, finished / "config.json")
     result = ranks_alone(*arguments, "--resume", ranks=1)
     assert result.returncode == 0, result.stderr
     assert "complete" in result.stdout
     assert snapshot(run / "student") == before
-    assert not (run / "student.previous").exists()
+    assert not (run / ".student.previous").exists()
 
 
 @pytest.mark.parametrize(

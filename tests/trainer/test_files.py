@@ -1,10 +1,11 @@
-"""Replacing a folder: whenever the process ends, the old or the new folder is complete."""
+"""Replacing a folder: whenever the process ends, the old or the new folder is complete. Locking one."""
 
 from pathlib import Path
 
 import pytest
+from user_errors import raises_user_error
 
-from distilspeed.trainer.files import bring_back_replaced, folder_written_whole
+from distilspeed.trainer.files import alone_in, bring_back_replaced, folder_written_whole
 
 
 @pytest.fixture
@@ -70,11 +71,27 @@ def test_a_kill_after_either_rename_loses_no_folder(
             replace(student)
     bring_back_replaced(student)
     assert (student / "step").read_text() == expected
-    assert not (student.parent / "student.previous").exists()
+    assert not (student.parent / ".student.previous").exists()
 
 
 def test_bring_back_replaced_does_nothing_if_nothing_was_replaced(student: Path) -> None:
+    users_own = student.with_name("student.previous")
+    users_own.mkdir()
     bring_back_replaced(student)
+    assert users_own.exists()
     assert (student / "step").read_text() == "10"
     bring_back_replaced(student.with_name("absent"))
     assert not student.with_name("absent").exists()
+
+
+def test_a_folder_is_used_by_one_job_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "mine"
+    with alone_in(folder):
+        with raises_user_error("locked", str(folder)), alone_in(folder):
+            pass
+    assert not any(tmp_path.iterdir())  # new folders that stay empty are removed
+    with alone_in(folder):
+        (folder / "file").touch()
+    with alone_in(folder):
+        pass
+    assert (folder / "file").exists()

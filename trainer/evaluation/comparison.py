@@ -30,6 +30,7 @@ from distilspeed.trainer.evaluation.latency import (
     measure_latency,
 )
 from distilspeed.trainer.evaluation.measurements import (
+    EXAMPLES,
     MEASUREMENTS,
     MeasurementsFile,
     ModelMeasurements,
@@ -48,6 +49,7 @@ from distilspeed.trainer.evaluation.report_files import write_report
 from distilspeed.trainer.evaluation.tasks.registry import read_tasks
 from distilspeed.trainer.evaluation.tasks.task import FineTuning, Scores, Task
 from distilspeed.trainer.files import (
+    alone_in,
     bring_back_replaced,
     check_unoccupied,
     copy_others,
@@ -64,8 +66,11 @@ from distilspeed.trainer.models.loading import (
 
 logger = logging.getLogger(__name__)
 
-# What may change when an evaluation is resumed.
-CHANGEABLE = ("output_dir", "num_gpus", "resume")
+# What may change when an evaluation is resumed: also paths, because the contents are compared.
+CHANGEABLE = (
+    *("output_dir", "num_gpus", "resume"),
+    *("teacher", "student", "baseline", "data_dir", "task", "glue_dir"),
+)
 SHOWN_PARTS = 2  # parts of a model's path in the report, at least
 LONGEST_NAME = 60  # characters
 
@@ -129,44 +134,47 @@ def evaluate(arguments: EvaluateArguments) -> Report:
     positions = min(model_shape(model.config).positions for model in models)
     check_texts(arguments.fill_mask, corpus, positions)
     settings = [fine_tuning_settings(arguments, task, positions) for task in tasks]
-    file = MeasurementsFile(
-        arguments.output_dir / MEASUREMENTS, _identity(arguments, corpus, models, tasks, device)
-    )
-    measured, machine = file.models(
-        lambda: _measure_models(arguments, corpus, models, positions, device), device
-    )
-    if device.type == "cuda":  # the fine-tuned models need the memory
-        for model in models:
-            nn.Module.to(model, "cpu")
-        torch.cuda.empty_cache()
-    if tasks:
-        warn_of_slow_bf16(arguments.task_precision, device)
-    scores = _fine_tune_all(
-        _Runs(arguments, corpus.load_tokenizer(), device, at_a_time, file), tasks, settings
-    )
-    report = Report(
-        models=tuple(_model_reports(arguments, models, measured, scores)),
-        conditions=EvaluationConditions(
-            corpus=arguments.data_dir.resolve().name,
-            held_out_rows=min(arguments.max_rows, len(corpus.held_out)),
-            seq_length=corpus.manifest.seq_length,
-            seed=arguments.seed,
-            fill_mask=arguments.fill_mask,
-            tasks=tuple(task.conditions(how) for task, how in zip(tasks, settings, strict=True)),
-            task_seeds=arguments.task_seeds,
-            task_learning_rates=arguments.task_learning_rates,
-            task_precision=arguments.task_precision,
-        ),
-        machine=machine,
-    )
-    with (
-        writing(arguments.output_dir),
-        folder_written_whole(arguments.output_dir, replaces=True) as folder,
-    ):
-        # The measurements, and whatever else lies in the folder, for example a log.
-        copy_others(arguments.output_dir, folder, file.path, keeps=True)
-        write_report(report, folder)
-    return report
+    with alone_in(arguments.output_dir):
+        # Again, because another evaluation may have started in the folder.
+        _check_output_dir(arguments.output_dir, arguments.resume)
+        file = MeasurementsFile(
+            arguments.output_dir / MEASUREMENTS, _identity(arguments, corpus, models, tasks, device)
+        )
+        measured, machine = file.models(
+            lambda: _measure_models(arguments, corpus, models, positions, device), device
+        )
+        if device.type == "cuda":  # the fine-tuned models need the memory
+            for model in models:
+                nn.Module.to(model, "cpu")
+            torch.cuda.empty_cache()
+        if tasks:
+            warn_of_slow_bf16(arguments.task_precision, device)
+        scores = _fine_tune_all(
+            _Runs(arguments, corpus.load_tokenizer(), device, at_a_time, file), tasks, settings
+        )
+        report = Report(
+            models=tuple(_model_reports(arguments, models, measured, scores)),
+            conditions=EvaluationConditions(
+                corpus=arguments.data_dir.resolve().name,
+                held_out_rows=min(arguments.max_rows, len(corpus.held_out)),
+                seq_length=corpus.manifest.seq_length,
+                seed=arguments.seed,
+                fill_mask=arguments.fill_mask,
+                tasks=tuple(task.conditions(how) for task, how in zip(tasks, settings, strict=True)),
+                task_seeds=arguments.task_seeds,
+                task_learning_rates=arguments.task_learning_rates,
+                task_precision=arguments.task_precision,
+            ),
+            machine=machine,
+        )
+        with (
+            writing(arguments.output_dir),
+            folder_written_whole(arguments.output_dir, replaces=True) as folder,
+        ):
+            # The measurements, and whatever else lies in the folder, for example a log.
+            copy_others(arguments.output_dir, folder, file.path, keeps=True)
+            write_report(report, folder)
+        return report
 
 
 def _identity(
@@ -186,7 +194,7 @@ def _identity(
             f"weights of the {role}": model_digest(model)
             for role, model in zip(arguments.models, models, strict=True)
         },
-        **{f"examples of {task.name}": task_digest(task) for task in tasks},
+        **{f"{EXAMPLES}{task.name}": task_digest(task) for task in tasks},
     }
 
 

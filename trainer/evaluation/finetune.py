@@ -18,15 +18,16 @@ from distilspeed.trainer.evaluation.comparison import shown_names
 from distilspeed.trainer.evaluation.device_jobs import choose_device
 from distilspeed.trainer.evaluation.fine_tuning import FineTuningRun, check_precision
 from distilspeed.trainer.evaluation.finetune_arguments import FinetuneArguments
+from distilspeed.trainer.evaluation.measurements import model_digest, task_digest
 from distilspeed.trainer.evaluation.task_checkpoint import TaskCheckpoint, check_same_settings
 from distilspeed.trainer.evaluation.task_distillation import TaskTeacher
 from distilspeed.trainer.evaluation.tasks.registry import read_tasks
 from distilspeed.trainer.evaluation.tasks.task import FineTuning, Scores, Task, shown_scores
 from distilspeed.trainer.files import (
+    alone_in,
     bring_back_replaced,
     copy_others,
     folder_written_whole,
-    parents_made,
     writing,
 )
 from distilspeed.trainer.models.flops import model_shape, warn_of_slow_bf16
@@ -47,12 +48,18 @@ PIPELINES = {
 
 @dataclass(frozen=True)
 class Results:
-    """What ``results.json`` says of a run; ``scores`` are those on dev, by metric, 1 is best."""
+    """What ``results.json`` says of a run; ``scores`` are those on dev, by metric, 1 is best.
+
+    The digests are of the task's examples, and of the model's and the teacher's weights before the run.
+    """
 
     task: str
+    task_digest: str
     scores: Scores
     model: str
+    model_digest: str
     teacher: str | None
+    teacher_digest: str | None
     temperature: float | None
     alpha_ce: float | None
     alpha_task: float | None
@@ -87,9 +94,12 @@ def finetune(arguments: FinetuneArguments) -> Results:
     )
     results = Results(
         task=task.name,
+        task_digest=task_digest(task),
         scores={},
         model=shown_model,
+        model_digest=model_digest(model),
         teacher=shown_teacher[0] if shown_teacher else None,
+        teacher_digest=model_digest(teacher.model) if teacher else None,
         temperature=arguments.temperature if teacher else None,
         alpha_ce=arguments.alpha_ce if teacher else None,
         alpha_task=arguments.alpha_task if teacher else None,
@@ -98,10 +108,10 @@ def finetune(arguments: FinetuneArguments) -> Results:
         seed=arguments.seed,
     )
     identity = {name: value for name, value in asdict(results).items() if name != "scores"}
-    if (arguments.output_dir / RESULTS).exists():
-        return _finished(arguments.output_dir / RESULTS, identity)
-    with parents_made(arguments.output_dir):
-        arguments.output_dir.mkdir(exist_ok=True)
+    with alone_in(arguments.output_dir):
+        _check_output_dir(arguments)  # again, because another run may have started in the folder
+        if (arguments.output_dir / RESULTS).exists():
+            return _finished(arguments.output_dir / RESULTS, identity)
         checkpoint = TaskCheckpoint(arguments.output_dir / CHECKPOINT, identity, arguments.save_steps)
         run = FineTuningRun(
             task, tokenizer, settings, arguments.seed, arguments.precision, teacher, checkpoint
@@ -109,7 +119,10 @@ def finetune(arguments: FinetuneArguments) -> Results:
         warn_of_slow_bf16(arguments.precision, device)
         run.train(model)
         results = replace(results, scores=run.score(model, arguments.model))
-        with folder_written_whole(arguments.output_dir, replaces=True) as folder:
+        with (
+            writing(arguments.output_dir),
+            folder_written_whole(arguments.output_dir, replaces=True) as folder,
+        ):
             # Whatever else lies in the folder, for example a log.
             copy_others(arguments.output_dir, folder, checkpoint.path, keeps=False)
             model.save_pretrained(folder)

@@ -31,7 +31,7 @@ def count_parameters(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of a forward pass of the encoder; ``speed_up``: the teacher's median over this median."""
+    """Milliseconds of a forward pass without the head; ``speed_up``: the teacher's median over this median."""
 
     device: str  # CPU or GPU
     batch_size: int
@@ -92,7 +92,7 @@ def latency_inputs(corpus: Corpus, positions: int) -> list[torch.Tensor]:
 def measure_latency(
     models: Sequence[PreTrainedModel], input_ids: torch.Tensor, device: torch.device
 ) -> list[NDArray[np.float64]]:
-    """Measure the forward passes of the encoders on a batch: milliseconds, float64 [repetitions] per model.
+    """Measure forward passes without the heads on a batch: milliseconds, float64 [repetitions] per model.
 
     The models take turns, so a slow phase of the machine affects all of them. Each model gets about a second, but at
     least 3 passes after one to warm up. The function leaves the models on ``device`` in evaluation mode.

@@ -23,6 +23,7 @@ from distilspeed.trainer.files import from_json, write_text, writing
 logger = logging.getLogger(__name__)
 
 MEASUREMENTS = "measurements.json"
+EXAMPLES = "examples of "  # and a task's name, in an identity
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class MeasurementsFile:
     """Measures each thing once: a value that is in the file is read, a new one is added to the file."""
 
     def __init__(self, path: Path, identity: Mapping[str, str]) -> None:
-        """Read the file if there is one.
+        """Read the file if there is one; the identity may have new tasks.
 
         Raises:
             UserError: the file is damaged or unreadable, or of an evaluation with other settings or inputs.
@@ -71,7 +72,10 @@ class MeasurementsFile:
                     "damaged-checkpoint",
                     f"cannot read {path}: {error}; remove it to start from the beginning",
                 ) from error
-            check_same_settings(path, self._so_far.identity, identity)
+            saved = self._so_far.identity
+            known = {name: value for name, value in identity.items() if name in saved or EXAMPLES not in name}
+            check_same_settings(path, saved, known)
+            self._so_far = replace(self._so_far, identity={**saved, **identity})
 
     def models(
         self, measure: Callable[[], tuple[ModelMeasurements, ...]], device: torch.device
@@ -103,8 +107,11 @@ class MeasurementsFile:
 
 
 def model_digest(model: PreTrainedModel) -> str:
-    """Return the beginning of a SHA-256 over config and weights."""
-    digest = hashlib.sha256(model.config.to_json_string().encode())
+    """Return the beginning of a SHA-256 over weights and config, wherever and by whichever version it was loaded."""
+    config = model.config.to_dict()
+    config.pop("transformers_version", None)
+    config.pop("_name_or_path", None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in model.state_dict().items():
         digest.update(name.encode())
         digest.update(weight.numpy(force=True).tobytes())

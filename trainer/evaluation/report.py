@@ -224,7 +224,7 @@ class Report:
             f"{conditions.seq_length} tokens each; {teacher.quality.conditions(conditions.seed)}",
             "Retention: accuracy, or a task's first metric, in % of the teacher's. Parameters: with the "
             f"{teacher.quality.head}; a shared parameter counts once. fp32 / fp16: parameters × 4 and × 2 bytes.",
-            "Latency: forward pass of the encoder without a head, float32, on real tokens of held-out rows; PyTorch "
+            "Latency: forward pass of the model without its head, float32, on real tokens of held-out rows; PyTorch "
             f"threads on the CPU: {machine.threads}. Models in turns, median [quartiles]. The first table has "
             f"{headline.batch_size} × {headline.length} tokens (batch × length). Speed-up: the teacher's median over "
             "the model's.",

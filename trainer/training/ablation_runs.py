@@ -44,9 +44,9 @@ from distilspeed.trainer.evaluation.task_checkpoint import UNRECORDED
 from distilspeed.trainer.evaluation.tasks.registry import read_tasks
 from distilspeed.trainer.evaluation.tasks.task import FineTuning, Task
 from distilspeed.trainer.files import (
+    alone_in,
     check_unoccupied,
     folder_written_whole,
-    parents_made,
     write_text,
     writing,
 )
@@ -123,11 +123,19 @@ def run_ablation(arguments: AblationArguments) -> AblationReport:
         jobs_at_a_time(arguments.num_gpus, device),
     )
     _check_settings(arguments)
-    if not ablation.untrained.exists():
-        _write_students(ablation, _make_student(ablation))
+    student = None if ablation.untrained.exists() else _make_student(ablation)
+    with alone_in(arguments.output_dir):
+        _check_settings(arguments)  # again, because another ablation may have started in the folder
+        if student is not None:
+            _write_students(ablation, student)
+        return _train_and_evaluate(ablation)
+
+
+def _train_and_evaluate(ablation: _Ablation) -> AblationReport:
+    arguments = ablation.arguments
     positions = model_shape(AutoConfig.from_pretrained(ablation.student_config)).positions
     settings = [fine_tuning_settings(arguments, task, positions) for task in ablation.tasks]
-    warn_of_slow_bf16(arguments.task_precision, device)
+    warn_of_slow_bf16(arguments.task_precision, ablation.device)
     _evaluate(ablation, [TEACHER], settings)  # first, because it shows early whether the tasks can be used
     for variant, seed in product(ablation.chosen, range(arguments.seeds)):
         _train_once(ablation, variant, seed)
@@ -163,11 +171,10 @@ def _chosen_variants(names: str | None, objective: TrainingObjective) -> list[Va
 
 
 def _settings(arguments: AblationArguments) -> dict[str, str]:
-    return {
-        name: str(value)
-        for name, value in asdict(arguments).items()
-        if name not in CHANGEABLE and value is not None
-    }
+    given = {name: value for name, value in asdict(arguments).items() if name not in CHANGEABLE}
+    if Path(arguments.teacher).exists():
+        given["teacher"] = Path(arguments.teacher)  # "runs/mine/" is "runs/mine"
+    return {name: str(value) for name, value in given.items() if value is not None}
 
 
 def _check_settings(arguments: AblationArguments) -> None:
@@ -200,8 +207,7 @@ def _make_student(ablation: _Ablation) -> PreTrainedModel:
 def _write_students(ablation: _Ablation, student: PreTrainedModel) -> None:
     """Write the settings, the student's config, and the student as it is before any training."""
     folder = ablation.arguments.output_dir
-    with parents_made(folder):
-        folder.mkdir(exist_ok=True)
+    with writing(folder):
         write_text(folder / SETTINGS, json.dumps(_settings(ablation.arguments), indent=2) + "\n")
         student.config.save_pretrained(ablation.student_config)
         with folder_written_whole(ablation.untrained) as untrained:

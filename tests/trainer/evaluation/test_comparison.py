@@ -135,6 +135,40 @@ def test_an_evaluation_killed_while_it_wrote_its_first_measurement_starts_over(
     assert not (arguments.output_dir / ".measurements.json.incomplete").exists()
 
 
+def test_a_second_evaluation_in_the_same_folder_is_refused(
+    arguments: EvaluateArguments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start_second(*_: object, seed: int) -> None:
+        raise AssertionError(evaluate(arguments))
+
+    monkeypatch.setattr(comparison, "measure_held_out", start_second)
+    with raises_user_error("locked", str(arguments.output_dir)):
+        evaluate(arguments)
+    assert not arguments.output_dir.parent.exists()
+
+
+def test_a_resumed_evaluation_may_have_other_paths_and_more_tasks(
+    arguments: EvaluateArguments, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = [str(tiny_task(tmp_path / name)) for name in ("one", "two")]
+    done: list[str] = []
+
+    def recorded_fine_tune(name: str, task: Any, *_: object, precision: str) -> Scores:
+        done.append(task.name)
+        return {"accuracy": 0.5}
+
+    monkeypatch.setattr(comparison, "fine_tune", recorded_fine_tune)
+    evaluate(replace(arguments, task=(tasks[0],)))
+    assert set(done) == {"one"}
+    done.clear()
+    monkeypatch.setattr(comparison, "measure_held_out", None)  # would fail: nothing is measured again
+    shutil.copytree(models / "student", tmp_path / "moved")
+    moved = replace(arguments, student=f"{tmp_path}/moved/", task=(tasks[1], f"{tasks[0]}/"), resume=True)
+    report = evaluate(moved)
+    assert set(done) == {"two"}
+    assert [score.task for score in report.models[1].tasks] == ["two", "one"]
+
+
 def test_each_model_uses_the_learning_rate_with_the_best_first_seed(
     arguments: EvaluateArguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
