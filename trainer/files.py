@@ -89,7 +89,7 @@ def check_new_file(path: Path) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Yield a temporary file beside ``path``; on success sync it to disk and rename it to ``path``."""
-    beside = _incomplete(path)
+    beside = incomplete(path)
     with beside.open("wb") as file:
         yield file
         file.flush()
@@ -128,10 +128,11 @@ def locked(folder: Path, wait: float, refusal: str) -> Iterator[None]:
         wait: seconds to wait for a process that holds the lock.
         refusal: message of the UserError if that process still holds it then.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    with writing(folder):
+        descriptor = os.open(folder, os.O_RDONLY)
     try:
-        # On file systems without locks (some network ones) nothing is locked. The package filelock would leave a file
-        # in the folder, and on such file systems a lock that outlives a killed process.
+        # On file systems without locks nothing is locked, and on NFS a folder's lock excludes only processes of this
+        # host. The package filelock would leave a file in the folder, and there a lock that outlives a killed process.
         with contextlib.suppress(OSError):
             end = time.monotonic() + wait
             while True:
@@ -142,9 +143,22 @@ def locked(folder: Path, wait: float, refusal: str) -> Iterator[None]:
                     if time.monotonic() >= end:
                         raise UserError("locked", refusal) from error
                     time.sleep(0.5)
+        if not _is_at(descriptor, folder):  # another job has just replaced or removed the folder
+            raise UserError("locked", refusal)
         yield
     finally:
         os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Return whether a path still is the open file or folder."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    return False
+
+
+def _in_use(folder: Path) -> str:
+    return f"another job uses {folder}; wait for it, or stop it"
 
 
 @contextmanager
@@ -155,13 +169,13 @@ def alone_in(folder: Path) -> Iterator[None]:
         UserError: the folder cannot be created, or another job has locked it.
     """
     made = [path for path in [folder.absolute(), *folder.absolute().parents] if not path.exists()]
-    try:
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder, wait=0, refusal=f"another job uses {folder}; wait for it, or stop it"):
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, wait=0, refusal=_in_use(folder)):
+        try:
             yield
-    finally:
-        remove_if_empty(made)
+        finally:
+            remove_if_empty(made)
 
 
 def remove_if_empty(folders: Iterable[Path]) -> None:
@@ -222,7 +236,7 @@ def folder_written_whole(path: Path, *, replaces: bool = False) -> Iterator[Path
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         if replaces:
-            bring_back_replaced(path)
+            _bring_back(path)
         raise
 
 
@@ -232,20 +246,31 @@ def copy_others(source: Path, target: Path, path: Path, *, keeps: bool) -> None:
     Args:
         keeps: copy ``path``, too.
     """
-    left_out = [_incomplete(path).name, *([] if keeps else [path.name])]
+    left_out = [incomplete(path).name, *([] if keeps else [path.name])]
     ignored = shutil.ignore_patterns(*left_out)
     shutil.copytree(source, target, symlinks=True, ignore=ignored, dirs_exist_ok=True)
 
 
 def bring_back_replaced(path: Path) -> None:
-    """Undo or complete an interrupted replacement of ``path``."""
+    """Undo or complete an interrupted replacement of ``path``.
+
+    Raises:
+        UserError: a job that is :func:`alone_in` the folder is just replacing it.
+    """
+    if _previous(path).exists():
+        with locked(_previous(path), wait=0, refusal=_in_use(path)):
+            _bring_back(path)
+
+
+def _bring_back(path: Path) -> None:
     previous = _previous(path)
     if not path.exists() and previous.exists():
         previous.rename(path)
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def _incomplete(path: Path) -> Path:
+def incomplete(path: Path) -> Path:
+    """Return the temporary file of :func:`replacing`, which a killed process leaves."""
     return path.with_name(f".{path.name}.incomplete")
 
 

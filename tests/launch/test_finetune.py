@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from launcher import ROOT, ranks_alone
 from refusals import refusal
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, pipeline
-from user_errors import assert_names
+from user_errors import assert_names, raises_user_error
 
+from distilspeed.trainer.evaluation.finetune import _check_output_dir
+from distilspeed.trainer.evaluation.finetune_arguments import FinetuneArguments
 from distilspeed.trainer.files import alone_in
 from distilspeed.trainer.models.loading import load_teacher, make_student
 
@@ -124,7 +127,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(work: Path, tuned_teacher
     assert (work / "killed" / "results.json").stat().st_mtime_ns == again
 
 
-def test_a_finished_run_is_not_taken_for_one_with_other_inputs_of_the_same_names(
+def test_a_finished_run_is_not_reused_for_other_inputs_of_the_same_names(
     work: Path,
     tuned_teacher: Path,
     tmp_path: Path,
@@ -151,6 +154,14 @@ def test_a_finished_run_is_not_taken_for_one_with_other_inputs_of_the_same_names
         line = refusal("finetune.py", [*command, "--resume"], tmp_path, monkeypatch, capfd)
         assert_names(line, "changed-run", "out/results.json", f"{name}_digest")
         file.write_bytes(before)
+
+
+def test_a_run_killed_during_its_first_save_can_be_resumed(tmp_path: Path) -> None:
+    (tmp_path / ".checkpoint.pt.incomplete").touch()
+    arguments = FinetuneArguments(model="student", task="words", output_dir=tmp_path, resume=True)
+    _check_output_dir(arguments)
+    with raises_user_error("output-exists", "--resume"):
+        _check_output_dir(replace(arguments, resume=False))
 
 
 def test_bf16_learns_with_float32_weights(work: Path) -> None:

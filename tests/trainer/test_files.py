@@ -1,4 +1,4 @@
-"""Replacing a folder: whenever the process ends, the old or the new folder is complete. Locking one."""
+"""Replacing a folder: whenever the process ends, the old or the new one is complete. One job at a time uses a folder."""
 
 from pathlib import Path
 
@@ -86,12 +86,43 @@ def test_bring_back_replaced_does_nothing_if_nothing_was_replaced(student: Path)
 
 def test_a_folder_is_used_by_one_job_at_a_time(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "mine"
-    with alone_in(folder):
-        with raises_user_error("locked", str(folder)), alone_in(folder):
-            pass
+    with alone_in(folder), raises_user_error("locked", str(folder)), alone_in(folder):
+        pass
     assert not any(tmp_path.iterdir())  # new folders that stay empty are removed
     with alone_in(folder):
         (folder / "file").touch()
     with alone_in(folder):
         pass
     assert (folder / "file").exists()
+
+
+def test_a_folder_that_was_replaced_while_a_job_waited_for_it_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+
+    def replace_folder(*_: object) -> None:
+        folder.rename(tmp_path / "old")
+        folder.mkdir()
+
+    folder.mkdir()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("fcntl.flock", replace_folder)
+        with raises_user_error("locked", str(folder)), alone_in(folder):
+            pass
+
+
+def test_a_folder_that_a_job_is_just_replacing_is_not_brought_back(
+    student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def rename_and_look(path: Path, target: Path) -> Path:
+        renamed = rename(path, target)
+        if path == student:
+            with raises_user_error("locked", str(student)):
+                bring_back_replaced(student)
+        return renamed
+
+    monkeypatch.setattr(Path, "rename", rename_and_look)
+    with alone_in(student):
+        replace(student)
+    assert (student / "step").read_text() == "20"

@@ -66,11 +66,9 @@ from distilspeed.trainer.models.loading import (
 
 logger = logging.getLogger(__name__)
 
-# What may change when an evaluation is resumed: also paths, because the contents are compared.
-CHANGEABLE = (
-    *("output_dir", "num_gpus", "resume"),
-    *("teacher", "student", "baseline", "data_dir", "task", "glue_dir"),
-)
+# What may change when an evaluation is resumed. Paths may, because contents are compared.
+PATHS = ("teacher", "student", "baseline", "data_dir", "task", "glue_dir", "output_dir")
+CHANGEABLE = (*PATHS, "num_gpus", "resume")
 SHOWN_PARTS = 2  # parts of a model's path in the report, at least
 LONGEST_NAME = 60  # characters
 
@@ -189,6 +187,7 @@ def _identity(
     return {
         **settings,
         "device": device.type,
+        "models": ", ".join(arguments.models),
         "corpus": hashlib.sha256(corpus.manifest.to_json().encode()).hexdigest()[:16],
         **{
             f"weights of the {role}": model_digest(model)

@@ -28,6 +28,7 @@ from distilspeed.trainer.files import (
     bring_back_replaced,
     copy_others,
     folder_written_whole,
+    incomplete,
     writing,
 )
 from distilspeed.trainer.models.flops import model_shape, warn_of_slow_bf16
@@ -139,7 +140,8 @@ def _check_output_dir(arguments: FinetuneArguments) -> None:
     with writing(folder):
         bring_back_replaced(folder)
         found = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if found and not (arguments.resume and found & {CHECKPOINT, RESULTS}):
+    of_run = {CHECKPOINT, RESULTS, incomplete(folder / CHECKPOINT).name}
+    if found and not (arguments.resume and found & of_run):
         raise UserError(
             "output-exists", f"{folder} is not empty; continue with --resume, or choose another --output_dir"
         )

@@ -23,7 +23,7 @@ from distilspeed.trainer.files import from_json, write_text, writing
 logger = logging.getLogger(__name__)
 
 MEASUREMENTS = "measurements.json"
-EXAMPLES = "examples of "  # and a task's name, in an identity
+EXAMPLES = "examples of "  # followed by the name of a task, in an identity
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,10 @@ class MeasurementsFile:
                     f"cannot read {path}: {error}; remove it to start from the beginning",
                 ) from error
             saved = self._so_far.identity
-            known = {name: value for name, value in identity.items() if name in saved or EXAMPLES not in name}
-            check_same_settings(path, saved, known)
+            new_tasks = {name for name in identity if name.startswith(EXAMPLES)} - saved.keys()
+            check_same_settings(
+                path, saved, {name: value for name, value in identity.items() if name not in new_tasks}
+            )
             self._so_far = replace(self._so_far, identity={**saved, **identity})
 
     def models(
@@ -107,7 +109,7 @@ class MeasurementsFile:
 
 
 def model_digest(model: PreTrainedModel) -> str:
-    """Return the beginning of a SHA-256 over weights and config, wherever and by whichever version it was loaded."""
+    """Return the beginning of a SHA-256 over a model's weights and config, but not its path."""
     config = model.config.to_dict()
     config.pop("transformers_version", None)
     config.pop("_name_or_path", None)

@@ -10,7 +10,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from queue import SimpleQueue
 from types import TracebackType
@@ -25,6 +27,15 @@ R = TypeVar("R")
 LEFT_TO_PARENT = (signal.SIGINT, signal.SIGHUP)
 
 
+@dataclass
+class _Worker:
+    """A process, this process's end of its pipe, and its first function until that is sent."""
+
+    process: BaseProcess
+    connection: Connection
+    start: Callable[[], None] | None
+
+
 class WorkerPool:
     """Processes that run functions, each one at a time. A future raises ``BrokenProcessPool`` if its process died.
 
@@ -32,27 +43,22 @@ class WorkerPool:
     the block, the processes are terminated.
 
     Each process has a pipe of its own, which ends when the process dies, even halfway through a result. Python's
-    ``ProcessPoolExecutor`` has one pipe for the results of all, and then waits for the rest of that result without end.
+    ``ProcessPoolExecutor`` has one pipe for the results of all, and then waits for the rest of that result forever.
     """
 
     def __init__(self, starts: Sequence[Callable[[], None]]) -> None:
-        """Start a process for each function of ``starts``; each begins with its function."""
-        # Spawn, because forking while threads run (tokenizers, Arrow, a hub download) can deadlock.
-        context = multiprocessing.get_context("spawn")
-        self._idle: SimpleQueue[Connection] = SimpleQueue()
-        self._processes = []
-        with children_deaf_to(LEFT_TO_PARENT):
-            for start in starts:
-                connection, of_worker = context.Pipe()
-                # Python terminates a daemon at exit, should a signal come before the ``with`` block begins.
-                process = context.Process(target=_work, args=(of_worker, start), daemon=True)
-                process.start()
-                of_worker.close()  # so that only the worker holds this end
-                self._idle.put(connection)
-                self._processes.append(process)
+        """Make a pool of a process for each function of ``starts``; the process begins with this function.
+
+        The processes are started as functions are submitted.
+        """
+        self._starts = list(starts)
+        self._workers: list[_Worker] = []
+        self._idle: SimpleQueue[_Worker] = SimpleQueue()
         self._threads = ThreadPoolExecutor(len(starts))
 
     def submit(self, function: Callable[P, R], *arguments: P.args, **options: P.kwargs) -> Future[R]:
+        if self._starts:
+            self._start_worker()
         return self._threads.submit(self._run, function, arguments, options)
 
     def __enter__(self) -> Self:
@@ -62,50 +68,86 @@ class WorkerPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            for process in self._processes:
-                process.terminate()
-        self._threads.shutdown(wait=True, cancel_futures=True)
-        while not self._idle.empty():
-            self._idle.get().close()  # its worker ends
-        for process in self._processes:
-            process.join()
+            self._terminate()
+        try:
+            self._threads.shutdown(wait=True, cancel_futures=True)
+            for worker in self._workers:
+                worker.connection.close()  # so the process ends
+            for worker in self._workers:
+                worker.process.join()
+        except BaseException:  # Ctrl-C while it waits
+            self._terminate()
+            raise
+
+    def _start_worker(self) -> None:
+        # Spawn, because forking while threads run (tokenizers, Arrow, a hub download) can deadlock.
+        context = multiprocessing.get_context("spawn")
+        connection, of_worker = context.Pipe()
+        with children_deaf_to(LEFT_TO_PARENT):
+            process = context.Process(target=_work, args=(of_worker,))
+            process.start()
+            of_worker.close()  # so only the process holds this end
+            self._workers.append(_Worker(process, connection, self._starts.pop(0)))
+        self._idle.put(self._workers[-1])
+
+    def _terminate(self) -> None:
+        for worker in self._workers:
+            worker.process.terminate()
 
     def _run(self, *task: Any) -> Any:
-        connection = self._idle.get()
+        worker = self._idle.get()
         try:
-            connection.send(task)
-            result, error = connection.recv()
+            if (
+                worker.start is not None
+            ):  # not an argument of the process: starting it would wait until it is read
+                worker.connection.send(worker.start)
+                worker.start = None
+            worker.connection.send(task)
+            result, error = worker.connection.recv()
         except (EOFError, OSError) as ended:
             raise BrokenProcessPool("a worker process died") from ended
         finally:
-            self._idle.put(connection)
+            self._idle.put(worker)
         if error is not None:
             raise error
         return result
 
 
-def _work(connection: Connection, start: Callable[[], None]) -> None:
+def _work(connection: Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    failure = None
-    try:
-        start()
-    except Exception as error:
-        failure = error
+    failure: memoryview | None = None
     with contextlib.suppress(EOFError, OSError):  # the parent has closed the pipe
+        start = connection.recv_bytes()
+        try:
+            pickle.loads(start)()
+        except Exception as error:
+            failure = _pickled(error)
         while True:
-            connection.send_bytes(_answer(connection.recv_bytes(), failure))
+            task = connection.recv_bytes()
+            connection.send_bytes(_answer(task) if failure is None else failure)
 
 
-def _answer(task: bytes, failure: Exception | None) -> memoryview:
-    """Run the pickled task, unless the process has failed at its start; return the pickled result and error."""
+def _answer(task: bytes) -> memoryview:
+    """Run the pickled task; return the pickled result and error."""
     try:
-        if failure is not None:
-            raise failure
         function, arguments, options = pickle.loads(task)
         return ForkingPickler.dumps((function(*arguments, **options), None))
     except Exception as error:
-        error.add_note(f"in a worker process:\n{traceback.format_exc()}")  # tracebacks are not pickled
-        return ForkingPickler.dumps((None, error))
+        return _pickled(error)
+
+
+def _pickled(error: Exception) -> memoryview:
+    """Return the pickled answer that says what the running handler has caught."""
+    note = f"in a worker process:\n{traceback.format_exc()}"  # tracebacks are not pickled
+    try:
+        error.add_note(note)
+        answer = ForkingPickler.dumps((None, error))
+        pickle.loads(answer)  # some errors can be pickled, but not read again
+    except Exception:
+        plain = RuntimeError(f"{type(error).__name__}: {error}")
+        plain.add_note(note)
+        answer = ForkingPickler.dumps((None, plain))
+    return answer
 
 
 def _end_with_parent() -> None:

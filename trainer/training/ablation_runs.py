@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
+from os.path import normpath
 from pathlib import Path
 
 import torch
@@ -47,6 +48,7 @@ from distilspeed.trainer.files import (
     alone_in,
     check_unoccupied,
     folder_written_whole,
+    incomplete,
     write_text,
     writing,
 )
@@ -126,7 +128,7 @@ def run_ablation(arguments: AblationArguments) -> AblationReport:
     student = None if ablation.untrained.exists() else _make_student(ablation)
     with alone_in(arguments.output_dir):
         _check_settings(arguments)  # again, because another ablation may have started in the folder
-        if student is not None:
+        if student is not None and not ablation.untrained.exists():
             _write_students(ablation, student)
         return _train_and_evaluate(ablation)
 
@@ -171,10 +173,11 @@ def _chosen_variants(names: str | None, objective: TrainingObjective) -> list[Va
 
 
 def _settings(arguments: AblationArguments) -> dict[str, str]:
-    given = {name: value for name, value in asdict(arguments).items() if name not in CHANGEABLE}
-    if Path(arguments.teacher).exists():
-        given["teacher"] = Path(arguments.teacher)  # "runs/mine/" is "runs/mine"
-    return {name: str(value) for name, value in given.items() if value is not None}
+    return {
+        name: str(value)
+        for name, value in asdict(arguments).items()
+        if name not in CHANGEABLE and value is not None
+    }
 
 
 def _check_settings(arguments: AblationArguments) -> None:
@@ -185,11 +188,13 @@ def _check_settings(arguments: AblationArguments) -> None:
     """
     path, settings = arguments.output_dir / SETTINGS, _settings(arguments)
     if not path.exists():
-        check_unoccupied(arguments.output_dir)
+        if not incomplete(path).exists():
+            check_unoccupied(arguments.output_dir)
         return
     before: dict[str, str] = UNRECORDED | json.loads(path.read_text(encoding="utf-8"))
     for name in before.keys() | settings.keys():
-        if before.get(name) != settings.get(name):
+        # "runs/mine/" is "runs/mine".
+        if normpath(before.get(name, "")) != normpath(settings.get(name, "")):
             raise UserError(
                 "changed-run",
                 f"the ablation in {arguments.output_dir} has --{name} {before.get(name)}, not {settings.get(name)}; "

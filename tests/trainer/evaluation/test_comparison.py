@@ -271,6 +271,11 @@ def test_measurements_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         ("nothing", "output-exists", "--resume"),
         ("seed", "changed-run", "seed 5, not 6"),
         ("student", "changed-run", "weights of the student"),
+        (
+            "models",
+            "changed-run",
+            "models teacher, student, first, second, not teacher, student, second, first",
+        ),
         ("task", "changed-run", "examples of words"),
         ("corpus", "changed-run", "corpus"),
         ("damage", "damaged-checkpoint", "measurements.json"),
@@ -291,13 +296,19 @@ def test_an_evaluation_is_resumed_only_with_its_settings_and_inputs(
     shutil.copytree(small_corpus_dir, tmp_path / "corpus")
     task = tiny_task(tmp_path / "words")
     arguments = replace(
-        arguments, student=str(tmp_path / "student"), data_dir=tmp_path / "corpus", task=(str(task),)
+        arguments,
+        student=str(tmp_path / "student"),
+        baseline=(f"first={arguments.student}", f"second={arguments.teacher}"),
+        data_dir=tmp_path / "corpus",
+        task=(str(task),),
     )
     evaluate(arguments)
     before = {path.name: path.read_bytes() for path in arguments.output_dir.iterdir()}
     resumed = replace(arguments, resume=change != "nothing", seed=6 if change == "seed" else arguments.seed)
     if change == "student":
         make_student(load_teacher(str(models / "teacher")), (0, 2)).save_pretrained(tmp_path / "student")
+    elif change == "models":
+        resumed = replace(resumed, baseline=resumed.baseline[::-1])
     elif change == "task":
         with (task / "dev.jsonl").open("a") as file:
             file.write('{"text": "one more", "label": 1}\n')
