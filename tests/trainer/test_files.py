@@ -1,4 +1,4 @@
-"""Replacing a folder: whenever the process ends, the old or the new one is complete. One job at a time uses a folder."""
+"""Replacing a folder: whenever the process ends, the old or the new one is complete. It has one job at a time."""
 
 from pathlib import Path
 
