@@ -30,8 +30,6 @@ TESTS, KERNELS, TRAINING, DISTILLATION = GROUPS = ("tests", "kernels", "training
 MINUTES = 10.0
 # Time limits of a part; they scale with --minutes.
 SECONDS_OF_TESTS, SECONDS_OF_MEASUREMENT = 300.0, 120.0
-# Test processes that share the GPU; they spend most of their time compiling.
-TEST_PROCESSES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +60,7 @@ class GpuCheckArguments(Settings):
 class Sizes:
     """The sizes of the check; the defaults are for a modern GPU.
 
+    test_processes   pytest's workers, which share the GPU and spend most of their time compiling; 0 for none
     rows, dtypes, vocab_size, hidden_size, peers, repeats    the kernels' profiles
     precision        precision of all training
     zero_stages, accumulation, rounds    the measured training
@@ -74,6 +73,7 @@ class Sizes:
     task_epochs      epochs of fine-tuning
     """
 
+    test_processes: int = 4
     rows: tuple[int, ...] = (4096, 16384)
     dtypes: tuple[str, ...] = ("fp16", "bf16")
     vocab_size: int = 30522
@@ -95,6 +95,7 @@ class Sizes:
 
 # Small sizes, for any machine.
 SMOKE = Sizes(
+    test_processes=0,  # without a GPU the tests are skipped, and a worker costs more than they do
     rows=(64,),
     dtypes=("fp32",),
     vocab_size=1000,
@@ -162,7 +163,8 @@ class Plan:
         folders = (os.path.relpath(ROOT / "tests" / name) for name in ("kernels", "trainer", "launch"))
         kernels, *trainer = folders
         pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        in_parallel = ["-n", TEST_PROCESSES] if find_spec("xdist") else []
+        processes = self.sizes.test_processes
+        in_parallel = ["-n", processes] if processes and find_spec("xdist") else []
         # PyTorch and Triton handle some CUDA calls that fail; those are not memory errors.
         memcheck: list[object] = ["compute-sanitizer", "--tool", "memcheck", "--report-api-errors", "no"]
         memcheck += ["--error-exitcode", 1, *pytest, "-m", "gpu and memcheck", kernels]
