@@ -96,7 +96,7 @@ def test_when_terminated_it_leaves_no_process_running(
     os.kill(job.pid, signal.SIGTERM)
     job.communicate(timeout=600)
     assert job.returncode == 128 + signal.SIGTERM
-    assert not [pid for pid in started if psutil.pid_exists(pid)]
+    wait_until(lambda: not any(map(psutil.pid_exists, started)))
 
 
 def was_started_by(process: psutil.Process, pid: int) -> bool:

@@ -196,3 +196,4 @@ def end_tree(process: subprocess.Popen[Any]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    psutil.wait_procs(alive, SECONDS_TO_END)
