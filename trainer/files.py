@@ -157,7 +157,8 @@ def _is_at(descriptor: int, path: Path) -> bool:
     return False
 
 
-def _in_use(folder: Path) -> str:
+def in_use(folder: Path) -> str:
+    """Return the message of a job that finds its folder locked."""
     return f"another job uses {folder}; wait for it, or stop it"
 
 
@@ -171,7 +172,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     made = [path for path in [folder.absolute(), *folder.absolute().parents] if not path.exists()]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, wait=0, refusal=_in_use(folder)):
+    with locked(folder, wait=0, refusal=in_use(folder)):
         try:
             yield
         finally:
@@ -258,7 +259,7 @@ def bring_back_replaced(path: Path) -> None:
         UserError: a job that is :func:`alone_in` the folder is just replacing it.
     """
     if _previous(path).exists():
-        with locked(_previous(path), wait=0, refusal=_in_use(path)):
+        with locked(_previous(path), wait=0, refusal=in_use(path)):
             _bring_back(path)
 
 

@@ -97,9 +97,8 @@ class WorkerPool:
     def _run(self, *task: Any) -> Any:
         worker = self._idle.get()
         try:
-            if (
-                worker.start is not None
-            ):  # not an argument of the process: starting it would wait until it is read
+            if worker.start is not None:
+                # Sent here, because starting a process waits until the process has read its arguments.
                 worker.connection.send(worker.start)
                 worker.start = None
             worker.connection.send(task)

@@ -16,7 +16,7 @@ from distilspeed.trainer.engine.optimizers import describe_fused_parts
 from distilspeed.trainer.engine.student import DTYPES
 from distilspeed.trainer.errors import StoppedError, UserError, memory_errors_named
 from distilspeed.trainer.evaluation.quality import held_out_quality
-from distilspeed.trainer.files import bring_back_replaced, locked, writing
+from distilspeed.trainer.files import bring_back_replaced, in_use, locked, writing
 from distilspeed.trainer.job.ranks import joined_job
 from distilspeed.trainer.job.watch import JobWatch
 from distilspeed.trainer.models.compilation import seconds_compiling
@@ -152,7 +152,7 @@ def _alone_in_folder(run: Run) -> AbstractContextManager[None]:
         return nullcontext()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    return locked(folder, SECONDS_TO_END, f"another job uses {folder}; wait for it, or stop it")
+    return locked(folder, SECONDS_TO_END, in_use(folder))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The worker processes of a command: what they return, how they fail and how they end."""
 
-import contextlib
 import multiprocessing
 import os
 import pickle
@@ -10,6 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import psutil
 import pytest
 
 from distilspeed.trainer.errors import UserError
@@ -57,13 +57,6 @@ def die_halfway_through_the_result() -> bytes:
     return bytes(1000)
 
 
-def is_running(pid: int) -> bool:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, 0)
-        return True
-    return False
-
-
 def test_a_process_that_dies_halfway_through_a_result_is_noticed() -> None:
     with WorkerPool([nothing]) as pool, pytest.raises(BrokenProcessPool):
         pool.submit(die_halfway_through_the_result).result(PATIENCE)
@@ -86,7 +79,7 @@ def test_an_error_ends_the_block_although_processes_have_work(tmp_path: Path) ->
     with pytest.raises(KeyError):
         work_until_an_error()
     assert len(pids) == 2
-    assert not any(map(is_running, pids))
+    assert not any(map(psutil.pid_exists, pids))
 
 
 @pytest.mark.parametrize("count", [1, 3])
