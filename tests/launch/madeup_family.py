@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, BertConfig, BertForMa
 
 from distilspeed.trainer.corpus.training_objective import TrainingObjective
 from distilspeed.trainer.families.layers import half_of_layers, keep_layers
-from distilspeed.trainer.families.masks import document_mask
+from distilspeed.trainer.families.masks import Documents, document_mask
 from distilspeed.trainer.families.registry import FAMILIES
 from distilspeed.trainer.families.shape import ModelShape
 
@@ -76,8 +76,8 @@ class MadeUpFamily:
     def position_ids(self, config: Any, position_ids: torch.Tensor) -> torch.Tensor:
         return position_ids + FIRST_POSITION
 
-    def attention_mask(self, config: Any, document_ids: torch.Tensor, implementation: str | None) -> Any:
-        return document_mask(document_ids, implementation)
+    def attention_mask(self, config: Any, documents: Documents, implementation: str | None) -> Any:
+        return document_mask(documents, implementation)
 
     def layers(self, model: Any) -> Any:
         return model.bert.encoder.layer

@@ -25,7 +25,7 @@ from distilspeed.trainer.models.loading import (
     load_teacher,
     make_student,
 )
-from distilspeed.trainer.models.packed_forward import forward_packed
+from distilspeed.trainer.models.packed_forward import documents_of, forward_packed
 
 JOB = Path(__file__).with_name("madeup_family.py")
 LAYERS, STEPS = (1, 3), 2
@@ -99,10 +99,10 @@ def test_packed_documents_get_the_logits_that_transformers_gives_each_alone(
 @pytest.mark.usefixtures("is_registered")
 def test_its_attention_is_timed(teacher_dir: Path, corpus: Corpus) -> None:
     model = load_teacher(str(teacher_dir))
-    ids = MicroBatches(corpus, BatchEquation(4, 4, 1, 1), rank=0, seed=0)[0].document_ids
+    documents = documents_of(MicroBatches(corpus, BatchEquation(4, 4, 1, 1), rank=0, seed=0)[0])
     twice = (SDPA, SDPA)  # a single candidate is not timed
     choice = choose_attention(
-        model, ids, torch.float32, torch.device("cpu"), is_trained=True, candidates=twice
+        model, documents, torch.float32, torch.device("cpu"), is_trained=True, candidates=twice
     )
     assert set(choice.seconds) == {SDPA}
 

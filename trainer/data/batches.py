@@ -20,7 +20,12 @@ from torch.utils.data import DataLoader, Dataset
 from distilspeed.trainer.corpus.format import Corpus, read_rows
 from distilspeed.trainer.data.batch_equation import BatchEquation
 from distilspeed.trainer.data.masking import SMOOTHING, MaskingRule, masking_rule, philox
-from distilspeed.trainer.data.micro_batch import MicroBatch, labelled_micro_batch, row_token_counts
+from distilspeed.trainer.data.micro_batch import (
+    MicroBatch,
+    labelled_micro_batch,
+    most_documents,
+    row_token_counts,
+)
 from distilspeed.trainer.job.processes import STOP_SIGNALS, children_deaf_to
 
 # Random streams besides the masking stream, 0.
@@ -77,6 +82,7 @@ class MicroBatches(Dataset[MicroBatch]):
         self.row_length = corpus.manifest.seq_length
         self.rule = corpus_masking_rule(corpus, mlm_smoothing)
         self.real_tokens, self.labelled_tokens = row_token_counts(self.rows, corpus.manifest.objective)
+        self.most_documents = most_documents(self.rows)
         self.batch = batch
         self.rank = rank
         self.seed = seed
@@ -117,6 +123,7 @@ class MicroBatches(Dataset[MicroBatch]):
             self.seed,
             real_tokens=int(self.real_tokens[rows].sum()),
             labelled_tokens=int(self.labelled_tokens[rows].sum()),
+            most_documents=self.most_documents,
         )
 
     def loader(self, first_batch: int, last_batch: int | None, num_workers: int) -> DataLoader[MicroBatch]:

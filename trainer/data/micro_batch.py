@@ -37,6 +37,7 @@ class MicroBatch(NamedTuple):
     real_tokens: torch.Tensor  # float32 []
     labelled_tokens: torch.Tensor  # float32 []
     labelled_places: torch.Tensor  # int64, see labelled_places()
+    document_starts: torch.Tensor  # int32, see document_starts()
 
     def to(self, device: torch.device) -> "MicroBatch":
         return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
@@ -69,6 +70,27 @@ def document_layout(
 def _counted_up(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
     """Return 0 to length - 1 for each length, joined: 0 1 0 1 2 for [2, 3]."""
     return np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
+
+
+def document_starts(document_ids: NDArray[np.int64], most_documents: int) -> NDArray[np.int32]:
+    """Return the first token of each document in the flattened rows, then the number of tokens, up to a fixed length.
+
+    These are the cumulative lengths that flash attention takes; the repeated end stands for empty documents. A row's
+    padding counts as a document.
+
+    Args:
+        document_ids: int64 [rows, length], -1 on padding.
+        most_documents: at least the number of documents of every row.
+
+    Returns:
+        int32 [rows x (most_documents + 1) + 1].
+    """
+    is_start = np.ones(document_ids.shape, dtype=bool)
+    is_start[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    found = np.flatnonzero(is_start)
+    starts = np.full(len(document_ids) * (most_documents + 1) + 1, document_ids.size, dtype=np.int32)
+    starts[: len(found)] = found
+    return starts
 
 
 def next_tokens(input_ids: NDArray[np.int64], document_ids: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -116,6 +138,11 @@ def row_token_counts(
     return real_tokens, masked_token_count(real_tokens, columns.column("maskable_tokens").to_numpy())
 
 
+def most_documents(rows: datasets.Dataset) -> int:
+    """Return the number of documents of the row that has the most."""
+    return int(pc.max(pc.list_value_length(rows.data.column("document_lengths"))).as_py())
+
+
 def labelled_micro_batch(
     stored: RowBatch,
     row_ids: NDArray[np.int64],
@@ -124,6 +151,7 @@ def labelled_micro_batch(
     seed: int,
     real_tokens: int,
     labelled_tokens: int,
+    most_documents: int,
 ) -> MicroBatch:
     """Lay out the documents of rows, and mask the rows or label each token with the next.
 
@@ -133,6 +161,7 @@ def labelled_micro_batch(
         rule: how to mask; None for rows of a causal corpus.
         real_tokens: count in the global batch.
         labelled_tokens: count in the global batch.
+        most_documents: of any row of the split.
     """
     document_ids, position_ids = document_layout(stored.document_lengths, stored.input_ids.shape[1])
     if rule is None:
@@ -150,4 +179,5 @@ def labelled_micro_batch(
         # At least 1: rows with only special tokens have no masked tokens, and their loss must be 0, not 0 / 0.
         labelled_tokens=torch.tensor(max(1, labelled_tokens), dtype=torch.float32),
         labelled_places=torch.from_numpy(labelled_places(labels, MASKED_FRACTION if rule else 1.0)),
+        document_starts=torch.from_numpy(document_starts(document_ids, most_documents)),
     )

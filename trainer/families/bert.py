@@ -17,7 +17,7 @@ from transformers import (
 
 from distilspeed.trainer.corpus.training_objective import TrainingObjective
 from distilspeed.trainer.families.layers import half_of_layers, keep_layers
-from distilspeed.trainer.families.masks import document_mask
+from distilspeed.trainer.families.masks import Documents, document_mask
 from distilspeed.trainer.families.shape import ModelShape
 
 # DistilBERT has this layer-norm epsilon in its code, not in its config.
@@ -141,9 +141,9 @@ class BertFamily:
         return position_ids
 
     def attention_mask(
-        self, config: PreTrainedConfig, document_ids: torch.Tensor, implementation: str | None
+        self, config: PreTrainedConfig, documents: Documents, implementation: str | None
     ) -> Any:
-        return document_mask(document_ids, implementation)
+        return document_mask(documents, implementation)
 
     def layers(self, model: PreTrainedModel) -> nn.ModuleList:
         encoder: Any = model.base_model

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from distilspeed.trainer.corpus.training_objective import TrainingObjective
+from distilspeed.trainer.families.masks import Documents
 from distilspeed.trainer.families.shape import ModelShape
 
 
@@ -56,12 +57,11 @@ class Family(Protocol):
         ...
 
     def attention_mask(
-        self, config: PreTrainedConfig, document_ids: torch.Tensor, implementation: str | None
+        self, config: PreTrainedConfig, documents: Documents, implementation: str | None
     ) -> Any:
         """Return the ``attention_mask`` that keeps documents from seeing each other.
 
         Args:
-            document_ids: int64 [rows, length], -1 on padding.
             implementation: transformers' name of the attention implementation.
         """
         ...

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from distilspeed.trainer.corpus.training_objective import TrainingObjective
 from distilspeed.trainer.families.layers import half_of_layers, keep_layers
-from distilspeed.trainer.families.masks import causal_document_mask
+from distilspeed.trainer.families.masks import Documents, causal_document_mask
 from distilspeed.trainer.families.shape import ModelShape
 
 
@@ -70,9 +70,9 @@ class Gpt2Family:
         return position_ids
 
     def attention_mask(
-        self, config: PreTrainedConfig, document_ids: torch.Tensor, implementation: str | None
+        self, config: PreTrainedConfig, documents: Documents, implementation: str | None
     ) -> Any:
-        return causal_document_mask(document_ids, implementation)
+        return causal_document_mask(documents, implementation)
 
     def layers(self, model: PreTrainedModel) -> nn.ModuleList:
         decoder: Any = model.base_model

@@ -1,7 +1,7 @@
 """Attention masks of packed rows, in the form of each attention implementation."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask
@@ -10,41 +10,64 @@ from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block
 # scores, every other one takes True where a token is seen.
 FLEX = "flex_attention"
 EAGER = "eager"
+# Our own, see trainer/models/varlen_attention.py. It takes the documents' starts instead of a mask.
+VARLEN = "varlen"
+
+
+class Documents(NamedTuple):
+    """The documents of packed rows.
+
+    A row's padding counts as one more document.
+    """
+
+    ids: torch.Tensor  # int64 [rows, length], numbered within the row, -1 on padding
+    # int32 [rows x (most documents of a row + 1) + 1], the first token of each document in the flattened rows; then
+    # the number of tokens, repeated. So the shape is the same for all micro-batches of a corpus.
+    starts: torch.Tensor
 
 
 def document_mask(
-    document_ids: torch.Tensor, implementation: str | None, window: int | None = None
+    documents: Documents, implementation: str | None, window: int | None = None
 ) -> torch.Tensor | BlockMask:
     """Return the mask by which tokens of packed rows see only tokens of the same document.
 
     Padding sees padding: an empty row of the mask would give NaN.
 
     Args:
-        document_ids: int64 [rows, length], -1 on padding.
         implementation: transformers' name of the attention implementation.
         window: the largest distance to a token that is seen, in tokens; None for the whole document.
 
     Returns:
-        bool [rows, 1, length, length]; for "eager" bfloat16, 0 or -inf; for "flex_attention" a BlockMask.
+        bool [rows, 1, length, length]; for "eager" bfloat16, 0 or -inf; for "flex_attention" a BlockMask; for "varlen"
+        the documents' starts, int32 [1, 1, 1, starts], and the layer knows its window.
     """
+    if implementation == VARLEN:
+        return _starts(documents)
     if implementation == FLEX:
-        return _block_mask(document_ids, _sees(document_ids, window))
-    mask = _same_document(document_ids)
+        return _block_mask(documents.ids, _sees(documents.ids, window))
+    mask = _same_document(documents.ids)
     if window is not None:
         # A matrix of distances would take eight bytes per pair of tokens.
         mask &= torch.ones_like(mask[0, 0]).tril_(window).triu_(-window)
     return _in_form_of(implementation, mask)
 
 
-def causal_document_mask(document_ids: torch.Tensor, implementation: str | None) -> torch.Tensor | BlockMask:
+def causal_document_mask(documents: Documents, implementation: str | None) -> torch.Tensor | BlockMask:
     """Return the mask by which tokens see only themselves and earlier tokens of the same document.
 
     Arguments and result are those of :func:`document_mask`. transformers takes this mask for the whole mask of a
     decoder and adds nothing to it.
     """
+    if implementation == VARLEN:
+        return _starts(documents)
     if implementation == FLEX:
-        return _block_mask(document_ids, and_masks(_sees(document_ids, None), _is_earlier))
-    return _in_form_of(implementation, _same_document(document_ids).tril())
+        return _block_mask(documents.ids, and_masks(_sees(documents.ids, None), _is_earlier))
+    return _in_form_of(implementation, _same_document(documents.ids).tril())
+
+
+def _starts(documents: Documents) -> torch.Tensor:
+    # transformers passes a tensor of four dimensions on as it is.
+    return documents.starts[None, None, None]
 
 
 def _same_document(document_ids: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from distilspeed.trainer.corpus.training_objective import TrainingObjective
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.families.layers import half_in_order_of_types, keep_layers
-from distilspeed.trainer.families.masks import document_mask
+from distilspeed.trainer.families.masks import Documents, document_mask
 from distilspeed.trainer.families.shape import ModelShape
 
 GLOBAL, SLIDING = "full_attention", "sliding_attention"
@@ -82,12 +82,11 @@ class ModernBertFamily:
         return position_ids
 
     def attention_mask(
-        self, config: PreTrainedConfig, document_ids: torch.Tensor, implementation: str | None
+        self, config: PreTrainedConfig, documents: Documents, implementation: str | None
     ) -> dict[str, Any]:
         windows = {GLOBAL: None, SLIDING: config.sliding_window}
         return {
-            kind: document_mask(document_ids, implementation, windows[kind])
-            for kind in set(config.layer_types)
+            kind: document_mask(documents, implementation, windows[kind]) for kind in set(config.layer_types)
         }
 
     def layers(self, model: PreTrainedModel) -> nn.ModuleList:

@@ -10,7 +10,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from distilspeed.trainer.corpus.training_objective import TrainingObjective
 from distilspeed.trainer.families.layers import half_of_layers, keep_layers
-from distilspeed.trainer.families.masks import document_mask
+from distilspeed.trainer.families.masks import Documents, document_mask
 from distilspeed.trainer.families.shape import ModelShape
 
 
@@ -58,9 +58,9 @@ class RobertaFamily:
         return position_ids + _first_position(config)
 
     def attention_mask(
-        self, config: PreTrainedConfig, document_ids: torch.Tensor, implementation: str | None
+        self, config: PreTrainedConfig, documents: Documents, implementation: str | None
     ) -> Any:
-        return document_mask(document_ids, implementation)
+        return document_mask(documents, implementation)
 
     def layers(self, model: PreTrainedModel) -> nn.ModuleList:
         encoder: Any = model.base_model

@@ -12,13 +12,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from distilspeed.trainer.errors import first_line
-from distilspeed.trainer.families.masks import EAGER, FLEX
+from distilspeed.trainer.families.masks import EAGER, FLEX, VARLEN, Documents
 from distilspeed.trainer.families.registry import family_of
+from distilspeed.trainer.models.varlen_attention import OLDEST_VARLEN_CAPABILITY, VARLEN_DTYPES
 
 logger = logging.getLogger(__name__)
 
 # transformers' name, like FLEX. SDPA supports a mask and dropout on every device (on V100 with the memory-efficient
-# kernel). FLEX skips blocks of keys from other documents, but has no dropout.
+# kernel). FLEX skips blocks of keys from other documents, but has no dropout. VARLEN skips them and has dropout, but
+# only in half precision.
 SDPA = "sdpa"
 # flex_attention uses Triton's matrix products, which are slow or broken below this compute capability.
 OLDEST_FLEX_CAPABILITY = (8, 0)
@@ -53,31 +55,38 @@ def attention_candidates(
     """
     if device.type == "cpu" and dtype == torch.bfloat16 and is_trained and seq_length <= LONGEST_EAGER_ROW:
         return (EAGER,)
-    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= OLDEST_FLEX_CAPABILITY
-    return (SDPA, FLEX) if capable and not dropout else (SDPA,)
+    if device.type != "cuda":
+        return (SDPA,)
+    capability = torch.cuda.get_device_capability(device)
+    candidates = [SDPA]
+    if capability >= OLDEST_VARLEN_CAPABILITY and dtype in VARLEN_DTYPES:
+        candidates.append(VARLEN)
+    if capability >= OLDEST_FLEX_CAPABILITY and not dropout:
+        candidates.append(FLEX)
+    return tuple(candidates)
 
 
 def choose_attention(
     model: PreTrainedModel,
-    document_ids: torch.Tensor,
+    documents: Documents,
     dtype: torch.dtype,
     device: torch.device,
     is_trained: bool,
     candidates: Sequence[str] | None = None,
 ) -> AttentionChoice:
-    """Set the model to the fastest attention implementation whose output equals that of SDPA.
+    """Set the model to the fastest attention implementation whose output and gradient equal those of SDPA.
 
     The measurement runs the model's first attention on random hidden states with the documents of a micro-batch:
     forward, and backward if ``is_trained``. The time includes one layer's share of making the mask.
 
     Args:
-        document_ids: int64 [rows, length], from a micro-batch.
+        documents: of a micro-batch.
         candidates: default :func:`attention_candidates`; a single candidate is not measured.
     """
     family = family_of(model.config)
     if candidates is None:
         dropout = family.attention_dropout(model.config) if is_trained else 0.0
-        candidates = attention_candidates(device, dtype, document_ids.shape[1], dropout, is_trained)
+        candidates = attention_candidates(device, dtype, documents.ids.shape[1], dropout, is_trained)
     # transformers does not run every architecture with flex attention: GPT-2 is one that it refuses.
     candidates = [name for name in candidates if name != FLEX or model._supports_flex_attn]
     if len(candidates) == 1:
@@ -85,19 +94,20 @@ def choose_attention(
         return AttentionChoice(candidates[0], {})
     attention = nn.Module.to(copy.deepcopy(family.first_attention(model)), device, dtype)
     generator = torch.Generator().manual_seed(0)
-    hidden_states = torch.randn(*document_ids.shape, model.config.hidden_size, generator=generator)
+    hidden_states = torch.randn(*documents.ids.shape, model.config.hidden_size, generator=generator)
     hidden_states = hidden_states.to(device, dtype).requires_grad_(is_trained)
     seconds: dict[str, float] = {}
+    documents = Documents(*(tensor.to(device) for tensor in documents))
     expected = None
     for name in candidates:
         try:
-            output, took = _timed_attention(attention, name, hidden_states, document_ids.to(device))
+            values, took = _timed_attention(attention, name, hidden_states, documents)
         except Exception as error:  # the compiler, the driver and torch raise many types
             logger.warning("attention %s does not run on this device: %s", name, first_line(error))
             continue
-        expected = output if expected is None else expected
-        if (output - expected).abs().max() > TOLERANCE[dtype] * expected.abs().max():
-            logger.warning("attention %s is not used: its output differs from %s on this device", name, SDPA)
+        expected = values if expected is None else expected
+        if any(_differ(*pair, TOLERANCE[dtype]) for pair in zip(values, expected, strict=True)):
+            logger.warning("attention %s is not used: its values differ from %s on this device", name, SDPA)
             continue
         seconds[name] = took
     fastest = min(seconds, key=lambda name: seconds[name])
@@ -106,8 +116,9 @@ def choose_attention(
 
 
 def _timed_attention(
-    attention: Any, name: str, hidden_states: torch.Tensor, document_ids: torch.Tensor
-) -> tuple[torch.Tensor, float]:
+    attention: Any, name: str, hidden_states: torch.Tensor, documents: Documents
+) -> tuple[list[torch.Tensor], float]:
+    """Return the output without dropout and, if the states require it, their gradient; and the seconds of a run."""
     config, family = attention.config, family_of(attention.config)
     config._attn_implementation = name
     attention.train(hidden_states.requires_grad)
@@ -115,7 +126,7 @@ def _timed_attention(
     for _ in range(WARM_UP_RUNS + RUNS):
         _wait_for(hidden_states.device)
         start = time.perf_counter()
-        mask = family.attention_mask(config, document_ids, name)
+        mask = family.attention_mask(config, documents, name)
         _wait_for(hidden_states.device)
         made = time.perf_counter()
         with torch.set_grad_enabled(hidden_states.requires_grad):
@@ -124,8 +135,17 @@ def _timed_attention(
             output.sum().backward()
         _wait_for(hidden_states.device)
         times.append((made - start) / config.num_hidden_layers + time.perf_counter() - made)
-    with torch.no_grad():
-        return attention.eval()(hidden_states, attention_mask=mask)[0].float(), min(times[WARM_UP_RUNS:])
+    with torch.set_grad_enabled(hidden_states.requires_grad):
+        output = attention.eval()(hidden_states, attention_mask=mask)[0]
+    values = [output.detach()]
+    if output.requires_grad:
+        values += torch.autograd.grad(output, hidden_states, grad_outputs=hidden_states.detach())
+    return values, min(times[WARM_UP_RUNS:])
+
+
+def _differ(values: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
+    difference = (values.float() - expected.float()).abs().max()
+    return not bool(difference <= tolerance * expected.float().abs().max())  # NaN differs
 
 
 def _wait_for(device: torch.device) -> None:

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from distilspeed.trainer.data.micro_batch import MicroBatch
+from distilspeed.trainer.families.masks import Documents
 from distilspeed.trainer.families.registry import family_of
 from distilspeed.trainer.models.inputs import call_options
 
@@ -17,6 +18,10 @@ class ModelOutputs(NamedTuple):
     logits: torch.Tensor  # [rows, length, vocabulary], or [tokens, vocabulary] for the requested tokens
     hidden_states: torch.Tensor  # [rows, length, hidden size], of the last layer
     layers: dict[int, torch.Tensor]  # hidden states of each requested layer; 0 is the embeddings
+
+
+def documents_of(batch: MicroBatch) -> Documents:
+    return Documents(batch.document_ids, batch.document_starts)
 
 
 def encode_packed(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
@@ -31,7 +36,7 @@ def _encode(model: PreTrainedModel, batch: MicroBatch, **options: bool) -> Any:
     """Return the output object of transformers' encoder."""
     config, encoder = model.config, model.base_model
     family = family_of(config)
-    mask = family.attention_mask(config, batch.document_ids, config._attn_implementation)
+    mask = family.attention_mask(config, documents_of(batch), config._attn_implementation)
     positions = family.position_ids(config, batch.position_ids)
     return encoder(
         input_ids=batch.input_ids,

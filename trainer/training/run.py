@@ -26,6 +26,7 @@ from distilspeed.trainer.models.attention import SDPA, choose_attention
 from distilspeed.trainer.models.compilation import compiler_fault, compiling_pays
 from distilspeed.trainer.models.flops import flops_per_token, model_shape
 from distilspeed.trainer.models.loading import warn_without_tokenizer
+from distilspeed.trainer.models.packed_forward import documents_of
 from distilspeed.trainer.objective.objective import Objective
 from distilspeed.trainer.objective.outputs import Models
 from distilspeed.trainer.objective.registry import check_terms, inapplicable_flag, take_terms, terms_for
@@ -250,11 +251,11 @@ def settle_attention(run: Run, batches: MicroBatches) -> dict[str, str]:
         if record:
             chosen = [record.attention]
         else:
-            document_ids = batches[0].document_ids
+            documents = documents_of(batches[0])
             choices = {
                 role: choose_attention(
                     model,
-                    document_ids,
+                    documents,
                     DTYPES[run.precision],
                     run.process.device,
                     is_trained=role == "student",

@@ -1,5 +1,6 @@
 """The rows of a batch do not depend on how it is split, nor on the step at which a run was resumed."""
 
+import itertools
 import math
 import os
 import socket
@@ -18,7 +19,7 @@ from distilspeed.trainer.corpus.format import Corpus, open_corpus
 from distilspeed.trainer.data.batch_equation import BatchEquation
 from distilspeed.trainer.data.batches import MicroBatches, _start_worker, resolve_num_workers, total_steps
 from distilspeed.trainer.data.masking import IGNORE_INDEX
-from distilspeed.trainer.data.micro_batch import MicroBatch, document_layout
+from distilspeed.trainer.data.micro_batch import MicroBatch, document_layout, document_starts
 from distilspeed.trainer.job.processes import STOP_SIGNALS
 
 SPLITS = [(24, 1, 1), (12, 2, 1), (6, 2, 2), (2, 4, 3), (1, 24, 1), (8, 1, 3)]
@@ -180,6 +181,21 @@ def test_rows_are_laid_out_as_one_by_one(rows: list[np.ndarray]) -> None:
         positions = [position for length in lengths for position in range(length)]
         assert document_ids[row].tolist() == ids + [-1] * padding
         assert position_ids[row].tolist() == positions + [0] * padding
+
+    starts = document_starts(document_ids, most_documents=4)
+    assert (starts.dtype, starts.shape) == (np.int32, (len(rows) * 5 + 1,))
+    parts = [length for lengths in rows for length in (*lengths, 36 - lengths.sum()) if length]
+    assert starts.tolist() == list(itertools.accumulate(parts, initial=0)) + [36 * len(rows)] * (
+        len(starts) - len(parts) - 1
+    )
+
+
+def test_the_starts_of_all_micro_batches_have_one_shape_and_room_for_every_row(corpus: Corpus) -> None:
+    batches = MicroBatches(corpus, BatchEquation(6, 6, 1, 1), rank=0, seed=0)
+    longest = max(len(lengths) for lengths in corpus.train["document_lengths"])
+    assert longest > 2
+    for batch in batches.loader(0, 4, num_workers=0):
+        assert batch.document_starts.shape == (6 * (longest + 1) + 1,)
 
 
 def test_total_steps() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import LAYERS, TINY_FAMILIES, shorten
+from flash_attention import flash_attention_on_cpus
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, PreTrainedModel
 from user_errors import raises_user_error
@@ -16,7 +17,7 @@ from distilspeed.trainer.corpus.format import Corpus, open_corpus
 from distilspeed.trainer.data.batch_equation import BatchEquation
 from distilspeed.trainer.data.batches import MicroBatches
 from distilspeed.trainer.data.micro_batch import MicroBatch
-from distilspeed.trainer.families.masks import EAGER, FLEX
+from distilspeed.trainer.families.masks import EAGER, FLEX, VARLEN
 from distilspeed.trainer.families.registry import family_of
 from distilspeed.trainer.families.vocabulary import pad_vocabulary
 from distilspeed.trainer.models.attention import SDPA, choose_attention
@@ -28,7 +29,7 @@ from distilspeed.trainer.models.loading import (
     make_student,
     select_teacher_layers,
 )
-from distilspeed.trainer.models.packed_forward import forward_packed
+from distilspeed.trainer.models.packed_forward import documents_of, forward_packed
 from distilspeed.trainer.training.export import whole_student
 
 ROWS = 16
@@ -134,11 +135,34 @@ def test_its_attention_is_timed_and_every_implementation_gives_the_same(tiny: Ti
     expected = tiny.logits(tiny.teacher)
     candidates = (SDPA, second)  # a single candidate is not timed
     choice = choose_attention(
-        tiny.teacher, tiny.batch.document_ids, torch.float32, CPU, is_trained=False, candidates=candidates
+        tiny.teacher, documents_of(tiny.batch), torch.float32, CPU, is_trained=False, candidates=candidates
     )
     assert set(choice.seconds) == set(candidates)
     tiny.teacher.set_attn_implementation(second)
     torch.testing.assert_close(tiny.logits(tiny.teacher), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("which", ["teacher", "student"])
+def test_attention_by_documents_starts_gives_the_same(tiny: Tiny, which: str) -> None:
+    """On the CPU the definition of flash attention stands in for its kernels."""
+    model = tiny.teacher if which == "teacher" else make_student(tiny.teacher, (0, 2))
+    model.eval().requires_grad_(True)
+
+    def logits_and_gradients() -> list[torch.Tensor]:
+        logits = forward_packed(model, tiny.batch).logits
+        return [logits, *torch.autograd.grad(logits.square().mean(), list(model.parameters()))]
+
+    expected = logits_and_gradients()
+    candidates = (SDPA, VARLEN)
+    with flash_attention_on_cpus() as calls:
+        choice = choose_attention(
+            model, documents_of(tiny.batch), torch.float32, CPU, is_trained=True, candidates=candidates
+        )
+        assert set(choice.seconds) == set(candidates)
+        model.set_attn_implementation(VARLEN)
+        calls.clear()
+        torch.testing.assert_close(logits_and_gradients(), expected, rtol=1e-4, atol=1e-4)
+        assert len(calls) == model.config.num_hidden_layers
 
 
 def test_forward_flops_equal_pytorchs_count(tiny: Tiny) -> None:

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_mask
 
-from distilspeed.trainer.families.masks import FLEX, causal_document_mask, document_mask
+from distilspeed.trainer.families.masks import FLEX, VARLEN, Documents, causal_document_mask, document_mask
 
 DOCUMENT_IDS = torch.tensor([[0, 0, 0, 1, 1, -1, -1], [0, 1, 1, 1, 2, 2, 2]])
+STARTS = torch.tensor([0, 3, 5, 7, 8, 11, 14, 14, 14], dtype=torch.int32)
+DOCUMENTS = Documents(DOCUMENT_IDS, STARTS)
 
 
 def sees(row: int, query: int, key: int, causal: bool) -> bool:
@@ -24,7 +26,8 @@ def test_a_token_sees_its_own_document_alone_and_in_a_causal_mask_nothing_later(
             for row in range(rows)
         ]
     )
-    assert torch.equal(make(DOCUMENT_IDS, "sdpa"), expected)
+    assert torch.equal(make(DOCUMENTS, "sdpa"), expected)
     assert expected.any(-1).all(), "a token that sees nothing gets NaN"
-    flex = make(DOCUMENT_IDS, FLEX)
+    flex = make(DOCUMENTS, FLEX)
     assert torch.equal(create_mask(flex.mask_mod, rows, 1, length, length, device="cpu"), expected)
+    assert torch.equal(make(DOCUMENTS, VARLEN), STARTS[None, None, None])

@@ -22,11 +22,12 @@ from distilspeed.trainer.data.micro_batch import MicroBatch
 from distilspeed.trainer.engine.teacher import ReplicatedTeacher
 from distilspeed.trainer.families import modernbert
 from distilspeed.trainer.families.layers import half_in_order_of_types
+from distilspeed.trainer.families.masks import Documents
 from distilspeed.trainer.families.modernbert import GLOBAL, SLIDING, ModernBertFamily
 from distilspeed.trainer.families.vocabulary import is_tied, pad_vocabulary
 from distilspeed.trainer.models.attention import SDPA
 from distilspeed.trainer.models.loading import load_teacher, make_student, select_teacher_layers
-from distilspeed.trainer.models.packed_forward import encode_packed, forward_packed
+from distilspeed.trainer.models.packed_forward import documents_of, encode_packed, forward_packed
 
 FAMILY = ModernBertFamily()
 
@@ -48,6 +49,13 @@ def batch(family_dirs: Callable[[str], Any]) -> MicroBatch:
 def logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
     with torch.no_grad():
         return forward_packed(model.eval(), batch).logits[..., : model.config.vocab_size]
+
+
+def one_document(row: torch.Tensor) -> Documents:
+    """Return the documents of a row that is one document, [1, length]."""
+    return Documents(
+        torch.zeros_like(row, dtype=torch.long), torch.tensor([0, row.shape[1]], dtype=torch.int32)
+    )
 
 
 def edited(teacher_dir: Path, folder: Path, **settings: object) -> Path:
@@ -192,7 +200,7 @@ def test_the_student_inherits_every_setting(
     ids = batch.input_ids[:1, :20]
     with torch.no_grad():
         plain = AutoModelForMaskedLM.from_pretrained(tmp_path)(ids).logits
-        masks = FAMILY.attention_mask(teacher.config, torch.zeros_like(ids), SDPA)
+        masks = FAMILY.attention_mask(teacher.config, one_document(ids), SDPA)
         states = teacher.model(input_ids=ids, attention_mask=masks).last_hidden_state
         torch.testing.assert_close(FAMILY.head(teacher, states), plain)
 
@@ -204,7 +212,7 @@ def test_the_window_is_that_of_transformers(local_attention: int) -> None:
     expected = create_bidirectional_sliding_window_mask(
         config, torch.zeros(1, 40, 8), attention_mask=None, allow_is_bidirectional_skip=False
     )
-    found = FAMILY.attention_mask(config, torch.zeros(1, 40, dtype=torch.long), SDPA)
+    found = FAMILY.attention_mask(config, one_document(torch.zeros(1, 40)), SDPA)
     assert torch.equal(found[SLIDING], expected)
     assert found[GLOBAL].all()
 
@@ -223,7 +231,7 @@ def test_the_timed_attention_is_that_of_the_type_of_most_layers_with_its_mask(
             encode_packed(student, batch)
             ((states, expected),) = calls
             handle.remove()
-            masks = FAMILY.attention_mask(student.config, batch.document_ids, SDPA)
+            masks = FAMILY.attention_mask(student.config, documents_of(batch), SDPA)
             found = FAMILY.first_attention(student)(states, attention_mask=masks)[0]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -234,9 +242,9 @@ def test_masks_are_made_once_for_all_layers(
     windows: list[int | None] = []
     make = modernbert.document_mask
 
-    def counted(ids: torch.Tensor, implementation: str | None, window: int | None) -> Any:
+    def counted(documents: Documents, implementation: str | None, window: int | None) -> Any:
         windows.append(window)
-        return make(ids, implementation, window)
+        return make(documents, implementation, window)
 
     monkeypatch.setattr(modernbert, "document_mask", counted)
     encode_packed(load_teacher(str(teacher_dir)), batch)
@@ -249,7 +257,7 @@ def test_positions_restart_in_each_document_and_rotary_frequencies_stay_in_float
     # Attention depends on differences of positions, so in float32 other positions would only be rounded otherwise.
     ours = ReplicatedTeacher(load_teacher(str(teacher_dir)), torch.bfloat16, torch.device("cpu"))
     theirs = AutoModelForMaskedLM.from_pretrained(teacher_dir, dtype=torch.bfloat16).eval()
-    masks = FAMILY.attention_mask(theirs.config, batch.document_ids, SDPA)
+    masks = FAMILY.attention_mask(theirs.config, documents_of(batch), SDPA)
     with torch.no_grad():
         expected = theirs(batch.input_ids, attention_mask=masks, position_ids=batch.position_ids).logits
     assert torch.equal(ours(batch).logits, expected)

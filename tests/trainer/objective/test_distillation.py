@@ -12,7 +12,7 @@ from transformers import BertForMaskedLM, PreTrainedModel
 from distilspeed.trainer.corpus.format import Corpus, open_corpus, read_rows
 from distilspeed.trainer.data.batch_equation import BatchEquation
 from distilspeed.trainer.data.batches import MicroBatches
-from distilspeed.trainer.data.micro_batch import MicroBatch, document_layout
+from distilspeed.trainer.data.micro_batch import MicroBatch, document_layout, document_starts
 from distilspeed.trainer.models.loading import load_teacher, make_student
 from distilspeed.trainer.models.packed_forward import forward_packed
 from distilspeed.trainer.objective.objective import Distillation, Objective
@@ -58,6 +58,7 @@ def packed(corpus: Corpus, rows: list[int]) -> tuple[MicroBatch, list[np.ndarray
         one,
         one,
         torch.tensor([0]),
+        torch.from_numpy(document_starts(document_ids, most_documents=document_ids.max() + 1)),
     )
     return batch, stored.document_lengths
 

@@ -13,7 +13,12 @@ from user_errors import raises_user_error
 from distilspeed.trainer.corpus.format import Corpus, open_corpus, read_rows
 from distilspeed.trainer.data.batches import corpus_masking_rule
 from distilspeed.trainer.data.masking import IGNORE_INDEX
-from distilspeed.trainer.data.micro_batch import MicroBatch, document_layout, labelled_places
+from distilspeed.trainer.data.micro_batch import (
+    MicroBatch,
+    document_layout,
+    document_starts,
+    labelled_places,
+)
 from distilspeed.trainer.models.loading import load_teacher, make_student
 from distilspeed.trainer.models.packed_forward import forward_packed
 from distilspeed.trainer.objective.objective import Distillation, Objective
@@ -96,6 +101,7 @@ def test_the_eager_loss_equals_the_trainers_loss(corpus: Corpus, teacher: BertFo
         batch.attention_mask.sum().float(),
         (labels != IGNORE_INDEX).sum().float(),
         torch.from_numpy(labelled_places(labels.numpy())),
+        torch.from_numpy(document_starts(document_ids, most_documents=1)),
     )
     with torch.no_grad():
         targets = forward_packed(teacher, packed)
