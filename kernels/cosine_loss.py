@@ -28,6 +28,7 @@ from distilspeed.kernels.implementation import cosine_loss_chunked, cosine_loss_
 from distilspeed.kernels.implementation.backend import TRITON_INSTALLED, accumulation_dtype, use_triton
 from distilspeed.kernels.implementation.checks import (
     as_rows,
+    check_can_be_saved,
     check_pair,
     check_row_tensor,
     resolve_normalizer,
@@ -65,9 +66,11 @@ def cosine_loss(
         larger norms overflow float32, and the cosine becomes 0 or NaN.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not match, or the teacher requires grad.
+        ValueError: shapes, dtypes or devices do not match, the teacher or the normalizer requires grad, or the
+            teacher's states come from ``torch.inference_mode()``.
     """
     check_pair("hidden", student_hidden, teacher_hidden)
+    check_can_be_saved("hidden", student_hidden, teacher_hidden)
     check_row_tensor("mask", mask, torch.bool, student_hidden)
     divisor = resolve_normalizer("normalizer", normalizer, student_hidden, mask)
     mask_rows = None if mask is None else mask.reshape(-1).contiguous()

@@ -27,7 +27,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distilspeed.kernels.implementation import distillation_loss_ops as ops
-from distilspeed.kernels.implementation.checks import check_writable, resolve_normalizer
+from distilspeed.kernels.implementation.checks import (
+    check_can_be_saved,
+    check_writable,
+    resolve_normalizer,
+)
 from distilspeed.kernels.implementation.distillation_loss_rows import LOSS_FIELDS, LossRows, loss_rows, means
 from distilspeed.kernels.implementation.weighted_module import WeightedLossModule
 
@@ -78,7 +82,8 @@ def distillation_loss(
 
     Rows that are neither soft nor labelled are not read, and get a gradient of exactly 0. A student logit of
     -inf means probability 0: it contributes 0 if the teacher's probability is 0, too, and otherwise makes the
-    loss +inf. The result is undefined for a row whose logits are all below -1e30.
+    loss +inf. The result is undefined for a row whose logits are all below -1e30, and on a GPU for logits above 1e9 at
+    temperatures above 90.
 
     A label outside [0, vocab_size) other than ``ignore_index`` raises on the CPU. On a GPU, where a check
     would synchronise, hard_ce becomes NaN instead; no memory is read out of bounds.
@@ -86,11 +91,13 @@ def distillation_loss(
     The Triton implementation does not synchronise host and GPU. Results are bitwise reproducible.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not match, the teacher requires grad, the temperature is not
-            a positive number, labels (on the CPU) are out of range, or the logits cannot be overwritten.
+        ValueError: shapes, dtypes or devices do not match, the teacher or a setting requires grad, the teacher's logits
+            come from ``torch.inference_mode()``, the temperature is not a positive number, labels (on the CPU) are out
+            of range, or the logits cannot be overwritten.
         RuntimeError: on a second backward through the same graph after ``inplace_backward``.
     """
     rows = loss_rows(student_logits, teacher_logits, labels, soft_mask, temperature, ignore_index, vocab_size)
+    check_can_be_saved("logits", student_logits, teacher_logits)
     if inplace_backward:
         check_writable(student_logits, rows.student_logits)
     losses = DistillationLossFunction.apply(

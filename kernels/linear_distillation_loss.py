@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from distilspeed.kernels.implementation import distillation_loss_ops as ops
 from distilspeed.kernels.implementation.checks import (
+    check_constants,
     check_floating_point,
     check_row_tensor,
     check_settings,
@@ -74,7 +75,8 @@ def linear_distillation_loss(
         chunk_bytes: memory for one chunk of logits, both models together. None: 48 MiB on a CPU,
             512 MiB on a GPU. Smaller chunks make the products slower.
 
-    The other arguments are those of ``weighted_distillation_loss``; a loss scale is not needed here. Under
+    The other arguments are those of ``weighted_distillation_loss``; a loss scale is not needed here. Masked-out rows do
+    not matter, even if they hold NaN. Rows of ``student_weight`` from ``vocab_size`` on must be finite. Under
     autocast the projections run in the autocast dtype, like ``torch.nn.functional.linear``.
 
     Memory: one chunk of logits and the gradients: [..., student hidden size], and the weight's in float32. On a GPU,
@@ -90,6 +92,7 @@ def linear_distillation_loss(
     )
     check_floating_point("student_hidden", student_hidden)
     check_frozen(projections)
+    check_constants(soft_weight=soft_weight, hard_weight=hard_weight)
     device = student_hidden.device.type
     if (
         torch.is_autocast_enabled(device) and student_hidden.dtype != torch.float64

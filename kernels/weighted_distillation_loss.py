@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distilspeed.kernels.implementation import distillation_loss_ops as ops
-from distilspeed.kernels.implementation.checks import check_writable, resolve_normalizer
+from distilspeed.kernels.implementation.checks import check_constants, check_writable, resolve_normalizer
 from distilspeed.kernels.implementation.distillation_loss_rows import LOSS_FIELDS, LossRows, loss_rows, means
 
 
@@ -70,6 +70,7 @@ def weighted_distillation_loss(
     if not torch.is_grad_enabled():
         student_logits = student_logits.detach()
     rows = loss_rows(student_logits, teacher_logits, labels, soft_mask, temperature, ignore_index, vocab_size)
+    check_constants(soft_weight=soft_weight, hard_weight=hard_weight)
     if loss_scale is None:
         if student_logits.dtype == torch.float16:
             raise ValueError(

@@ -58,8 +58,17 @@ def _tune(vocab_size: int = ProfileSettings.vocab_size, **others: Any) -> None:
     from distilspeed.kernels.implementation.launch_configs import TABLE_FILE
     from distilspeed.kernels.profiling.tuning import make_table, table_as_json
 
+    unwritable = next(
+        (path for path in (TABLE_FILE, TABLE_FILE.parent) if not os.access(path, os.W_OK)), None
+    )
+    if unwritable is not None:
+        raise UserError(
+            "unwritable-output", f"cannot write {unwritable}: no permission; tune from a checkout of your own"
+        )
+    if find_spec("triton") is None:
+        raise UserError("missing-package", "--tune needs triton; install it")
+    table = make_table(vocab_size)
     try:
-        table = make_table(vocab_size)
         write_text(TABLE_FILE, table_as_json(table))
     except OSError as error:
         raise UserError(

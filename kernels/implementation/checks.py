@@ -34,6 +34,25 @@ def check_pair(kind: str, student: Tensor, teacher: Tensor, same_width: bool = T
         raise ValueError(f"teacher_{kind} must not require grad; run the teacher under torch.no_grad()")
 
 
+def check_can_be_saved(kind: str, student: Tensor, teacher: Tensor) -> None:
+    """Check that autograd can save the teacher's tensor for the backward pass."""
+    needs_gradient = torch.is_grad_enabled() and student.requires_grad
+    if not torch.compiler.is_compiling() and needs_gradient and teacher.is_inference():
+        raise ValueError(
+            f"teacher_{kind} come from torch.inference_mode(); run the teacher under torch.no_grad()"
+        )
+
+
+def check_constants(**settings: object) -> None:
+    """Check that no setting requires grad: it would silently get none."""
+    for name, value in settings.items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError(
+                f"{name} must not require grad, because it gets no gradient; detach it (a trained weight can multiply "
+                "the losses of distillation_loss)"
+            )
+
+
 def check_floating_point(name: str, tensor: Tensor) -> None:
     if tensor.dim() == 0:
         raise ValueError(f"{name} must have at least one dimension")
@@ -60,6 +79,7 @@ def resolve_normalizer(
 
     ``normalizer`` None: the number of selected rows, at least 1. ``selected`` None: all rows are selected.
     """
+    check_constants(**{name: normalizer})
     dtype = accumulation_dtype(student)
     if normalizer is None:
         normalizer = max(1, student.shape[:-1].numel()) if selected is None else selected.sum().clamp(min=1)
@@ -79,6 +99,7 @@ def check_settings(temperature: float, vocab_size: int | None, width: int) -> in
     """Check the settings; return the number of real columns: ``vocab_size``, or ``width`` if it is None."""
     if width < 1:
         raise ValueError("logits must have at least one column")
+    check_constants(temperature=temperature)
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, not {temperature}")
     if vocab_size is not None and not 1 <= vocab_size <= width:

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import shlex
+import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -23,7 +24,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Seconds that a process waits for another one's compilation, which takes about 15 on an idle machine.
 LONGEST_WAIT = 600.0
 
-# The compiler's flags by ``torch.backends.cpu.get_cpu_capability()``; a compiler of another processor needs none.
+# The compiler's flags by ``torch.backends.cpu.get_cpu_capability()``. On other processors the kernels are compiled for
+# PyTorch's vectors without special instructions.
 INSTRUCTIONS = {
     "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"),
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
@@ -35,6 +37,10 @@ def use_cpp(tensor: torch.Tensor) -> bool:
     return tensor.is_cpu and tensor.dtype in DTYPES and cpu_operators() is not None
 
 
+class NoCompilerError(Exception):
+    pass
+
+
 @cache
 def cpu_operators() -> Any:
     """Return the C++ kernels, ``torch.ops.distilspeed_cpu``; None if they cannot be compiled, which the log says once.
@@ -44,7 +50,14 @@ def cpu_operators() -> Any:
     try:
         library = compiled_library()
         torch.ops.load_library(str(library))
-    except (OSError, RuntimeError, subprocess.CalledProcessError, Timeout) as error:
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        NoCompilerError,
+        subprocess.CalledProcessError,
+        Timeout,
+    ) as error:
         logger.warning(
             "the losses on the CPU run in PyTorch, several times slower than in C++: %s", _reason(error)
         )
@@ -56,12 +69,16 @@ def compiled_library() -> Path:
     """Return the path of the compiled kernels; compile them if this machine has not done so.
 
     Raises:
-        OSError: there is no compiler, or the folder cannot be written.
+        NoCompilerError: there is no compiler.
+        OSError: the folder cannot be written.
+        ValueError: the compiler's messages cannot be read.
         RuntimeError: the user has no home directory, or the folder's file system no locks.
         subprocess.CalledProcessError: the compiler failed.
         Timeout: another process has been compiling for ten minutes.
     """
     capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in INSTRUCTIONS:
+        capability = "DEFAULT"
     flags = [
         "-O3",
         "-std=c++20",
@@ -69,8 +86,8 @@ def compiled_library() -> Path:
         "-fopenmp",
         *INSTRUCTIONS.get(capability, ()),
         # These choose the branch of PyTorch's at::vec.
-        f"-DCPU_CAPABILITY={capability.replace(' ', '_')}",
-        f"-DCPU_CAPABILITY_{capability.replace(' ', '_')}",
+        f"-DCPU_CAPABILITY={capability}",
+        f"-DCPU_CAPABILITY_{capability}",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
     ]
     content = b"".join(source.read_bytes() for source in sorted(SOURCES.iterdir()))
@@ -96,7 +113,7 @@ def _compile(flags: list[str], library: Path) -> None:
 
     unfinished = library.with_suffix(".unfinished")
     command = [
-        *shlex.split(cpp_extension.get_cxx_compiler()),  # CXX may be "ccache g++"
+        *_compiler(),
         *flags,
         *(f"-I{folder}" for folder in cpp_extension.include_paths()),
         str(SOURCES / "kernels.cpp"),
@@ -109,11 +126,27 @@ def _compile(flags: list[str], library: Path) -> None:
     unfinished.replace(library)
 
 
+def _compiler() -> list[str]:
+    """Return the compiler's command; ``CXX`` may be "ccache g++".
+
+    Raises:
+        NoCompilerError: there is no such command.
+    """
+    named = os.environ.get("CXX") or "c++"
+    try:
+        command = shlex.split(named)
+    except ValueError:  # a quote without an end
+        command = []
+    if not command or shutil.which(command[0]) is None:
+        raise NoCompilerError(f"there is no compiler {named}; install g++, or set CXX to a C++ compiler")
+    return command
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, subprocess.CalledProcessError):
         errors = [line for line in error.stderr.splitlines() if "error" in line]
         return f"{error.cmd[0]} cannot compile them: {(errors or [f'exit status {error.returncode}'])[0]}"
-    if isinstance(error, FileNotFoundError):
-        return f"there is no compiler {error.filename}; install g++, or set CXX to a C++ compiler"
+    if isinstance(error, NoCompilerError):
+        return str(error)
     reason = str(error.__cause__ or error)  # why a library cannot be loaded is only in the cause
     return f"{reason.rstrip('.')}; set TORCH_EXTENSIONS_DIR to another folder"

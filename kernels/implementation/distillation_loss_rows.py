@@ -53,6 +53,13 @@ class LossRows(NamedTuple):
         """[rows] bool; None: no row is labelled."""
         return None if self.labels is None else self.labels != self.ignore_index
 
+    @property
+    def counted(self) -> Tensor | None:
+        """[rows] bool, True for soft or labelled rows; None: all rows."""
+        if self.soft_mask is None or self.labelled is None:
+            return self.soft_mask
+        return self.soft_mask | self.labelled
+
 
 def loss_rows(
     student_logits: Tensor,

@@ -89,7 +89,10 @@ def forward_backward(
         if needs_hidden:
             torch.mm(gradient, student_weight, out=hidden_gradient[chunk])
         if needs_weight:
-            add_product(weight_gradient, gradient.T, hidden)
+            counted = rows.counted
+            # A masked-out row may hold NaN, and 0 times NaN is NaN.
+            clean = hidden if counted is None else hidden.where(counted[:, None], 0)
+            add_product(weight_gradient, gradient.T, clean)
         if needs_bias:
             bias_gradient += gradient.sum(0, dtype=bias_gradient.dtype)
     return losses, hidden_gradient, weight_gradient[:width], bias_gradient[..., :width]
@@ -158,5 +161,6 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         if right.dtype == torch.float16:
             right = right.to(total.dtype)
         part_rows = max(1, PRODUCT_PART_BYTES // (right.shape[1] * total.itemsize))
-        for part, left_part in zip(total.split(part_rows), left.split(part_rows), strict=True):
-            part += left_part.to(right.dtype) @ right
+        with torch.autocast(total.device.type, enabled=False):  # it would convert them back
+            for part, left_part in zip(total.split(part_rows), left.split(part_rows), strict=True):
+                part += left_part.to(right.dtype) @ right

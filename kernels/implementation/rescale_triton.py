@@ -40,5 +40,12 @@ def rescale(gradient: Tensor, factor: Tensor, tolerance: float) -> None:
     if num_rows > 0:
         with launch_device(gradient):
             rescale_kernel[(num_rows,)](
-                gradient, factor, gradient.stride(0), width, TILE, tolerance, num_warps=NUM_WARPS
+                gradient,
+                factor,
+                gradient.stride(0),
+                width,
+                TILE,
+                tolerance,
+                num_warps=NUM_WARPS,
+                enable_fp_fusion=True,
             )

@@ -141,7 +141,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message for record in caplog.records if record.levelno == logging.WARNING]
 
 
-@pytest.mark.parametrize("compiler", ["no/such/compiler", "false"])
+@pytest.mark.parametrize("compiler", ["no/such/compiler", "false", "g++ 'without an end", "/usr"])
 def test_without_a_working_compiler_the_losses_run_in_pytorch_and_the_log_says_so_once(
     compiler: str,
     no_kernels_yet: Path,
@@ -158,6 +158,37 @@ def test_without_a_working_compiler_the_losses_run_in_pytorch_and_the_log_says_s
     assert "run in PyTorch" in message
     assert compiler in message
     assert not list(no_kernels_yet.glob("*/*.so"))
+
+
+def test_an_empty_name_of_a_compiler_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "")
+    assert cpu_kernels._compiler() == ["c++"]
+
+
+@pytest.mark.usefixtures("no_kernels_yet")
+def test_a_folder_that_cannot_be_made_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/proc/none")
+    assert cpu_kernels.cpu_operators() is None
+    (message,) = warnings_of(caplog)
+    assert "/proc/none" in message
+    assert "compiler" not in message
+
+
+@pytest.mark.usefixtures("no_kernels_yet")
+def test_other_processors_get_the_kernels_without_special_instructions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
+    flags: list[str] = []
+    monkeypatch.setattr(cpu_kernels, "_compile", lambda given, library: flags.extend(given))
+    cpu_kernels.compiled_library()
+    assert {flag for flag in flags if "CAPABILITY" in flag} == {
+        "-DCPU_CAPABILITY=DEFAULT",
+        "-DCPU_CAPABILITY_DEFAULT",
+    }
+    assert not [flag for flag in flags if flag.startswith("-m")]
 
 
 @pytest.mark.usefixtures("no_kernels_yet")

@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from distilspeed.kernels.cosine_loss import cosine_loss
 from distilspeed.kernels.distillation_loss import DistillationLoss, distillation_loss
 
 pytestmark = pytest.mark.usefixtures("every_cpu_implementation")
 
 ROWS, VOCAB_SIZE = 6, 11
+TRAINED = torch.tensor(2.0, requires_grad=True)
 
 
 def logits(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -47,6 +49,18 @@ def some_labels() -> Tensor:
         (None, None, {"temperature": 0.0}, "temperature must be positive and finite, not 0.0"),
         (None, None, {"temperature": -2.0}, "temperature must be positive"),
         (None, None, {"temperature": float("nan")}, "temperature must be positive"),
+        (
+            None,
+            None,
+            {"temperature": torch.tensor(2.0, requires_grad=True)},
+            "temperature must not require grad",
+        ),
+        (
+            None,
+            None,
+            {"soft_normalizer": torch.tensor(2.0, requires_grad=True)},
+            "soft_normalizer must not require grad",
+        ),
         (None, None, {"vocab_size": 0}, "vocab_size must be from 1 to 11, not 0"),
         (None, None, {"vocab_size": 12}, "vocab_size must be from 1 to 11, not 12"),
         (None, None, {"soft_normalizer": 0}, "soft_normalizer must be positive and finite, not 0"),
@@ -188,3 +202,19 @@ def test_extra_memory_is_the_gradient_and_a_few_blocks(inplace: bool) -> None:
     logits_mib = 256 * 30522 * 4 / 2**20
     # 16 MiB for three or four blocks of 2 MiB and the allocator; one softmax would take 30.
     assert float(result.stdout) < (0 if inplace else logits_mib) + 16
+
+
+def test_a_teacher_under_inference_mode_is_refused_only_if_it_must_be_saved() -> None:
+    student, teacher = logits()
+    with torch.inference_mode():
+        inference = teacher * 1
+    for student_needs_grad in (False, True):
+        student = student.detach().requires_grad_(student_needs_grad)
+        expected = distillation_loss(student, teacher).kl
+        if not student_needs_grad:
+            assert torch.equal(distillation_loss(student, inference).kl, expected)
+            continue
+        with pytest.raises(ValueError, match="teacher_logits come from"):
+            distillation_loss(student, inference)
+        with pytest.raises(ValueError, match="teacher_hidden come from"):
+            cosine_loss(student, inference)

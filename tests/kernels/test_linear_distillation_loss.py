@@ -31,6 +31,7 @@ from torch import Tensor
 
 from distilspeed.kernels.implementation import linear_distillation_loss_ops as ops
 from distilspeed.kernels.implementation.backend import INTERPRETED
+from distilspeed.kernels.linear_distillation_loss import linear_distillation_loss
 
 pytestmark = pytest.mark.usefixtures("every_cpu_implementation")
 
@@ -105,6 +106,37 @@ def test_padding_of_the_teachers_vocabulary_does_not_matter(junk: float, device:
     torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-6, atol=0)
     errors = relative_errors(case.gradients(found.loss), case.gradients(expected.loss))
     assert all(error <= 1e-6 for error in errors.values())
+
+
+@pytest.mark.parametrize("junk", [float("nan"), float("inf")])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_masked_out_rows_do_not_matter(junk: float, labelled: bool, device: str) -> None:
+    """Attention over a row of padding alone gives NaN."""
+    case = random_case(6, width=37, device=device).in_dtype(torch.float32)
+    mask = torch.tensor([True, False, True, True, False, True], device=device)
+    labels = None
+    if labelled:
+        labels = torch.tensor([3, -100, -100, 7, -100, 1], device=device)
+    gradients = []
+    for value in (0.0, junk):
+        parts = [None if part is None else part.detach().clone() for part in case.projections]
+        for hidden in (parts[0], parts[3]):
+            hidden[~mask] = value
+        for part in parts[:3]:
+            part.requires_grad_()
+        linear_distillation_loss(
+            parts[0],
+            parts[1],
+            parts[3],
+            parts[4],
+            labels,
+            student_bias=parts[2],
+            teacher_bias=parts[5],
+            soft_mask=mask,
+        ).loss.backward()
+        gradients.append([part.grad for part in parts[:3]])
+    for expected, found in zip(*gradients, strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_float64_is_exact(device: str) -> None:

@@ -62,6 +62,9 @@ MIB = 2**20
         ({"temperature": 0.0}, "temperature must be positive and finite"),
         ({"vocab_size": 6}, "vocab_size must be from 1 to 5, not 6"),
         ({"soft_normalizer": 0}, "soft_normalizer must be positive and finite"),
+        ({"hard_normalizer": torch.tensor(2.0, requires_grad=True)}, "hard_normalizer must not require grad"),
+        ({"temperature": torch.tensor(2.0, requires_grad=True)}, "temperature must not require grad"),
+        ({"soft_weight": torch.tensor(2.0, requires_grad=True)}, "soft_weight must not require grad"),
         ({"hard_normalizer": torch.ones(1)}, "hard_normalizer must be a number or a 0-dim tensor"),
     ],
 )
@@ -77,16 +80,20 @@ def test_autocast_refuses_integer_hidden_states() -> None:
         linear_distillation_loss(**arguments)
 
 
-def test_sums_over_rows_may_exceed_the_range_of_float16(device: str) -> None:
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_sums_over_rows_may_exceed_the_range_of_float16(is_autocast: bool, device: str) -> None:
     # Every row moves the same class in the same direction, along a large hidden dimension.
     hidden = torch.randn(400, 64, generator=torch.Generator().manual_seed(0))
     hidden[:, 0] = 10
-    hidden = hidden.half().to(device)
-    weight = torch.zeros(3000, 64, dtype=torch.float16, device=device)
+    dtype = torch.float32 if is_autocast else torch.float16
+    hidden = hidden.to(device, dtype)
+    weight = torch.zeros(3000, 64, dtype=dtype, device=device)
     bias = weight.new_zeros(3000)
     bias[7] = 12
     student_weight = weight.clone().requires_grad_()
-    linear_distillation_loss(hidden, student_weight, hidden, weight, teacher_bias=bias).loss.backward()
+    with torch.autocast(torch.device(device).type, torch.float16, enabled=is_autocast):
+        loss = linear_distillation_loss(hidden, student_weight, hidden, weight, teacher_bias=bias).loss
+    loss.backward()
     assert student_weight.grad is not None
     assert student_weight.grad.isfinite().all()
     assert (student_weight.grad[7, 0] < -5).all()

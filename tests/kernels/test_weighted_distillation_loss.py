@@ -310,6 +310,8 @@ def test_operators_pass_opcheck(width: int, teacher_width: int, device: str) -> 
         ({"hard_normalizer": torch.ones(1)}, "hard_normalizer must be a number or a 0-dim tensor"),
         ({"temperature": 0.0}, "temperature must be positive and finite, not 0.0"),
         ({"vocab_size": 6}, "vocab_size must be from 1 to 5, not 6"),
+        ({"hard_weight": torch.tensor(2.0, requires_grad=True)}, "hard_weight must not require grad"),
+        ({"loss_scale": torch.tensor(2.0, requires_grad=True)}, "loss_scale must not require grad"),
         ({"soft_mask": torch.ones(3)}, "soft_mask must be torch.bool"),
         ({"labels": torch.ones(3)}, "labels must be torch.int64, not torch.float32"),
         ({"teacher_logits": torch.ones(3, 4)}, "teacher_logits must have the shape"),
