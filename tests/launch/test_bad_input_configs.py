@@ -230,6 +230,13 @@ CONFIG_VALUES: dict[str, tuple[dict[str, Any], str, *tuple[str, ...]]] = {
         "203",
     ),
     "a schedule that is 0 throughout": (warmup(warmup_max_lr=0.0), "unsuitable-schedule", "WarmupLR", "203"),
+    "a schedule that ends before the run": (
+        {"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 10, "total_num_steps": 100}}},
+        "unsuitable-schedule",
+        "WarmupDecayLR",
+        "100",
+        "203",
+    ),
     "a learning rate of 0 in the schedule's first steps": (
         {
             "scheduler": {

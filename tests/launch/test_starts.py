@@ -153,7 +153,7 @@ def test_the_model_card_names_the_start(runs: Path, tiny_teacher_dir: Path) -> N
         assert row in (runs / name / "student" / "README.md").read_text()
 
 
-def test_only_a_student_and_a_smoothing_add_to_the_form_of_record_of_before(
+def test_only_what_is_given_adds_to_the_form_of_record_of_before(
     runs: Path, tiny_teacher_dir: Path, small_corpus_dir: Path, tmp_path: Path
 ) -> None:
     names = {
@@ -162,15 +162,14 @@ def test_only_a_student_and_a_smoothing_add_to_the_form_of_record_of_before(
     }
     assert names["further"] == [*NAMES_BEFORE[:11], "starting_student", *NAMES_BEFORE[11:]]
     assert names["alone"] == [*NAMES_BEFORE[:11], "starting_student", "mlm_smoothing", *NAMES_BEFORE[11:]]
-    assert names["narrow"] == NAMES_BEFORE
-    for given in (
-        {"teacher": str(tiny_teacher_dir)},
-        {"teacher": "none", "student_config": str(tiny_teacher_dir)},
-    ):
-        arguments = TrainArguments(
-            deepspeed_config=CPU_CONFIG, data_dir=small_corpus_dir, output_dir=tmp_path / "run", **given
-        )
-        assert list(identity_of(prepare_run(arguments))) == NAMES_BEFORE
+    assert names["narrow"] == [*NAMES_BEFORE[:11], "student_config", *NAMES_BEFORE[11:]]
+    arguments = TrainArguments(
+        deepspeed_config=CPU_CONFIG,
+        data_dir=small_corpus_dir,
+        output_dir=tmp_path / "run",
+        teacher=str(tiny_teacher_dir),
+    )
+    assert list(identity_of(prepare_run(arguments))) == NAMES_BEFORE
 
 
 def test_resume_is_bitwise(runs: Path) -> None:
@@ -210,7 +209,11 @@ def test_resuming_from_another_start_is_refused(
         ]
         for name in ("further", "narrow")
     )
+    # The same shape, but another model.
+    other_config = json.loads((runs / "narrow_config" / "config.json").read_text()) | {"activation": "relu"}
+    (tmp_path / "relu.json").write_text(json.dumps(other_config))
     for command, named in (
+        ([*narrow, "--student_config", tmp_path / "relu.json"], "with student_config "),
         ([*further, "--student", tmp_path / "other"], "with starting_student "),
         ([*further, "--student_layers", "0,1,3"], "with student_layers [], not [0, 1, 3]"),
         ([*narrow, "--student_layers", "0,1,3"], "with student {"),

@@ -153,6 +153,9 @@ def test_metrics_have_a_line_per_step_and_the_loss_falls(finished: Path) -> None
 def test_deepspeeds_monitors_get_the_metrics(finished: Path) -> None:
     rows = (finished / "csv" / "Train_loss_ce.csv").read_text().splitlines()
     assert len(rows) == 1 + STEPS
+    # DeepSpeed's own events count samples, and W&B ignores steps that go back.
+    steps = {line.split(",")[0] for file in (finished / "csv").glob("*.csv") for line in file.open()}
+    assert steps <= {"step", *(str(step) for step in range(1, STEPS + 1))}
 
 
 def test_the_newest_checkpoints_are_kept(finished: Path) -> None:
@@ -313,6 +316,40 @@ def test_checkpoints_without_the_runs_record_are_refused(
     (_, *same) = command(finished / "teacher", small_corpus_dir, run, finished / "config.json")
     line = refusal("train.py", [*same, "--resume"], tmp_path, monkeypatch, capfd)
     assert_names(line, "damaged-record", str(run), "train_config.json")
+
+
+@pytest.mark.parametrize("name", ["student/thesis.txt", "metrics.jsonl", "loss.png"])
+def test_files_that_are_not_of_a_run_are_not_taken_for_one(
+    finished: Path,
+    small_corpus_dir: Path,
+    tmp_path: Path,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The launch scripts always resume, so a mistyped --output_dir must not cost its files."""
+    path = tmp_path / "mine" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    (_, *same) = command(finished / "teacher", small_corpus_dir, tmp_path / "mine", finished / "config.json")
+    line = refusal("train.py", [*same, "--resume"], tmp_path, monkeypatch, capfd)
+    assert_names(line, "output-exists", str(tmp_path / "mine"), name.partition("/")[0])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("left", ["", None])
+def test_metrics_that_were_lost_end_a_run_in_one_line(
+    finished: Path, small_corpus_dir: Path, tmp_path: Path, left: str | None
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished / "run", run)
+    shutil.rmtree(run / "student")
+    (run / "metrics.jsonl").unlink() if left is None else (run / "metrics.jsonl").write_text(left)
+    arguments = command(finished / "teacher", small_corpus_dir, run, finished / "config.json")
+    result = ranks_alone(*arguments, "--resume", ranks=1)
+    assert result.returncode == 2
+    (line,) = error_lines(result)
+    assert_names(line, "damaged-record", "metrics.jsonl")
 
 
 @pytest.mark.full

@@ -24,7 +24,7 @@ import torch.distributed
 from deepspeed.checkpoint import ds_to_universal
 
 from distilspeed.trainer.engine.config import ResolvedConfig
-from distilspeed.trainer.errors import UserError, first_line
+from distilspeed.trainer.errors import UserError, first_line, memory_errors_named
 from distilspeed.trainer.files import FileRecord, files_below, sync_tree, write_text
 
 logger = logging.getLogger(__name__)
@@ -205,8 +205,14 @@ class Checkpoints:
         path = _universal(checkpoint) if engine.load_universal_checkpoint() else checkpoint.path
         try:
             # DeepSpeed's bf16 optimiser prints its progress.
-            with _own_settings(engine, checkpoint.progress.step), contextlib.redirect_stdout(io.StringIO()):
+            with (
+                memory_errors_named(),
+                _own_settings(engine, checkpoint.progress.step),
+                contextlib.redirect_stdout(io.StringIO()),
+            ):
                 loaded, _ = engine.load_checkpoint(str(self.folder), tag=path.name)
+        except UserError:
+            raise
         except Exception as error:  # DeepSpeed does not convert the errors of what it calls
             raise UserError(
                 "damaged-checkpoint",

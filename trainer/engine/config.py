@@ -52,7 +52,10 @@ class DeepSpeedConfig:
     _raw: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_raw", copy.deepcopy(dict(self._raw)))
+        raw = copy.deepcopy(dict(self._raw))
+        if "bfloat16" in raw:  # DeepSpeed's old name
+            raw.setdefault("bf16", raw.pop("bfloat16"))
+        object.__setattr__(self, "_raw", raw)
         _check_parts(self._raw)
 
     def to_dict(self) -> dict[str, Any]:
@@ -207,7 +210,7 @@ def no_meaning_of_auto(name: str) -> UserError:
 
 def _check_parts(raw: Mapping[str, Any]) -> None:
     """Raise a UserError if a part that this file reads has the wrong type or value."""
-    for name in ("fp16", "bf16", "bfloat16"):
+    for name in ("fp16", "bf16"):
         if not isinstance(_section(raw, name).get("enabled", False), bool):
             raise UserError("bad-config", f'"{name}.enabled" in the DeepSpeed config must be true or false')
     for name in ("optimizer", "scheduler"):
@@ -246,9 +249,7 @@ def _check_zero(zero: Mapping[str, Any]) -> None:
 def _precision(raw: Mapping[str, Any]) -> str:
     if "amp" in raw:
         raise UserError("bad-config", '"amp" in the DeepSpeed config is not supported; use "fp16" or "bf16"')
-    sections = {"fp16": _section(raw, "fp16")}
-    sections["bf16"] = _section(raw, "bf16" if "bf16" in raw else "bfloat16")  # the old name
-    enabled = [name for name, section in sections.items() if section.get("enabled", False)]
+    enabled = [name for name in ("fp16", "bf16") if _section(raw, name).get("enabled", False)]
     if len(enabled) == 2:
         raise UserError(
             "conflicting-config", 'the DeepSpeed config enables both "fp16" and "bf16"; choose one'

@@ -35,6 +35,8 @@ SHORTEST_WARMUP = 2
 FIRST_ITERATION = 1
 
 PEAKS = ("optimizer.params.lr", "scheduler.params.warmup_max_lr")
+# Schedules of DeepSpeed and torch that set their own rates, whatever the optimiser's.
+SCHEDULES_WITH_OWN_RATES = ("OneCycle", "OneCycleLR", "CyclicLR", "LRRangeTest")
 SCHEDULE_LENGTH = "scheduler.params.total_num_steps"
 # Parameters of Adam that depend on the machine: the fastest implementation differs, and the ranks choose one together.
 OF_MACHINES = ("optimizer.params.torch_adam", "optimizer.params.fused")
@@ -107,6 +109,19 @@ def _check_learning_rate(learning_rate: float | None, config: DeepSpeedConfig) -
                 f'--learning_rate {learning_rate} contradicts "{name}": {stated[name]} in the DeepSpeed config; '
                 'set that to "auto"',
             )
+    schedule = config.scheduler
+    has_own_rates = schedule is not None and schedule.type in SCHEDULES_WITH_OWN_RATES
+    if learning_rate is not None and (has_own_rates or not stated.keys() & set(PEAKS)):
+        reason = (
+            f"the scheduler {schedule.type} sets the rates"
+            if schedule and has_own_rates
+            else "it has no rate"
+        )
+        raise UserError(
+            "conflicting-config",
+            f"--learning_rate {learning_rate} has no effect with the DeepSpeed config: {reason}; "
+            'leave it out, or set "optimizer.params.lr" to "auto" and use another scheduler',
+        )
 
 
 def _peak_rate(learning_rate: float | None, config: DeepSpeedConfig, before: Mapping[str, Any]) -> Any:

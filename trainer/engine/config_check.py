@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 from collections.abc import Iterable, Iterator, KeysView, Mapping
 from pathlib import Path
@@ -34,6 +35,18 @@ MONITOR_PACKAGES = {
     "comet": (check_comet_availability, "comet_ml>=3.41.0"),
 }
 WRITING_MONITORS = ("tensorboard", "csv_monitor")
+# Settings of DeepSpeed that would change what the trainer's step computes: only these values are supported.
+SUPPORTED: dict[str, Any] = {
+    "gradient_allreduce_op": "mean",
+    "managed_gradient_accumulation": True,
+    "torch_autocast.enabled": False,
+    "fp16.auto_cast": False,
+    "checkpoint.load_universal": False,
+    "data_efficiency.enabled": False,
+    "hybrid_engine.enabled": False,
+    "sequence_parallel_size": 1,
+    "tensor_parallel.autotp_size": 0,
+}
 SMALLEST = {"gradient_clipping": 0, "steps_per_print": 1, "gradient_predivide_factor": 1e-6}
 
 
@@ -47,6 +60,7 @@ def check_deepspeed_config(config: ResolvedConfig, total_steps: int) -> None:
     config = choose_optimizer(config, torch.device("cpu"))
     _check_keys(config)
     _check_smallest(config)
+    _check_supported(config)
     _check_offload(config)
     _check_accumulation(config)
     check_optimizer(config)
@@ -157,6 +171,18 @@ def _check_smallest(config: DeepSpeedConfig) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float) or value < smallest:
             raise UserError(
                 "bad-config", f'"{name}" in the DeepSpeed config is {value!r}; it must be at least {smallest}'
+            )
+
+
+def _check_supported(config: DeepSpeedConfig) -> None:
+    settings = config.settings()
+    for name, supported in SUPPORTED.items():
+        value = settings.get(name, supported)
+        if value != supported:
+            raise UserError(
+                "bad-config",
+                f'"{name}" in the DeepSpeed config is {json.dumps(value)}, and only {json.dumps(supported)} is '
+                "supported; remove it",
             )
 
 

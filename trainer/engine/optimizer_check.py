@@ -14,6 +14,7 @@ from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch.optim import AdamW, Optimizer
 
 from distilspeed.trainer.engine.config import ADAM_TYPES, LAMB_TYPE, Component, DeepSpeedConfig
+from distilspeed.trainer.engine.config_auto import SCHEDULE_LENGTH
 from distilspeed.trainer.engine.config_names import unknown_key, unknown_type
 from distilspeed.trainer.engine.lamb import Lamb
 from distilspeed.trainer.engine.schedules import classes_of, learning_rates, one_number_optimizer, schedules
@@ -121,6 +122,12 @@ def check_scheduler(config: DeepSpeedConfig, total_steps: int) -> None:
             "unsuitable-schedule",
             f"the scheduler {scheduler.type} has a learning rate of 0 in all {total_steps} steps; "
             'train longer, or set its lengths to "auto"',
+        )
+    if (length := config.settings().get(SCHEDULE_LENGTH, total_steps)) < total_steps:
+        raise UserError(
+            "unsuitable-schedule",
+            f"the scheduler {scheduler.type} ends after {length} steps, but the run takes {total_steps}; "
+            f'set "{SCHEDULE_LENGTH}" to "auto"',
         )
     if scheduler.type == "OneCycleLR" and (length := _one_cycle_steps(scheduler.params)) < total_steps:
         raise UserError(

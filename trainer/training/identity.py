@@ -1,12 +1,13 @@
 """The contents of ``train_config.json`` for a new run, and the settings that must not change when it is resumed."""
 
 import hashlib
+import json
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from distilspeed.trainer.data.masking import SMOOTHING
 from distilspeed.trainer.training.record import write_record
@@ -43,10 +44,12 @@ def identity_of(run: Run) -> dict[str, Any]:
     Models that the run starts from are compared by hashes of all their weights.
     """
     optimizer = run.deepspeed_config.optimizer
-    # Only if they are given: other runs keep the settings that they have in records of earlier versions.
+    # Only if they are given.
     added: dict[str, Any] = {}
     if run.arguments.student is not None:
         added["starting_student"] = _weights_hash(run.student)
+    if run.arguments.student_config is not None:
+        added["student_config"] = _config_hash(run.student.config)
     if run.arguments.mlm_smoothing != SMOOTHING:
         added["mlm_smoothing"] = run.arguments.mlm_smoothing
     return (
@@ -75,6 +78,14 @@ def _weights_hash(model: PreTrainedModel) -> str:
         digest.update(name.encode())
         digest.update(weight.contiguous().numpy().data)
     return digest.hexdigest()
+
+
+def _config_hash(config: PreTrainedConfig) -> str:
+    """Return the SHA-256 of the settings that differ from the defaults, without the config's name and version."""
+    settings = config.to_diff_dict()
+    for name in ("transformers_version", "_name_or_path", "dtype"):
+        settings.pop(name, None)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _plain(value: object) -> object:

@@ -14,7 +14,7 @@ from distilspeed.trainer.data.batches import MicroBatches, on_device, resolve_nu
 from distilspeed.trainer.engine.checkpoint import Checkpoints, Progress
 from distilspeed.trainer.engine.optimizers import describe_fused_parts
 from distilspeed.trainer.engine.student import DTYPES
-from distilspeed.trainer.errors import StoppedError, UserError, memory_errors_named
+from distilspeed.trainer.errors import StoppedError, UserError, first_line, memory_errors_named
 from distilspeed.trainer.evaluation.quality import held_out_quality
 from distilspeed.trainer.files import bring_back_replaced, in_use, locked, writing
 from distilspeed.trainer.job.ranks import joined_job
@@ -26,7 +26,7 @@ from distilspeed.trainer.training.checks import check_output_dir
 from distilspeed.trainer.training.export import export_student, gather_weights, whole_student
 from distilspeed.trainer.training.identity import identity_of, record_run
 from distilspeed.trainer.training.loss_plot import plot_losses
-from distilspeed.trainer.training.metrics import Metrics, read_metrics
+from distilspeed.trainer.training.metrics import Metrics, StepMetrics, read_metrics
 from distilspeed.trainer.training.model_card import TrainingRecord
 from distilspeed.trainer.training.record import (
     COMPILE,
@@ -119,6 +119,13 @@ def _compare_with_folder(run: Run, identity: dict[str, Any]) -> tuple[Changes, b
                 "damaged-record",
                 f"{folder} has checkpoints but no train_config.json; restore it, or choose another --output_dir",
             )
+        for name in ("student", "metrics.jsonl", "loss.png"):
+            if (folder / name).exists():
+                raise UserError(
+                    "output-exists",
+                    f"{folder} has {name} but no train_config.json, so it is not a run to resume; choose another "
+                    "--output_dir",
+                )
         return {}, False
     changes = find_changes(record, identity, run.deepspeed_config, run.total_steps)
     has_student = (folder / "student").exists()
@@ -269,27 +276,46 @@ def _finish(training: _Training) -> None:
     weights = gather_weights(training.step.engine, run.student)
     if run.process.rank != 0:
         return
+    metrics = _read_metrics_of(run)
+    student = whole_student(run.student, weights)
+    changed = read_record(run.arguments.output_dir)
+    record = TrainingRecord(
+        arguments=run.arguments,
+        terms=run.objective.terms,
+        deepspeed_config=run.deepspeed_config,
+        corpus=run.corpus,
+        layers=run.layers,
+        world_size=run.process.world_size,
+        last_step=metrics[-1],
+        held_out=held_out_quality(
+            nn.Module.to(student, run.process.device), run.corpus, HELD_OUT_ROWS_FOR_CARD
+        ),
+        changes=changed.changes if changed else (),
+    )
+    logger.info("held-out rows: %s", record.held_out.described())
     with writing(run.arguments.output_dir):
-        metrics = read_metrics(run.arguments.output_dir / "metrics.jsonl")
         plot_losses(metrics, run.arguments.output_dir / "loss.png", run.objective.trained)
-        student = whole_student(run.student, weights)
-        changed = read_record(run.arguments.output_dir)
-        record = TrainingRecord(
-            arguments=run.arguments,
-            terms=run.objective.terms,
-            deepspeed_config=run.deepspeed_config,
-            corpus=run.corpus,
-            layers=run.layers,
-            world_size=run.process.world_size,
-            last_step=metrics[-1],
-            held_out=held_out_quality(
-                nn.Module.to(student, run.process.device), run.corpus, HELD_OUT_ROWS_FOR_CARD
-            ),
-            changes=changed.changes if changed else (),
-        )
-        logger.info("held-out rows: %s", record.held_out.described())
         for left in run.arguments.output_dir.glob("student.incomplete-*"):  # leftovers of a killed export
             shutil.rmtree(left)
         export_student(student, record, run.arguments.output_dir / "student")
         record_student(run.arguments.output_dir, run.total_steps)
         logger.info("student written to %s/student", run.arguments.output_dir)
+
+
+def _read_metrics_of(run: Run) -> list[StepMetrics]:
+    """Read the metrics of all steps.
+
+    Raises:
+        UserError: the file was removed, emptied or damaged while the run trained or was stopped.
+    """
+    path = run.arguments.output_dir / "metrics.jsonl"
+    try:
+        metrics = read_metrics(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            "damaged-record",
+            f"cannot read {path}: {first_line(error)}; restore it, and run again with --resume",
+        ) from error
+    if not metrics:
+        raise UserError("damaged-record", f"{path} is empty; restore it, and run again with --resume")
+    return metrics

@@ -98,6 +98,9 @@ class Metrics:
     ) -> None:
         self.path = path
         self.engine = engine
+        # The engine's own events are a part of ours, but count samples: W&B ignores steps that go back.
+        self.writes_events = engine.monitor.enabled
+        engine.monitor.enabled = False
         self.batches = batches
         self.progress_bar = progress_bar
         self.logging_steps = logging_steps
@@ -200,7 +203,7 @@ class Metrics:
         if last.skipped:
             shown["skipped"] = str(last.skipped)
         self.progress_bar.set_postfix(shown, refresh=False)
-        if self.engine.monitor.enabled:
+        if self.writes_events:
             self.engine.monitor.write_events(
                 [
                     (f"Train/{name}", value, line.step)

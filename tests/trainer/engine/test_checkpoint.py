@@ -1,5 +1,6 @@
 """Which checkpoint a run resumes from, and what happens to damaged ones; DeepSpeed's files are random bytes."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import torch.distributed
 from deepspeed.runtime import lr_schedules
 from user_errors import raises_user_error
 
+from distilspeed.trainer.engine import checkpoint as checkpoint_module
 from distilspeed.trainer.engine.checkpoint import Checkpoint, Checkpoints, Progress, _own_settings
 from distilspeed.trainer.files import FileRecord, write_text
 
@@ -225,6 +227,26 @@ def test_an_error_that_is_not_of_writing_is_not_converted(tmp_path: Path) -> Non
 
     with pytest.raises(RuntimeError, match="Connection closed"):
         Checkpoints(tmp_path, 2, None).save(Lost(), Progress(9, 9, 900))  # type: ignore[arg-type]
+
+
+def test_too_little_memory_while_loading_is_not_a_damaged_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the job before still holds the GPU: the advice must not be to start over."""
+
+    class Full(Engine):
+        def load_universal_checkpoint(self) -> bool:
+            return False
+
+        def load_checkpoint(self, folder: str, tag: str) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(checkpoint_module, "_own_settings", lambda *_: contextlib.nullcontext())
+    checkpoints = saved(tmp_path, 3)
+    newest = checkpoints.newest_good()
+    assert newest is not None
+    with raises_user_error("out-of-memory"):
+        checkpoints.load(Full(), newest)  # type: ignore[arg-type]
 
 
 def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from distilspeed.trainer.engine.config_batch import resolve_batch_equation
 from distilspeed.trainer.engine.config_file import read_deepspeed_config
 from distilspeed.trainer.engine.optimizers import choose_optimizer
 from distilspeed.trainer.engine.schedules import learning_rates
+from distilspeed.trainer.engine.teacher import teacher_config
 from distilspeed.trainer.errors import UserErrorCode
 from distilspeed.trainer.models.flops import model_shape
 from distilspeed.trainer.training.arguments import TrainArguments
@@ -269,6 +270,29 @@ def test_a_stated_value_is_kept_and_an_unsupported_auto_is_refused() -> None:
         DeepSpeedConfig({"zero_optimization": {"stage": "auto"}})
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "scheduler", "named"),
+    [
+        ({}, None, "no rate"),
+        ({"weight_decay": 0.1}, {"type": "WarmupLR", "params": {"warmup_num_steps": 10}}, "no rate"),
+        (
+            {"lr": "auto"},
+            {"type": "OneCycle", "params": {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-3}},
+            "OneCycle",
+        ),
+        ({"lr": "auto"}, {"type": "LRRangeTest"}, "LRRangeTest"),
+    ],
+)
+def test_a_learning_rate_without_effect_is_refused(
+    optimizer: dict[str, Any], scheduler: dict[str, Any] | None, named: str
+) -> None:
+    sections = {"optimizer": {"type": "AdamW", "params": optimizer}}
+    config = DeepSpeedConfig(sections | ({"scheduler": scheduler} if scheduler else {}))
+    with raises_user_error("conflicting-config", "--learning_rate 0.002", named):
+        resolve_deepspeed_config(config, BatchEquation(8, 8, 1, 1), 100, 2e-3)
+    resolve_deepspeed_config(config, BatchEquation(8, 8, 1, 1), 100, None)
+
+
 def test_a_config_cannot_be_changed() -> None:
     sections: dict[str, Any] = {"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.98]}}}
     config = DeepSpeedConfig(sections)
@@ -284,6 +308,9 @@ def test_a_config_cannot_be_changed() -> None:
 def test_precision_is_one_of_three() -> None:
     assert DeepSpeedConfig({}).precision == "fp32"
     assert DeepSpeedConfig({"bf16": {"enabled": True}, "fp16": {"enabled": False}}).precision == "bf16"
+    old_name = DeepSpeedConfig({"bfloat16": {"enabled": True}})
+    assert (old_name.precision, old_name.to_dict()) == ("bf16", {"bf16": {"enabled": True}})
+    assert teacher_config(old_name)["bf16"] == {"enabled": True}
     with raises_user_error("conflicting-config", '"fp16"', '"bf16"'):
         DeepSpeedConfig({"bf16": {"enabled": True}, "fp16": {"enabled": True}})
     with raises_user_error("bad-config", '"amp"'):

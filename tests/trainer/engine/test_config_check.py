@@ -62,7 +62,7 @@ DOCUMENTED: dict[str, Any] = {
     },
     "aio": {"block_size": 131072, "queue_depth": 16, "single_submit": False, "overlap_events": True},
     "data_types": {"grad_accum_dtype": "fp32"},
-    "checkpoint": {"tag_validation": "Warn", "load_universal": True, "use_node_local_storage": False},
+    "checkpoint": {"tag_validation": "Warn", "load_universal": False, "use_node_local_storage": False},
     "timers": {"throughput": {"enabled": True, "synchronized": False}},
     "compile": {"deepcompile": False},
     "data_efficiency": {"enabled": False, "seed": 1, "data_sampling": {"enabled": False}},
@@ -156,3 +156,25 @@ def test_a_misspelt_key_that_deepspeed_ignores_is_refused() -> None:
     assert DeepSpeedsOwn(misspelt).gradient_clipping == 1.0
     with raises_user_error("unknown-config-key", '"gradient_cliping"', '"gradient_clipping"'):
         check(misspelt | {"train_batch_size": "auto"})
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op"),
+        ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation"),
+        ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled"),
+        ({"fp16": {"enabled": False, "auto_cast": True}}, "fp16.auto_cast"),
+        ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal"),
+        ({"data_efficiency": {"enabled": True}}, "data_efficiency.enabled"),
+        ({"hybrid_engine": {"enabled": True}}, "hybrid_engine.enabled"),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_would_change_what_a_step_computes_is_refused(
+    section: dict[str, Any], key: str
+) -> None:
+    with raises_user_error("bad-config", f'"{key}"', "supported"):
+        check(section)
