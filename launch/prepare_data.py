@@ -2,8 +2,11 @@
 
     python launch/prepare_data.py --text book.txt news.jsonl --tokenizer google-bert/bert-base-uncased \\
         --seq_length 512 --output_dir corpora/mine
-    python launch/prepare_data.py --dataset wikimedia/wikipedia:20231101.en --dataset bookcorpus/bookcorpus \\
-        --tokenizer google-bert/bert-base-uncased --output_dir corpora/wikipedia_bookcorpus
+    python launch/prepare_data.py --dataset wikimedia/wikipedia:20231101.en \\
+        --tokenizer google-bert/bert-base-uncased --output_dir corpora/wikipedia
+
+A line of text, a JSON object or a row of a data set is a document. Attention stays within a document, so use whole
+articles or books, not sentences. Pieces of fewer than 12 tokens are dropped.
 
 To continue a build that was stopped or killed, run the same command with --resume. On a cluster, each task of a Slurm
 array (sbatch --array=0-15) prepares a shard, and a job after it merges the shards:
@@ -20,6 +23,9 @@ from types import FrameType
 
 from distilspeed.trainer.job.command import quiet_libraries, run_command
 from distilspeed.trainer.job.processes import stop_signals
+
+# A share of all pieces. Articles and books, a paragraph a line, have fewer.
+MANY_SHORT_PIECES = 0.2
 
 
 def main() -> None:
@@ -45,6 +51,13 @@ def main() -> None:
         f"held out  {counts.held_out_rows:>12,} rows {counts.held_out_tokens:>16,} tokens\n"
         f"padding   {padding:>12.2%} of {corpus.manifest.seq_length} tokens per row"
     )
+    short = counts.dropped_short / max(1, counts.dropped_short + counts.pieces)
+    if short > MANY_SHORT_PIECES:
+        print(
+            f"warning: {short:.0%} of the pieces were too short and dropped; if each document is a sentence, join the "
+            "sentences of a text, or use --document_separator blank_line",
+            file=sys.stderr,
+        )
 
 
 def _exit_and_clean_up(signal_number: int, frame: FrameType | None) -> None:

@@ -112,6 +112,17 @@ def test_text_becomes_a_corpus_and_a_summary(
     assert f"{manifest.padding_fraction:.2%}" in output
 
 
+def test_a_document_per_sentence_gives_a_warning(small_tokenizer_dir: Path, tmp_path: Path) -> None:
+    sentences = tmp_path / "sentences.txt"
+    sentences.write_text(
+        "the list is empty\n" * 30 + "the list is empty and the name is not found in the class\n" * 70
+    )
+    options = ("--tokenizer", small_tokenizer_dir, "--output_dir", tmp_path / "corpus")
+    status, _, errors = run("--text", sentences, *options)
+    assert status == 0
+    assert errors.startswith("warning: 30% of the pieces were too short")
+
+
 def test_shards_are_prepared_and_merged(
     reference_text: Path, small_tokenizer_dir: Path, tmp_path: Path
 ) -> None:

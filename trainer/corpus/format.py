@@ -43,8 +43,8 @@ class SourceRecord:
 class CorpusCounts:
     """Counts of documents, pieces, rows and tokens; tokens include ``[CLS]``, ``[SEP]`` and ``<|endoftext|>``.
 
-    ``documents`` have text. ``dropped_null`` and ``dropped_blank`` count documents without text; older corpora have 0
-    there. ``dropped_short`` and ``dropped_unknown`` count pieces.
+    ``documents`` have text. ``dropped_null`` and ``dropped_blank`` count documents without text, ``dropped_short`` and
+    ``dropped_unknown`` pieces.
     """
 
     documents: int = 0
@@ -196,6 +196,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     if max(tokenizer.get_vocab().values()) >= len(tokenizer):
         raise UserError(
             "unusable-tokenizer", f"the ids of the tokenizer {name} have gaps; choose another tokenizer"
+        )
+    around_text = [tokenizer.cls_token_id, tokenizer.sep_token_id]
+    if objective_of(tokenizer) == "masked" and tokenizer("")["input_ids"] != around_text:
+        raise UserError(
+            "unusable-tokenizer",
+            f"the tokenizer {name} does not put {tokenizer.cls_token} and {tokenizer.sep_token} around a text, as the "
+            "corpus does; set its post-processor, or its cls_token and sep_token",
         )
     check_case(name, tokenizer)
     return tokenizer

@@ -21,6 +21,8 @@ from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.files import from_json, locked, sync, sync_tree, write_text
 
 PROGRESS_FILE = "progress.json"
+# Errors of a network or a disk: the same command may succeed later.
+PASSING_ERRORS = ("unusable-dataset", "unreadable-file", "unwritable-output")
 SECONDS_BETWEEN_RECORDS = 10.0  # a kill loses at most this much work; a record costs a few fsyncs
 
 
@@ -79,9 +81,9 @@ class UnfinishedCorpus:
 def unfinished_corpus(output_dir: Path, recipe: Recipe, resume: bool) -> Iterator[UnfinishedCorpus]:
     """Yield the folder to build in, new or resumed; rename it to ``output_dir`` on success.
 
-    Bad input (``UserError``) removes the folder. After any other failure, from Ctrl-C to a full disk, the folder stays
-    for ``--resume`` if it has a progress record. Raises ``UserError`` if another build is running, if an unfinished
-    build exists and ``resume`` is false, or if that build has another recipe.
+    Bad input (``UserError``) removes the folder. After any other failure, from Ctrl-C to a lost connection, the folder
+    stays for ``--resume`` if it has a progress record. Raises ``UserError`` if another build is running, if an
+    unfinished build exists and ``resume`` is false, or if that build has another recipe.
     """
     folder = output_dir.with_name(f"{output_dir.name}.incomplete")
     folder.mkdir(exist_ok=True)
@@ -95,7 +97,8 @@ def unfinished_corpus(output_dir: Path, recipe: Recipe, resume: bool) -> Iterato
             folder.rename(output_dir)
             sync(output_dir.parent)
         except BaseException as error:
-            if build.can_be_resumed and not isinstance(error, UserError):
+            is_bad_input = isinstance(error, UserError) and error.code not in PASSING_ERRORS
+            if build.can_be_resumed and not is_bad_input:
                 print(f"{folder} has the unfinished build; continue with --resume", file=sys.stderr)
             else:
                 shutil.rmtree(folder, ignore_errors=True)

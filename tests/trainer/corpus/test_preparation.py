@@ -11,13 +11,14 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from tokenizers import processors
 from transformers import AutoTokenizer, BertTokenizer
 from user_errors import raises_user_error
 
 from distilspeed.trainer.corpus import writer
 from distilspeed.trainer.corpus.arguments import CorpusArguments
 from distilspeed.trainer.corpus.build import prepare_corpus
-from distilspeed.trainer.corpus.format import Corpus
+from distilspeed.trainer.corpus.format import Corpus, load_tokenizer
 from distilspeed.trainer.corpus.merge import merge_shards
 from distilspeed.trainer.corpus.shard import Shard
 from distilspeed.trainer.corpus.writer import is_held_out
@@ -241,3 +242,18 @@ def test_a_failure_while_writing_leaves_nothing(
     with pytest.raises(KeyboardInterrupt) if is_stopped else raises_user_error("unwritable-output"):
         prepare_corpus(arguments)
     assert not arguments.output_dir.parent.exists()
+
+
+def test_a_tokenizer_that_writes_other_special_tokens_around_a_text_is_refused(
+    small_tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    """As one trained at home without a post-processor: plain transformers would call the student without them."""
+    tokenizer = AutoTokenizer.from_pretrained(small_tokenizer_dir)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
+    tokenizer.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {
+        "tokenizer_class": "TokenizersBackend"
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(saved))
+    with raises_user_error("unusable-tokenizer", str(tmp_path), "[CLS]", "[SEP]"):
+        load_tokenizer(str(tmp_path))

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 from user_errors import raises_user_error
 
-from distilspeed.trainer.corpus import pool, unfinished
+from distilspeed.trainer.corpus import build, pool, unfinished
 from distilspeed.trainer.corpus.arguments import CorpusArguments
 from distilspeed.trainer.corpus.build import prepare_corpus
 from distilspeed.trainer.corpus.writer import RowWriter
+from distilspeed.trainer.errors import UserError
 
 PATIENCE = 600.0  # seconds until a test gives up waiting
 
@@ -128,7 +129,7 @@ def test_a_killed_build_is_resumed_to_the_same_bytes(
         assert 0 < documents == json.loads(whole["manifest.json"])["counts"]["documents"] - tokenized
 
 
-def count_tokenized(build: Callable[[], object]) -> int:
+def count_tokenized(run: Callable[[], object]) -> int:
     """Return how many documents a build hands to its workers."""
     documents = 0
 
@@ -138,18 +139,21 @@ def count_tokenized(build: Callable[[], object]) -> int:
             documents += batch.documents
             yield batch
 
-    from distilspeed.trainer.corpus import build as preparation
-
-    pack = preparation.pack_documents
+    pack = build.pack_documents
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparation, "pack_documents", counting)
-        build()
+        patch.setattr(build, "pack_documents", counting)
+        run()
     return documents
 
 
 @pytest.mark.parametrize(
     "error",
-    [KeyboardInterrupt(), pytest.param(OSError(28, "No space left on device"), marks=pytest.mark.full)],
+    [
+        KeyboardInterrupt(),
+        UserError("unusable-dataset", "cannot read the dataset x: Server Disconnected; check the connection"),
+        pytest.param(OSError(28, "No space left on device"), marks=pytest.mark.full),
+    ],
+    ids=["stopped", "lost connection", "full disk"],
 )
 def test_an_interrupted_build_can_be_resumed(
     arguments: CorpusArguments,
@@ -161,8 +165,9 @@ def test_an_interrupted_build_can_be_resumed(
     prepare_corpus(replace(arguments, output_dir=tmp_path / "whole"))
     with monkeypatch.context() as patch:
         interrupt(patch, 5, error)
+        code = error.code if isinstance(error, UserError) else "unwritable-output"
         is_stopped = isinstance(error, KeyboardInterrupt)
-        with pytest.raises(KeyboardInterrupt) if is_stopped else raises_user_error("unwritable-output"):
+        with pytest.raises(KeyboardInterrupt) if is_stopped else raises_user_error(code):
             prepare_corpus(arguments)
     message = capsys.readouterr().err
     assert str(incomplete(arguments.output_dir)) in message
@@ -217,3 +222,21 @@ def test_a_damaged_record_is_refused_in_one_line_that_names_the_field(
     (incomplete(interrupted.output_dir) / "progress.json").write_text(json.dumps(progress))
     with raises_user_error("damaged-build", "progress.json", field):
         prepare_corpus(replace(interrupted, resume=True))
+
+
+def test_a_shard_stays_if_its_data_set_cannot_be_reached_when_it_is_resumed(
+    interrupted: CorpusArguments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the hub is down: no document has been read when the error comes."""
+
+    def unreachable(*_: object) -> None:
+        raise UserError(
+            "unusable-dataset", "cannot read the dataset x: Connection refused; check the connection"
+        )
+
+    before = contents(incomplete(interrupted.output_dir))
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "pack_documents", unreachable)
+        with raises_user_error("unusable-dataset"):
+            prepare_corpus(replace(interrupted, resume=True))
+    assert contents(incomplete(interrupted.output_dir)).keys() == before.keys()
