@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from launcher import ROOT, flags, python, training_options
+from launcher import ROOT, flags, python, training_options, write_config
 from refusals import refusal
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from user_errors import assert_names
 
 from distilspeed.trainer.corpus.format import open_corpus
@@ -126,7 +126,42 @@ def test_other_settings_in_the_same_folder_are_refused(
 ) -> None:
     command = options(tiny_teacher_dir, small_corpus_dir, done / "out", task=done / "words", max_steps=3)
     line = refusal("ablation.py", command, done, monkeypatch, capfd)
-    assert_names(line, "changed-run", "--max_steps", "2", "3")
+    assert_names(line, "changed-run", "max_steps", "2", "3")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("changed", ["deepspeed_config", "corpus", "teacher", "words"])
+def test_other_contents_under_the_same_paths_are_refused(
+    done: Path,
+    tiny_teacher_dir: Path,
+    small_corpus_dir: Path,
+    tmp_path: Path,
+    changed: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    teacher, corpus, task, more = tiny_teacher_dir, small_corpus_dir, done / "words", {}
+    if changed == "deepspeed_config":
+        more = {"deepspeed_config": write_config(tmp_path / "cpu.json", {"gradient_clipping": 1.0})}
+    elif changed == "corpus":
+        corpus = tmp_path / "corpus"
+        shutil.copytree(small_corpus_dir, corpus)
+        manifest = json.loads((corpus / "manifest.json").read_text()) | {"padding_fraction": 0.5}
+        (corpus / "manifest.json").write_text(json.dumps(manifest))
+    elif changed == "teacher":
+        teacher = tmp_path / "teacher"
+        shutil.copytree(tiny_teacher_dir, teacher)
+        weights = load_file(teacher / "model.safetensors")
+        weights["bert.embeddings.LayerNorm.bias"][0] += 1
+        save_file(weights, teacher / "model.safetensors", {"format": "pt"})
+    else:
+        task = tmp_path / "words"
+        shutil.copytree(done / "words", task)
+        lines = (task / "dev.jsonl").read_text().replace("the list 0", "a list 0")
+        (task / "dev.jsonl").write_text(lines)
+    command = options(teacher, corpus, done / "out", task=task, **more)
+    line = refusal("ablation.py", command, tmp_path, monkeypatch, capfd)
+    assert_names(line, "changed-run", changed)
 
 
 @pytest.mark.parametrize(

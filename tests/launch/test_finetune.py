@@ -12,7 +12,7 @@ from jobs import cpu_environment, kill, start, wait_until
 from launcher import ROOT, ranks_alone
 from refusals import refusal
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, pipeline
+from transformers import AutoConfig, ElectraConfig, GPT2Config, pipeline
 from user_errors import assert_names, raises_user_error
 
 from distilspeed.trainer.evaluation.finetune import _check_output_dir
@@ -184,6 +184,9 @@ REFUSED = {
     "--bf16 --fp16": ("conflicting-arguments", "--bf16", "--fp16"),
     "--fp16 --device cpu": ("unsupported-precision", "fp16 needs a GPU"),
     "--model no/such/folder": ("unusable-tokenizer", "no/such/folder"),
+    "--model electra": ("unsupported-model", "electra"),
+    "--model gpt2": ("unsupported-model", "gpt2", "causal"),
+    "--teacher electra": ("unsupported-model", "electra"),
     "--resume --output_dir tuned/teacher": ("changed-run", "tuned/teacher/results.json"),
     "--resume --output_dir foreign": ("output-exists", "foreign"),
     "--output_dir used": ("locked", "used"),
@@ -205,6 +208,10 @@ def test_bad_input_is_refused_in_one_line(
         config = json.loads((work / "other_task" / "config.json").read_text())
         config |= {"id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 0, "yes": 1}}
         (work / "other_task" / "config.json").write_text(json.dumps(config))
+        for name, config in (("electra", ElectraConfig()), ("gpt2", GPT2Config())):
+            config.save_pretrained(work / name)
+            for file in (work / "student").glob("tokenizer*"):
+                shutil.copy(file, work / name)
         for name in ("foreign/file", "damaged/checkpoint.pt"):
             (work / name).parent.mkdir()
             (work / name).write_text("x")

@@ -21,8 +21,8 @@ class ComparisonArguments(Settings):
         (),
         action="append",
         metavar="NAME_OR_DIR",
-        help="glue (all nine tasks), glue/mrpc, …, or a folder with train.jsonl and dev.jsonl: label, and text or "
-        "text_a and text_b; repeat for more tasks",
+        help="glue (all nine tasks), glue/mrpc, …, squad, squad_v2, or a folder: train.jsonl and dev.jsonl, train.txt "
+        "and dev.txt (CoNLL), or the own files of GLUE or SQuAD; repeat for more tasks",
     )
     glue_dir: Path | None = setting(
         None, metavar="DIR", help="folder of GLUE's own files (CoLA/train.tsv, …), to read instead of the hub"

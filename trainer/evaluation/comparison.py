@@ -4,7 +4,6 @@ Every model sees the same masks and the same examples, in float32 except in fine
 passes are timed in turns.
 """
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from distilspeed.trainer.evaluation.measurements import (
     MEASUREMENTS,
     MeasurementsFile,
     ModelMeasurements,
+    corpus_digest,
     model_digest,
     task_digest,
 )
@@ -113,11 +113,7 @@ def evaluate(arguments: EvaluateArguments) -> Report:
     _check_output_dir(arguments.output_dir, arguments.resume)
     tasks = read_tasks(arguments.task_names)
     corpus = open_corpus(arguments.data_dir)
-    if tasks and corpus.manifest.objective == "causal":
-        raise UserError(
-            "conflicting-arguments",
-            f"--task fine-tunes encoders, but the corpus {corpus.path} is for causal language models; omit --task",
-        )
+    check_tasks_fit(tasks, corpus)
     models = [load_language_model(role, name) for role, name in arguments.models.items()]
     for (role, name), model in zip(arguments.models.items(), models, strict=True):
         check_fits_corpus(role, name, model, corpus)
@@ -175,6 +171,14 @@ def evaluate(arguments: EvaluateArguments) -> Report:
         return report
 
 
+def check_tasks_fit(tasks: Sequence[Task], corpus: Corpus) -> None:
+    if tasks and corpus.manifest.objective == "causal":
+        raise UserError(
+            "conflicting-arguments",
+            f"--task fine-tunes encoders, but the corpus {corpus.path} is for causal language models; omit --task",
+        )
+
+
 def _identity(
     arguments: EvaluateArguments,
     corpus: Corpus,
@@ -188,7 +192,7 @@ def _identity(
         **settings,
         "device": device.type,
         "models": ", ".join(arguments.models),
-        "corpus": hashlib.sha256(corpus.manifest.to_json().encode()).hexdigest()[:16],
+        "corpus": corpus_digest(corpus),
         **{
             f"weights of the {role}": model_digest(model)
             for role, model in zip(arguments.models, models, strict=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from distilspeed.trainer.corpus.format import Corpus
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.evaluation.device_jobs import run_jobs
 from distilspeed.trainer.evaluation.fill_mask import Guess
@@ -108,18 +109,27 @@ class MeasurementsFile:
         self._so_far = measurements
 
 
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def model_digest(model: PreTrainedModel) -> str:
     """Return the beginning of a SHA-256 over a model's weights and config, but not its path."""
     config = model.config.to_dict()
     config.pop("transformers_version", None)
     config.pop("_name_or_path", None)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    found = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(weight.numpy(force=True).tobytes())
-    return digest.hexdigest()[:16]
+        found.update(name.encode())
+        found.update(weight.numpy(force=True).tobytes())
+    return found.hexdigest()[:16]
+
+
+def corpus_digest(corpus: Corpus) -> str:
+    """Return the beginning of a SHA-256 over a corpus's manifest, which has checksums of its files."""
+    return digest(corpus.manifest.to_json())
 
 
 def task_digest(task: Task) -> str:
     """Return the beginning of a SHA-256 over a task's examples."""
-    return hashlib.sha256(repr(task).encode()).hexdigest()[:16]
+    return digest(repr(task))

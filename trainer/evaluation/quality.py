@@ -12,7 +12,12 @@ from distilspeed.trainer.corpus.format import Corpus, read_rows
 from distilspeed.trainer.corpus.training_objective import TrainingObjective
 from distilspeed.trainer.data.batches import corpus_masking_rule
 from distilspeed.trainer.data.masking import IGNORE_INDEX, MaskingRule
-from distilspeed.trainer.data.micro_batch import MicroBatch, labelled_micro_batch, row_token_counts
+from distilspeed.trainer.data.micro_batch import (
+    MicroBatch,
+    labelled_micro_batch,
+    most_documents,
+    row_token_counts,
+)
 from distilspeed.trainer.errors import NumericalError
 from distilspeed.trainer.evaluation.token_quality import MaskedTokenQuality, NextTokenQuality, TokenQuality
 from distilspeed.trainer.models.packed_forward import forward_packed
@@ -56,7 +61,7 @@ def held_out_quality(
 def measure_held_out(
     model: PreTrainedModel, corpus: Corpus, max_rows: int, batch_size: int | None = None, seed: int = 0
 ) -> tuple[TokenQuality, Predictions]:
-    """Measure loss and accuracy of a language model on the first ``max_rows`` held-out rows of a corpus.
+    """Measure loss and accuracy of a language model on held-out rows, evenly spread over the corpus.
 
     In a masked corpus 15 % of the tokens are masked, drawn uniformly as in the literature. The same rows are measured
     again with the masks of training, which prefer rare tokens; that loss is comparable with ``loss_mlm``. The masks
@@ -65,6 +70,7 @@ def measure_held_out(
     mode.
 
     Args:
+        max_rows: the number of rows, if the corpus has so many.
         batch_size: rows per forward pass; it does not affect the result. None for a default.
 
     Returns:
@@ -106,7 +112,7 @@ def predict_held_out(
     batch_size: int | None,
     seed: int,
 ) -> Predictions:
-    """Return loss and prediction for every labelled token of the first ``max_rows`` held-out rows.
+    """Return loss and prediction for every labelled token of at most ``max_rows`` held-out rows.
 
     Args:
         rule: how to mask; None for a causal corpus.
@@ -129,10 +135,15 @@ def predict_held_out(
 def held_out_batches(
     corpus: Corpus, rule: MaskingRule | None, max_rows: int, batch_size: int, seed: int
 ) -> Iterator[MicroBatch]:
-    """Yield the first ``max_rows`` held-out rows with labels; the last batch may be smaller."""
+    """Yield at most ``max_rows`` held-out rows with labels; the last batch may be smaller.
+
+    The rows are evenly spread, because they are in the order of the sources: each source has its share.
+    """
     held_out = corpus.held_out
     real_tokens, labelled_tokens = row_token_counts(held_out, corpus.manifest.objective)
-    rows = np.arange(min(max_rows, len(held_out)))
+    most = most_documents(held_out)
+    count = min(max_rows, len(held_out))
+    rows = np.arange(count) * len(held_out) // count
     for row_ids in np.split(rows, range(batch_size, len(rows), batch_size)):
         yield labelled_micro_batch(
             read_rows(held_out, row_ids),
@@ -142,4 +153,5 @@ def held_out_batches(
             EVALUATION_STREAM + seed,
             real_tokens=int(real_tokens[row_ids].sum()),
             labelled_tokens=int(labelled_tokens[row_ids].sum()),
+            most_documents=most,
         )

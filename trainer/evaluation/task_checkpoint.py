@@ -60,14 +60,10 @@ class TaskCheckpoint:
         return step
 
 
-# Values of settings that files of earlier versions lack.
-UNRECORDED = {"task_precision": "fp32"}
-
-
 def check_same_settings(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise a UserError if a file is of a run with other settings."""
     for name, value in wanted.items():
-        before = saved.get(name, UNRECORDED.get(name))
+        before = saved.get(name)
         if before != value:
             raise UserError(
                 "changed-run",

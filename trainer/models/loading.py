@@ -31,6 +31,9 @@ CALLED_WITH = {
     "chunk_size_feed_forward": 0,
 }
 
+# In the names of a pooler's weights, in all families that have one.
+POOLER = "pooler."
+
 # File names that transformers' tokenizers save.
 TOKENIZER_FILES = (
     "tokenizer*.json",
@@ -92,23 +95,33 @@ def load_language_model(role: str, name: str) -> PreTrainedModel:
         ignore_mismatched_sizes=True,  # reported below in one line; transformers would print many
         output_loading_info=True,
     )
-    for weight, found, expected in sorted(loading["mismatched_keys"])[:1]:
-        raise UserError(
-            "damaged-model",
-            f"the {role} {name} has {weight} of shape {list(found)}, but its config.json needs {list(expected)}; "
-            "use the config of these weights",
-        )
+    _check_shapes(f"the {role} {name}", loading)
     if loading["missing_keys"]:
         raise UserError(
             "damaged-model", _missing_weights(f"the {role} {name}", model, sorted(loading["missing_keys"]))
         )
+    _check_finite(f"the {role} {name}", model)
+    # transformers leaves a decoder untied that was saved with other values than the embeddings.
+    model.config.tie_word_embeddings = is_tied(model)
+    return model.eval()
+
+
+def _check_shapes(model_name: str, loading: dict[str, Any]) -> None:
+    for weight, found, expected in sorted(loading["mismatched_keys"])[:1]:
+        raise UserError(
+            "damaged-model",
+            f"{model_name} has {weight} of shape {list(found)}, but its config.json needs {list(expected)}; "
+            "use the config of these weights",
+        )
+
+
+def _check_finite(model_name: str, model: PreTrainedModel) -> None:
     for weight, values in model.named_parameters():
         if not values.isfinite().all():
             raise UserError(
                 "damaged-model",
-                f"the {role} {name} has NaN or infinite weights ({weight}); save it again or choose another model",
+                f"{model_name} has NaN or infinite weights ({weight}); save it again or choose another model",
             )
-    return model.eval()
 
 
 def _missing_weights(model_name: str, model: PreTrainedModel, missing: Sequence[str]) -> str:
@@ -147,11 +160,7 @@ def load_teacher(name: str) -> PreTrainedModel:
 
 
 def make_student(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
-    """Make a student, float32, initialised from the teacher's ``layers``, and tied if the teacher's weights are tied.
-
-    The teacher's config may claim tied weights that are not: transformers keeps a decoder that was saved with other
-    values than the embeddings.
-    """
+    """Make a student, float32, initialised from the teacher's ``layers``; it is tied if the teacher's weights are."""
     family = family_of(teacher.config)
     config = family.student_config(teacher.config, layers)
     config.tie_word_embeddings = is_tied(teacher)
@@ -201,9 +210,14 @@ def make_with_head(role: str, name: str, head: Head) -> PreTrainedModel:
     The head overrides the config's values for another task (problem type, number and names of labels).
 
     Raises:
-        UserError: the config cannot be loaded, or no such model can be built from it.
+        UserError: the config cannot be loaded, is not an encoder's, or no such model can be built from it.
     """
     config = _load(AutoConfig, role, name)
+    if checked_family(config, f"the {role} {name}").objective == "causal":
+        raise UserError(
+            "unsupported-model",
+            f"the {role} {name} is a causal language model, and tasks fine-tune encoders; choose an encoder",
+        )
     config.problem_type, config.num_labels = head.problem_type, head.num_labels
     if head.labels:
         config.id2label = dict(enumerate(head.labels))
@@ -219,11 +233,37 @@ def make_with_head(role: str, name: str, head: Head) -> PreTrainedModel:
 
 
 def load_with_head(name: str, head: Head) -> PreTrainedModel:
-    """Load a model's pre-trained encoder and put a new head on it, even if the model has a head."""
+    """Load a model's pre-trained encoder and put a new head on it, even if the model has a head.
+
+    Raises:
+        UserError: as :func:`make_with_head`, or weights cannot be loaded, are missing, of other shapes or not finite.
+    """
     model = make_with_head("model", name, head)
-    encoder = _load(AutoModel, "model", name, dtype=torch.float32, use_safetensors=True).state_dict()
+    _refuse_pickles("model", Path(name), "AutoModel")
+    encoder, loading = _load(
+        AutoModel,
+        "model",
+        name,
+        dtype=torch.float32,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
     # AutoModel gives BERT a pooler, which models with a head on tokens do not have.
-    model.base_model.load_state_dict({weight: encoder[weight] for weight in model.base_model.state_dict()})
+    needed = model.base_model.state_dict().keys()
+    _check_shapes(f"the model {name}", loading)
+    # A pooler is part of the head: masked language models have none, and it starts from random weights.
+    missing = sorted(
+        weight for weight in loading["missing_keys"] if weight in needed and POOLER not in weight
+    )
+    if missing:
+        raise UserError(
+            "damaged-model",
+            f"the model {name} has missing weights ({', '.join(missing[:3])}, …); use the config of these weights",
+        )
+    _check_finite(f"the model {name}", encoder)
+    weights = encoder.state_dict()
+    model.base_model.load_state_dict({weight: weights[weight] for weight in needed})
     return model
 
 
@@ -233,6 +273,7 @@ def load_fine_tuned(name: str, head: Head) -> PreTrainedModel:
     Raises:
         UserError: the model cannot be loaded, has no such head, or has other classes or another order of them.
     """
+    checked_family(_load(AutoConfig, "teacher", name), f"the teacher {name}")
     _refuse_pickles("teacher", Path(name), head.model_class.__name__)
     model, loading = _load(
         head.model_class,

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
-from os.path import normpath
 from pathlib import Path
 
 import torch
@@ -23,6 +22,8 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from distilspeed.trainer.corpus.format import Corpus, open_corpus
 from distilspeed.trainer.corpus.training_objective import TrainingObjective
+from distilspeed.trainer.engine.config import DeepSpeedConfig
+from distilspeed.trainer.engine.config_file import read_deepspeed_config
 from distilspeed.trainer.errors import UserError
 from distilspeed.trainer.evaluation.ablation import (
     ACCURACY,
@@ -36,12 +37,19 @@ from distilspeed.trainer.evaluation.ablation import (
     write_ablation,
 )
 from distilspeed.trainer.evaluation.ablation_arguments import AblationArguments
-from distilspeed.trainer.evaluation.comparison import fine_tuning_settings
+from distilspeed.trainer.evaluation.comparison import check_tasks_fit, fine_tuning_settings
 from distilspeed.trainer.evaluation.device_jobs import choose_device, jobs_at_a_time, run_jobs
 from distilspeed.trainer.evaluation.fine_tuning import check_precision, fine_tune
+from distilspeed.trainer.evaluation.measurements import (
+    EXAMPLES,
+    corpus_digest,
+    digest,
+    model_digest,
+    task_digest,
+)
 from distilspeed.trainer.evaluation.quality import held_out_quality
 from distilspeed.trainer.evaluation.report import Environment
-from distilspeed.trainer.evaluation.task_checkpoint import UNRECORDED
+from distilspeed.trainer.evaluation.task_checkpoint import check_same_settings
 from distilspeed.trainer.evaluation.tasks.registry import read_tasks
 from distilspeed.trainer.evaluation.tasks.task import FineTuning, Task
 from distilspeed.trainer.files import (
@@ -71,6 +79,7 @@ TEACHER = "teacher"
 SETTINGS, SCORES, LOG = "ablation_arguments.json", "scores.json", "train.log"
 # What may change when an ablation goes on: seeds and variants are added.
 CHANGEABLE = ("output_dir", "seeds", "variants", "num_gpus", "device")
+COMPARED_BY_CONTENT = ("teacher", "data_dir", "deepspeed_config", "task", "glue_dir")
 
 
 @dataclass(frozen=True)
@@ -115,7 +124,10 @@ def run_ablation(arguments: AblationArguments) -> AblationReport:
     """
     device = choose_device(arguments.device)
     check_precision(arguments.task_precision, device)
+    config = read_deepspeed_config(arguments.deepspeed_config)
     corpus = open_corpus(arguments.data_dir)
+    teacher = load_teacher(arguments.teacher)
+    check_fits_corpus("teacher", arguments.teacher, teacher, corpus)
     ablation = _Ablation(
         arguments,
         corpus,
@@ -124,12 +136,16 @@ def run_ablation(arguments: AblationArguments) -> AblationReport:
         device,
         jobs_at_a_time(arguments.num_gpus, device),
     )
-    _check_settings(arguments)
-    student = None if ablation.untrained.exists() else _make_student(ablation)
+    check_tasks_fit(ablation.tasks, corpus)
+    identity = _identity(ablation, config, teacher)
+    _check_settings(arguments.output_dir, identity)
+    student = make_student(teacher, select_teacher_layers(teacher.config, arguments.student_layers))
+    del teacher
     with alone_in(arguments.output_dir):
-        _check_settings(arguments)  # again, because another ablation may have started in the folder
-        if student is not None and not ablation.untrained.exists():
-            _write_students(ablation, student)
+        # Again, because another ablation may have started in the folder.
+        _check_settings(arguments.output_dir, identity)
+        if not ablation.untrained.exists():
+            _write_students(ablation, identity, student)
         return _train_and_evaluate(ablation)
 
 
@@ -172,48 +188,36 @@ def _chosen_variants(names: str | None, objective: TrainingObjective) -> list[Va
     return [FULL, *(known[name] for name in chosen if name != FULL.name)]
 
 
-def _settings(arguments: AblationArguments) -> dict[str, str]:
+def _identity(ablation: _Ablation, config: DeepSpeedConfig, teacher: PreTrainedModel) -> dict[str, str]:
+    """Return the settings and inputs that must not change when the ablation goes on."""
+    settings = asdict(ablation.arguments).items()
     return {
-        name: str(value)
-        for name, value in asdict(arguments).items()
-        if name not in CHANGEABLE and value is not None
+        **{name: str(value) for name, value in settings if name not in (*CHANGEABLE, *COMPARED_BY_CONTENT)},
+        "deepspeed_config": digest(json.dumps(config.to_dict(), sort_keys=True)),
+        "corpus": corpus_digest(ablation.corpus),
+        "weights of the teacher": model_digest(teacher),
+        **{f"{EXAMPLES}{task.name}": task_digest(task) for task in ablation.tasks},
     }
 
 
-def _check_settings(arguments: AblationArguments) -> None:
+def _check_settings(output_dir: Path, identity: Mapping[str, str]) -> None:
     """Compare the settings with those of the earlier calls.
 
     Raises:
         UserError: they differ, or the output folder holds something else.
     """
-    path, settings = arguments.output_dir / SETTINGS, _settings(arguments)
-    if not path.exists():
-        if not incomplete(path).exists():
-            check_unoccupied(arguments.output_dir)
-        return
-    before: dict[str, str] = UNRECORDED | json.loads(path.read_text(encoding="utf-8"))
-    for name in before.keys() | settings.keys():
-        # "runs/mine/" is "runs/mine".
-        if normpath(before.get(name, "")) != normpath(settings.get(name, "")):
-            raise UserError(
-                "changed-run",
-                f"the ablation in {arguments.output_dir} has --{name} {before.get(name)}, not {settings.get(name)}; "
-                "use the same, or choose another --output_dir",
-            )
+    path = output_dir / SETTINGS
+    if path.exists():
+        check_same_settings(path, json.loads(path.read_text(encoding="utf-8")), identity)
+    elif not incomplete(path).exists():
+        check_unoccupied(output_dir)
 
 
-def _make_student(ablation: _Ablation) -> PreTrainedModel:
-    arguments = ablation.arguments
-    teacher = load_teacher(arguments.teacher)
-    check_fits_corpus("teacher", arguments.teacher, teacher, ablation.corpus)
-    return make_student(teacher, select_teacher_layers(teacher.config, arguments.student_layers))
-
-
-def _write_students(ablation: _Ablation, student: PreTrainedModel) -> None:
+def _write_students(ablation: _Ablation, identity: Mapping[str, str], student: PreTrainedModel) -> None:
     """Write the settings, the student's config, and the student as it is before any training."""
     folder = ablation.arguments.output_dir
     with writing(folder):
-        write_text(folder / SETTINGS, json.dumps(_settings(ablation.arguments), indent=2) + "\n")
+        write_text(folder / SETTINGS, json.dumps(identity, indent=2) + "\n")
         student.config.save_pretrained(ablation.student_config)
         with folder_written_whole(ablation.untrained) as untrained:
             student.save_pretrained(untrained)

@@ -123,3 +123,8 @@ def test_a_model_learns_to_tag(tiny_teacher_dir: Path, tokenizer: PreTrainedToke
     settings = FineTuning(epochs=8, learning_rate=2e-3, batch_size=16, max_length=24)
     scores = fine_tune(str(tiny_teacher_dir), task, tokenizer, settings, seed=0, device=torch.device("cpu"))
     assert scores["f1"] > 0.9
+
+
+def test_a_byte_order_mark_and_a_no_break_space_are_read_as_meant(tmp_path: Path) -> None:
+    task = read(write_task(tmp_path, "\ufeff-DOCSTART- O\n\n10\u00a0000 N O\r\nEU \tN\tB-ORG\r\n", "EU N O"))
+    assert task.train == (Sentence(("10\u00a0000", "EU"), ("O", "B-ORG")),)

@@ -1,6 +1,7 @@
 """The measurements: exact, with the same inputs for every model, and each parameter counted once."""
 
 import copy
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ class Oracle:
     """Replaces ``forward_packed``: records its inputs and predicts the true tokens."""
 
     def __init__(self, corpus: Corpus) -> None:
-        self.truth = torch.from_numpy(read_rows(corpus.held_out, range(ROWS)).input_ids)
+        self.truth = torch.from_numpy(read_rows(corpus.held_out, range(len(corpus.held_out))).input_ids)
         self.vocab_size = corpus.manifest.vocab_size
         self.seen: list[torch.Tensor] = []
 
@@ -322,3 +323,17 @@ def test_quality_and_latency_on_a_gpu(corpus: Corpus) -> None:
         (times,) = measure_latency([model], input_ids, gpu)
         assert (times > 0).all()
     assert held_out_quality(model, corpus, ROWS).loss == pytest.approx(on_cpu.loss, rel=1e-4)
+
+
+def test_the_rows_are_spread_over_the_corpus_because_they_are_in_the_order_of_its_sources(
+    corpus: Corpus, rule: MaskingRule
+) -> None:
+    held_out = len(corpus.held_out)
+    for count in (1, 3, held_out - 1, held_out, held_out + 9):
+        batches = held_out_batches(corpus, rule, count, batch_size=2, seed=0)
+        found = [int(row) for batch in batches for row in batch.row_ids]
+        assert len(set(found)) == len(found) == min(count, held_out)
+        ends = [*found, held_out]
+        gaps = [end - start for start, end in itertools.pairwise(ends)]
+        assert found[0] == 0
+        assert max(gaps) - min(gaps) <= 1

@@ -22,7 +22,7 @@ MNLI = "index promptID pairID genre s1_binary s2_binary s1_parse s2_parse senten
 FILES = {
     "CoLA": {
         "train.tsv": ['gj04\t1\t\tShe "left.', "gj04\t0\t*\tLeft she."],
-        "dev.tsv": ["gj04\t1\t\tHe ran."],
+        "dev.tsv": ["gj04\t1\t\tHe\rran."],
     },
     "SST-2": {
         "train.tsv": ["sentence\tlabel", "a good film \t1", "bad \t0"],
@@ -69,7 +69,7 @@ FILES = {
 }
 # The first training example and the dev examples.
 EXAMPLES = {
-    "cola": (Example('She "left.', None, 1), [Example("He ran.", None, 1)]),
+    "cola": (Example('She "left.', None, 1), [Example("He\rran.", None, 1)]),
     "sst2": (Example("a good film ", None, 1), [Example("fine", None, 1)]),
     "mrpc": (Example('He said "no', '"No", he said', 1), [Example("A\u2028b", "C", 0)]),
     "stsb": (Example("A man.", "A person.", 4.25), [Example("A.", "B.", 0.0)]),
@@ -141,6 +141,8 @@ def test_the_hubs_data_sets_give_the_same_examples(
     splits = "".join(f"  - split: {split}\n    path: {task}/{split}-*\n" for split in ("train", *names))
     (hub / "README.md").write_text(f"---\nconfigs:\n- config_name: {task}\n  data_files:\n{splits}---\n")
     monkeypatch.setattr(glue, "HUB_DATASET", str(hub))
+    # In the user's cache, a folder of another test run may have the same name.
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", glue_dir / "cache")
     found = read(f"glue/{task}")
     assert (found.train, found.dev, found.dev_sizes) == (local.train, local.dev, local.dev_sizes)
 

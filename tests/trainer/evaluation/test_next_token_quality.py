@@ -43,7 +43,7 @@ def test_perplexity_and_accuracy_are_those_of_transformers_on_each_document(
 ) -> None:
     plain = AutoModelForCausalLM.from_pretrained(folders.teacher).double().eval()
     losses, hits = [], []
-    stored = read_rows(corpus.held_out, range(ROWS))
+    stored = read_rows(corpus.held_out, [row * len(corpus.held_out) // ROWS for row in range(ROWS)])
     for row, lengths in zip(stored.input_ids, stored.document_lengths, strict=True):
         for document in np.split(row, np.cumsum(lengths))[:-1]:
             ids = torch.from_numpy(document)[None]
@@ -71,7 +71,7 @@ def test_a_report_shows_both_perplexities_and_the_retention_of_accuracy(
         student=str(tmp_path / "student"),
         data_dir=folders.corpus,
         output_dir=tmp_path / "report",
-        max_rows=ROWS,
+        max_rows=1000,  # enough that the teacher, which is random, predicts a token
         device="cpu",
     )
     report = evaluate(arguments)

@@ -79,6 +79,8 @@ def test_the_hubs_data_set_gives_the_same_questions(
         datasets.Dataset.from_list(rows).to_parquet(tmp_path / "hub" / f"{split}-00000-of-00001.parquet")
     version = squad.VERSIONS[name]._replace(hub=str(tmp_path / "hub"))
     monkeypatch.setitem(squad.VERSIONS, name, version)
+    # In the user's cache, a folder of another test run may have the same name.
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     task = read(name)
     assert task.train == task.dev
     expected = (Question("What is empty?", CONTEXT, ("list",), 4), Question("What is full?", CONTEXT, (), 0))
@@ -219,3 +221,32 @@ def test_a_model_learns_to_answer(
     settings = FineTuning(epochs=10, learning_rate=2e-3, batch_size=16, max_length=MAX_LENGTH)
     scores = fine_tune(str(tiny_teacher_dir), task, tokenizer, settings, seed=0, device=torch.device("cpu"))
     assert scores["exact_match"] > 0.85
+
+
+def test_spaces_around_an_answer_are_not_part_of_it(tmp_path: Path, small_tokenizer_dir: Path) -> None:
+    for part in ("train", "dev"):
+        write_file(tmp_path / f"{part}-v1.1.json", [asked("What is empty?", [" list "])])
+    task = read(tmp_path)
+    assert task.train == (Question("What is empty?", CONTEXT, ("list",), 4),)
+    (feature,) = task.features(task.train, AutoTokenizer.from_pretrained(small_tokenizer_dir), 64)
+    assert feature["start_positions"] > 0
+
+
+@pytest.mark.parametrize("max_length", [8, 16, 32, 128, 384])
+def test_a_long_question_is_cut_and_leaves_room_for_the_context(
+    small_tokenizer_dir: Path, max_length: int
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(small_tokenizer_dir)
+    question = Question("name " * 500, "the list " * 300, ("list",), 4)
+    task = Squad("squad", (question,), (question,), 0)
+    features = task.features(task.train, tokenizer, max_length)
+    questions = {sum(offset is None for offset in feature["offsets"]) - 3 for feature in features[:-1]}
+    assert questions == {max(1, min(64, max_length // 2 - 4))}
+    assert sum(offset is not None for feature in features for offset in feature["offsets"]) >= 600
+
+
+def test_files_without_questions_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "train-v1.1.json").write_text('{"data": []}')
+    write_file(tmp_path / "dev-v1.1.json", [asked("What is empty?", ["list"])])
+    with raises_user_error("bad-task", str(tmp_path), "no questions"):
+        read(tmp_path)

@@ -19,6 +19,7 @@ from transformers import (
     BertForSequenceClassification,
 )
 from transformers.utils import ModelOutput
+from user_errors import raises_user_error
 
 from distilspeed.trainer.errors import NumericalError
 from distilspeed.trainer.evaluation.fine_tuning import FineTuningRun, fine_tune, model_inputs
@@ -314,3 +315,34 @@ def test_the_schedule_warms_up_and_ends_at_zero_and_the_seed_determines_the_orde
     assert orders[0] == orders[1] != orders[2]
     assert orders[0][:80] != orders[0][80:160]
     assert sorted(orders[0][:80]) == sorted(orders[0][80:160])
+
+
+def test_a_byte_order_mark_and_blank_lines_are_skipped(tmp_path: Path) -> None:
+    task = read_task(
+        write_task(tmp_path, ["\ufeff" + json.dumps(SINGLE), "", json.dumps(OTHER), ""], [SINGLE])
+    )
+    assert [example.text for example in task.train] == [SINGLE["text"], OTHER["text"]]
+
+
+@pytest.mark.parametrize("fault", ["more layers", "renamed weights", "NaN", "another width"])
+def test_an_encoder_with_random_weights_is_not_fine_tuned(
+    tmp_path: Path, tiny_teacher_dir: Path, fault: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_teacher_dir, folder)
+    weights, config = (
+        load_file(folder / "model.safetensors"),
+        json.loads((folder / "config.json").read_text()),
+    )
+    if fault == "more layers":
+        config["num_hidden_layers"] += 1
+    elif fault == "another width":
+        config["intermediate_size"] *= 2
+    elif fault == "renamed weights":
+        weights = {f"wrapped.{name}": weight for name, weight in weights.items()}
+    else:
+        weights["bert.encoder.layer.0.output.dense.bias"][0] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    with raises_user_error("damaged-model", str(folder)):
+        load_with_head(str(folder), HEADS[0])

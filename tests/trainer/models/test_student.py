@@ -26,6 +26,7 @@ from distilspeed.trainer.families.layers import half_of_layers
 from distilspeed.trainer.families.vocabulary import pad_vocabulary
 from distilspeed.trainer.models.loading import (
     check_fits_corpus,
+    load_language_model,
     load_teacher,
     make_student,
     model_from_config,
@@ -333,4 +334,18 @@ def test_padding_the_vocabulary_changes_no_logits_and_is_removed_from_the_export
     assert list(weights) == list(shapes)
     exported = whole_student(model, weights)
     assert {name: parameter.shape for name, parameter in exported.named_parameters()} == shapes
+    torch.testing.assert_close(exported(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_a_student_to_train_further_is_exported_untied_if_its_weights_are(tmp_path: Path) -> None:
+    teacher = load_teacher(str(untied_checkpoint(tmp_path / "teacher")))
+    make_student(teacher, (0, 1)).save_pretrained(tmp_path / "student")
+    config = json.loads((tmp_path / "student" / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "student" / "config.json").write_text(json.dumps(config))
+    student = load_language_model("student", str(tmp_path / "student"))
+    ids = torch.arange(70)[None]
+    expected = student(ids).logits
+    whole_student(student, dict(student.named_parameters())).save_pretrained(tmp_path / "exported")
+    exported = AutoModelForMaskedLM.from_pretrained(tmp_path / "exported").eval()
     torch.testing.assert_close(exported(ids).logits, expected)

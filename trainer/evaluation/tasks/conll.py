@@ -1,11 +1,12 @@
 """Token classification, such as named entities, from CoNLL's column files.
 
-train.txt, dev.txt   one word a line: the word first, its tag last, columns separated by white space; sentences are
+train.txt, dev.txt   one word a line: the word first, its tag last, columns separated by spaces or tabs; sentences are
                      separated by blank lines, and lines that begin with -DOCSTART- are skipped
 
 Tags follow IOB ("B-PER", "I-PER", "O"); an entity counts if its words and its type are right.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,7 @@ def _word_at(words: Sequence[str]) -> dict[int, int]:
 
 def _read_sentences(path: Path) -> Iterator[Sentence]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             "bad-task", f"cannot read {path}: {first_line(error)}; a task has a train.txt and a dev.txt"
@@ -156,7 +157,8 @@ def _read_sentences(path: Path) -> Iterator[Sentence]:
     words: list[tuple[str, str]] = []
     is_empty = True
     for number, line in enumerate([*lines, ""], start=1):
-        parts = line.split()
+        # A no-break space is part of a word.
+        parts = [part for part in re.split(r"[ \t\r]+", line) if part]
         if parts and parts[0] != DOCUMENT_START:
             columns = columns or len(parts)
             if len(parts) != columns or columns < 2:

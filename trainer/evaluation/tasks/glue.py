@@ -114,7 +114,7 @@ def _read_file(path: Path, spec: GlueSpec, malformed: dict[str, int]) -> Iterato
     """Yield the examples of a TSV file, and count its malformed lines."""
     try:
         # Only \n ends a line: sentences contain other line separators of Unicode.
-        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+        lines = path.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             "bad-task", f"cannot read {path}: {first_line(error)}; give a folder of GLUE's own files"

@@ -54,10 +54,11 @@ def example_of(record: Record, label: int | float) -> Example:
 
 def _read_file(path: Path, check_label: LabelCheck) -> list[Record]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             records = [
                 _parse(line, f"{path}, line {number}", check_label)
                 for number, line in enumerate(file, start=1)
+                if line.strip()
             ]
     except OSError as error:
         raise UserError(

@@ -21,6 +21,7 @@ from distilspeed.trainer.models.loading import Head
 
 STRIDE = 128  # tokens that a window shares with the one before
 LONGEST_ANSWER = 30  # tokens
+LONGEST_QUESTION = 64  # tokens, as in BERT; more are cut off
 # Training examples whose answer is not at its place in the context; above this share the file is wrong.
 MISPLACED_FRACTION = 0.01
 
@@ -56,7 +57,9 @@ class Question:
 
     @property
     def is_in_place(self) -> bool:
-        return not self.answers or self.context.startswith(self.answers[0], self.start)
+        return not self.answers or (
+            self.answers[0] != "" and self.context.startswith(self.answers[0], self.start)
+        )
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,10 @@ class Squad(Task):
             train, dev = (tuple(_read_file(Path(name) / f"{part}-{file}")) for part in ("train", "dev"))
         else:
             train, dev = (tuple(_read_split(name, split)) for split in ("train", "validation"))
+        if not (train and dev):
+            raise UserError(
+                "bad-task", f"the task {name} has no questions; a task needs training and dev questions"
+            )
         kept = tuple(question for question in train if question.is_in_place)
         misplaced = len(train) - len(kept)
         if misplaced > MISPLACED_FRACTION * len(train):
@@ -117,8 +124,10 @@ class Squad(Task):
         A feature also has ``example`` (its index) and ``offsets`` (for each token its characters in the context, or
         None for other tokens). Without the answer in the window, both positions are 0, the first token.
         """
+        # Beside the question and up to 4 special tokens, a window must have room for more than its stride.
+        longest_question = max(1, min(LONGEST_QUESTION, max_length // 2 - 4))
         windows = tokenizer(
-            [example.question.lstrip() for example in examples],
+            [_cut(example.question.lstrip(), tokenizer, longest_question) for example in examples],
             [example.context for example in examples],
             truncation="only_second",
             max_length=max_length,
@@ -180,6 +189,12 @@ class Squad(Task):
             f"{self.misplaced:,} training examples of the task {self.name} are left out: "
             "their answer is not at its place in the context"
         ]
+
+
+def _cut(text: str, tokenizer: PreTrainedTokenizerFast, longest: int) -> str:
+    """Return the text up to its token number ``longest``."""
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return text if len(tokens) <= longest else text[: tokens[longest - 1][1]]
 
 
 class _Span(NamedTuple):
@@ -244,5 +259,7 @@ def _read_split(name: str, split: str) -> Iterator[Question]:
 
 
 def _question(question: str, context: str, answers: Sequence[dict[str, Any]]) -> Question:
-    start = int(answers[0]["answer_start"]) if answers else 0
-    return Question(question, context, tuple(str(answer["text"]) for answer in answers), start)
+    """Return the question; spaces around an answer are not part of it, because no token has them."""
+    texts = [str(answer["text"]) for answer in answers]
+    start = int(answers[0]["answer_start"]) + len(texts[0]) - len(texts[0].lstrip()) if answers else 0
+    return Question(question, context, tuple(text.strip() for text in texts), start)
