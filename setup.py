@@ -15,7 +15,7 @@ PACKAGE = (HERE / "distilspeed" / "__init__.py").read_text(encoding="utf-8")
 setup(
     name="distilspeed",
     version=re.findall(r'^__version__ = "(.+)"$', PACKAGE, re.MULTILINE)[0],
-    description="Knowledge distillation of Transformer encoders on DeepSpeed, with fused Triton losses",
+    description="Knowledge distillation of BERT, RoBERTa, ModernBERT and GPT-2 on DeepSpeed, with fused losses",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -1,4 +1,4 @@
-"""Knowledge distillation of Transformer encoders on DeepSpeed, with fused losses for any trainer.
+"""Knowledge distillation of Transformers on DeepSpeed, with fused losses for any trainer.
 
 Exports the losses. Importing the package alone imports neither PyTorch nor Triton.
 """

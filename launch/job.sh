@@ -20,8 +20,9 @@ find_python() {
   local candidate candidates=(python "$root/.venv/bin/python")
   [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
   for candidate in "${candidates[@]}"; do
+    # -P: without the current folder, which holds the package when this is a checkout.
     # shellcheck disable=SC2034
-    python=$("$candidate" -c 'import importlib.util, sys
+    python=$("$candidate" -P -c 'import importlib.util, sys
 importlib.util.find_spec("distilspeed.trainer") or sys.exit(1)
 print(sys.executable)' 2>/dev/null) && return
   done

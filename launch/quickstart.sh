@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 usage="bash launch/quickstart.sh [--output_dir runs/quickstart]
     distils the BERT of launch/quickstart/teacher from 4 to 2 layers under DeepSpeed, trains the same student without a
     teacher, and compares the three on books that none of them has seen; 5 to 8 minutes on 2 CPU cores after
-    installing, no network, no GPU
+    installing; needs no GPU, and no network but for installing
 
 bash launch/quickstart.sh --from_scratch [--output_dir runs/from_scratch]
     also pre-trains the teacher, a smaller one, on text found on this machine; 10 minutes
@@ -59,14 +59,15 @@ export PATH=$PWD/.venv/bin:$PATH
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 
 step() { printf '\n== %s\n' "$1"; }
-train() { deepspeed --log_level error --master_port "$port" launch/train.py --deepspeed_config "$config" --data_dir "$out/corpus" --resume "$@"; }
+train() { deepspeed --log_level error --master_port "$port" "${ranks[@]}" launch/train.py --deepspeed_config "$config" --data_dir "$out/corpus" --resume "$@"; }
 
 corpus() { # FOLDER OPTIONS
   [ -e "$out/$1/manifest.json" ] ||
     python launch/prepare_data.py "${@:2}" --tokenizer "$tokenizer" --seq_length "$length" --output_dir "$out/$1"
 }
 
-length=128 layers=() held_out=corpus evaluation=()
+# The small recipes take one rank, whatever the machine has: their batches are too small to share.
+length=128 layers=() held_out=corpus evaluation=() ranks=(--num_gpus 1)
 if [ -n "$from_scratch" ]; then
   config=${config:-ds_configs/cpu.json}
   recipe=(--max_steps 200 --train_batch_size 32 --learning_rate 1e-3)
@@ -84,7 +85,7 @@ elif [ -z "$teacher" ]; then
     evaluation+=(--fill_mask "$example")
   done
 else
-  config=${config:-ds_configs/gpu_bf16.json} length=512
+  config=${config:-ds_configs/gpu_bf16.json} length=512 ranks=()
   recipe=(--num_train_epochs "$epochs")
   tokenizer=$teacher
 fi

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the tests: bash launch/test.sh [--full] [pytest arguments]
 #
-# One strong case of every promise, in about 8 minutes on 2 idle cores. With --full every case, in about 25 minutes.
+# The main tests; with --full all tests, which take about 40 minutes on 2 idle cores.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/setup_venv.sh

@@ -51,8 +51,8 @@ if __name__ == "__main__":
     student = transformers.AutoModelForMaskedLM.from_pretrained(args.student, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.teacher)
     lines = [line for line in Path(args.text).read_text(encoding="utf-8").splitlines() if line.strip()]
-    ids = tokenizer(lines, truncation=True, max_length=student.config.max_position_embeddings)["input_ids"]
-    rows = [{"input_ids": row} for row in ids]
+    longest = min(tokenizer.model_max_length, student.config.max_position_embeddings)  # RoBERTa: 512 of 514
+    rows = [{"input_ids": ids} for ids in tokenizer(lines, truncation=True, max_length=longest).input_ids]
     masks = transformers.DataCollatorForLanguageModeling(tokenizer)
     trainer = DistillationTrainer(student, settings, masks, rows, processing_class=tokenizer, teacher=teacher)
     trainer.train()

@@ -48,8 +48,8 @@ if __name__ == "__main__":
     student = AutoModelForMaskedLM.from_pretrained(args.student, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.teacher)
     lines = [line for line in Path(args.text).read_text(encoding="utf-8").splitlines() if line.strip()]
-    ids = tokenizer(lines, truncation=True, max_length=student.config.max_position_embeddings)["input_ids"]
-    rows: Any = [{"input_ids": row} for row in ids]
+    most = min(tokenizer.model_max_length, student.config.max_position_embeddings)  # RoBERTa: 512 of 514
+    rows: Any = [{"input_ids": ids} for ids in tokenizer(lines, truncation=True, max_length=most).input_ids]
     collator = DataCollatorForLanguageModeling(tokenizer)
     loader = DataLoader(rows, args.batch_size, shuffle=True, collate_fn=collator)
     trainer = lightning.Trainer(max_steps=args.max_steps, logger=False, enable_checkpointing=False)

@@ -45,8 +45,8 @@ if __name__ == "__main__":
     student = AutoModelForMaskedLM.from_pretrained(args.student, dtype=torch.float32).to(device).train()
     tokenizer = AutoTokenizer.from_pretrained(args.teacher)
     lines = [line for line in Path(args.text).read_text(encoding="utf-8").splitlines() if line.strip()]
-    ids = tokenizer(lines, truncation=True, max_length=student.config.max_position_embeddings)["input_ids"]
-    rows: Any = [{"input_ids": row} for row in ids]
+    most = min(tokenizer.model_max_length, student.config.max_position_embeddings)  # RoBERTa: 512 of 514
+    rows: Any = [{"input_ids": ids} for ids in tokenizer(lines, truncation=True, max_length=most).input_ids]
     sampler = RandomSampler(rows, num_samples=args.max_steps * args.accumulation_steps * args.batch_size)
     collator = DataCollatorForLanguageModeling(tokenizer)
     micro_batches = iter(DataLoader(rows, args.batch_size, sampler=sampler, collate_fn=collator))

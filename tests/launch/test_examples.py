@@ -5,6 +5,8 @@ gradient. Dropout is 0, because its random numbers depend on the split.
 """
 
 import copy
+import json
+import shutil
 from collections.abc import Callable
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import POSITIONS
 from launcher import ROOT, python
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -115,6 +118,29 @@ def test_an_example_moves_the_student_towards_its_teacher(
     lines, tokenizer = text.read_text(encoding="utf-8").splitlines(), AutoTokenizer.from_pretrained(output)
     losses = [soft_loss(student, teacher, lines, tokenizer) for student in (before, after)]
     assert losses[1] < 0.5 * losses[0]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain_pytorch",
+        pytest.param("hf_trainer", marks=needs("accelerate")),
+        pytest.param("lightning_module", marks=needs("lightning")),
+    ],
+)
+def test_an_example_takes_a_roberta_and_long_lines(
+    name: str, family_dirs: Callable[[str], Any], tmp_path: Path
+) -> None:
+    """A RoBERTa uses two fewer positions than its config says."""
+    teacher, text = tmp_path / "teacher", tmp_path / "long.txt"
+    shutil.copytree(family_dirs("roberta").teacher, teacher)
+    settings = json.loads((teacher / "tokenizer_config.json").read_text()) | {"model_max_length": POSITIONS}
+    (teacher / "tokenizer_config.json").write_text(json.dumps(settings))
+    text.write_text(("the value of the list " * 100 + "\n") * 8)
+    files = ("--teacher", teacher, "--student", teacher, "--text", text, "--output_dir", tmp_path / "output")
+    done = python(EXAMPLES / f"{name}.py", *files, "--max_steps", 1)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)

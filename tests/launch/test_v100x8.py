@@ -2,7 +2,9 @@
 
 import base64
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -143,3 +145,21 @@ def with_torch(
         check=False,
         timeout=1200,
     )
+
+
+def test_a_python_without_the_project_is_not_taken_because_it_is_called_in_a_checkout(tmp_path: Path) -> None:
+    """After the quickstart only .venv has the project, and the user's shell is in the checkout."""
+    for path, option in (("bin/python", "-S"), (".venv/bin/python", "")):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_text(f'#!/bin/sh\nexec "{sys.executable}" {option} "$@"\n')
+        (tmp_path / path).chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "PYTHONPATH")}
+    found = subprocess.run(
+        ["bash", "-c", f'root="{tmp_path}"; . launch/job.sh; find_python; cd /; "$python" -c "import torch"'],
+        cwd=ROOT,
+        env=environment | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert found.returncode == 0, found.stderr

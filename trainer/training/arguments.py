@@ -29,7 +29,7 @@ class StepArguments(Settings):
     )
     compile: Literal["auto", "on", "off"] = setting(
         "auto",
-        help="torch.compile the student's and the teacher's encoder; auto does on GPUs, except with ZeRO-3",
+        help="torch.compile the layers of student and teacher; auto does on GPUs, with exceptions (docs/method.md)",
     )
 
 
