@@ -4,6 +4,7 @@ Also makes the modules in ``shared`` importable.
 """
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -13,6 +14,9 @@ from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple
+
+# Before torch is imported: on a busy machine, threads that wait for each other must sleep. The commands set it, too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
