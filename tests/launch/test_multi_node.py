@@ -41,7 +41,7 @@ exec setsid env --default-signal=INT,TERM,HUP HOST="$host" sh -c "$*"
 # A stand-in for the Python that starts DeepSpeed's launcher: records its arguments and environment, then waits like a
 # rank, except on the host "failing".
 PYTHON = """#!/bin/bash
-[ "$1" != -c ] || { echo "$0"; exit; }
+[ "$1" != -P ] || { echo "$0"; exit; }
 exec {real} -c '
 import json, os, pathlib, signal, sys, time
 host = os.environ["HOST"]
