@@ -103,11 +103,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path, sma
             "zero_optimization": {"stage": stage},
             "scheduler": {"type": kind, "params": params},
         }
-        first.append(run(kind, config, STEPS, learning_rate=LEARNING_RATE))
-        first.append(run(f"{kind}_straight", config, STEPS + 1, learning_rate=LEARNING_RATE))
+        has_own_rates = kind == "OneCycle"  # then --learning_rate is refused
+        rate, lower_rate = (
+            {} if has_own_rates else {"learning_rate": each} for each in (LEARNING_RATE, LOWER)
+        )
+        first.append(run(kind, config, STEPS, **rate))
+        first.append(run(f"{kind}_straight", config, STEPS + 1, **rate))
         extended(kind, "same", config)  # "auto" keeps its value
         lower = {**config, "scheduler": {"type": kind, "params": params | changed}}
-        extended(kind, "lower", lower, learning_rate=LOWER)
+        extended(kind, "lower", lower, **lower_rate)
     adam = {"lr": LEARNING_RATE, "torch_adam": True, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
 
     def adams(stage: int, **changed: Any) -> dict[str, Any]:
