@@ -23,7 +23,7 @@ from distilspeed.trainer.evaluation.token_quality import TokenQuality
 
 def percent_of(value: float, teacher: float) -> float | None:
     """Return ``value`` in % of the teacher's value, or None if that is not above 0."""
-    return 100 * value / teacher if teacher > 0 else None
+    return 100 * (value / teacher) if teacher > 0 else None
 
 
 @dataclass(frozen=True)
