@@ -17,6 +17,7 @@ array (sbatch --array=0-15) prepares a shard, and a job after it merges the shar
     python launch/prepare_data.py --merge corpora/wikipedia_shards/* --output_dir corpora/wikipedia
 """
 
+import logging
 import signal
 import sys
 from types import FrameType
@@ -53,10 +54,9 @@ def main() -> None:
     )
     short = counts.dropped_short / max(1, counts.dropped_short + counts.pieces)
     if short > MANY_SHORT_PIECES:
-        print(
-            f"warning: {short:.0%} of the pieces were too short and dropped; if each document is a sentence, join the "
-            "sentences of a text, or use --document_separator blank_line",
-            file=sys.stderr,
+        logging.getLogger("distilspeed").warning(
+            f"{short:.0%} of the pieces were too short and dropped; if each document is a sentence, join the "
+            "sentences of a text, or use --document_separator blank_line"
         )
 
 
