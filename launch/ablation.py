@@ -8,7 +8,7 @@ Writes ablation.json, ablation.md and ablation.png, and prints the table.
 """
 
 from distilspeed.trainer.evaluation.ablation_arguments import AblationArguments
-from distilspeed.trainer.job.command import quiet_libraries, run_command, show_log
+from distilspeed.trainer.job.command import fast_imports, quiet_libraries, run_command, show_log
 
 
 def main() -> None:
@@ -16,7 +16,8 @@ def main() -> None:
 
     (arguments,) = CommandParser(AblationArguments, prog="launch/ablation.py", description=__doc__).parse()
     # After the parsing, because importing torch takes seconds.
-    from distilspeed.trainer.training.ablation_runs import run_ablation
+    with fast_imports():
+        from distilspeed.trainer.training.ablation_runs import run_ablation
 
     quiet_libraries()
     show_log(facts_on_stderr=True)

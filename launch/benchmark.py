@@ -20,7 +20,7 @@ from distilspeed.trainer.job.arguments import (
     setting,
     whole_numbers,
 )
-from distilspeed.trainer.job.command import quiet_libraries, run_command
+from distilspeed.trainer.job.command import fast_imports, quiet_libraries, run_command
 from distilspeed.trainer.training.arguments import StepArguments, TrainArguments
 
 if TYPE_CHECKING:
@@ -89,8 +89,9 @@ def main() -> None:
 
 def _prepare(arguments: BenchmarkArguments) -> "Run":
     # After the parsing, because importing torch takes seconds.
-    from distilspeed.trainer.objective.registry import take_terms
-    from distilspeed.trainer.training.run import prepare_run
+    with fast_imports():
+        from distilspeed.trainer.objective.registry import take_terms
+        from distilspeed.trainer.training.run import prepare_run
 
     quiet_libraries()
     terms = take_terms({"restrict_ce_to_mask": True}) if arguments.restrict_ce_to_mask else None

@@ -8,7 +8,7 @@ same command with --resume.
 """
 
 from distilspeed.trainer.evaluation.arguments import EvaluateArguments
-from distilspeed.trainer.job.command import quiet_libraries, run_command, show_log
+from distilspeed.trainer.job.command import fast_imports, quiet_libraries, run_command, show_log
 
 
 def main() -> None:
@@ -16,7 +16,8 @@ def main() -> None:
 
     (arguments,) = CommandParser(EvaluateArguments, prog="launch/evaluate.py", description=__doc__).parse()
     # After the parsing, because importing torch takes seconds.
-    from distilspeed.trainer.evaluation.comparison import evaluate
+    with fast_imports():
+        from distilspeed.trainer.evaluation.comparison import evaluate
 
     quiet_libraries()
     show_log(facts_on_stderr=True)

@@ -7,7 +7,7 @@ Writes a model that plain transformers loads, its tokenizer and results.json, an
 """
 
 from distilspeed.trainer.evaluation.finetune_arguments import FinetuneArguments
-from distilspeed.trainer.job.command import quiet_libraries, run_command, show_log
+from distilspeed.trainer.job.command import fast_imports, quiet_libraries, run_command, show_log
 
 
 def main() -> None:
@@ -15,7 +15,8 @@ def main() -> None:
 
     (arguments,) = CommandParser(FinetuneArguments, prog="launch/finetune.py", description=__doc__).parse()
     # After the parsing, because importing torch takes seconds.
-    from distilspeed.trainer.evaluation.finetune import finetune
+    with fast_imports():
+        from distilspeed.trainer.evaluation.finetune import finetune
 
     quiet_libraries()
     show_log(facts_on_stderr=True)

@@ -6,7 +6,7 @@ deepspeed launch/train.py --deepspeed_config ds_configs/cpu.json --teacher DIR -
 from typing import TYPE_CHECKING
 
 from distilspeed.trainer.job.arguments import LauncherArguments
-from distilspeed.trainer.job.command import quiet_libraries, run_command
+from distilspeed.trainer.job.command import fast_imports, quiet_libraries, run_command
 from distilspeed.trainer.job.environment import prepare_environment
 from distilspeed.trainer.job.parents import end_with_launcher
 from distilspeed.trainer.job.scheduler import take_place_from_scheduler
@@ -33,10 +33,11 @@ def main() -> None:
 
     prepare_environment(arguments.full_determinism)
     # After the parsing, because importing torch and DeepSpeed takes seconds.
-    from distilspeed.trainer.training.hub import push_student
-    from distilspeed.trainer.training.loop import train
-    from distilspeed.trainer.training.plan import print_plan
-    from distilspeed.trainer.training.run import prepare_run
+    with fast_imports():
+        from distilspeed.trainer.training.hub import push_student
+        from distilspeed.trainer.training.loop import train
+        from distilspeed.trainer.training.plan import print_plan
+        from distilspeed.trainer.training.run import prepare_run
 
     quiet_libraries()
     run = prepare_run(arguments, terms, parser.given)

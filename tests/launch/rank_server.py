@@ -5,6 +5,7 @@ signals start real commands.
 """
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -16,11 +17,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from distilspeed.trainer.job.command import fast_imports
+
 # All that a training of BERT imports. An evaluation imports more.
 IMPORTS = (
     "datasets",
     "distilspeed.trainer.training.loop",
     "distilspeed.trainer.training.run",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
     "transformers.models.bert.modeling_bert",
     "transformers.models.distilbert.modeling_distilbert",
 )
@@ -81,8 +86,10 @@ def _server() -> subprocess.Popen[str]:
 def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries may print
-    for name in IMPORTS:
-        __import__(name)
+    with fast_imports():
+        for name in IMPORTS:
+            __import__(name)
+    gc.freeze()  # a fork that collects garbage would copy every page of the imports
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "an import has started a thread"
     for line in sys.stdin:
         job = json.loads(line)

@@ -1,16 +1,14 @@
 """--plan's estimate of memory agrees with the measured peak, and a plan that exceeds the card's memory is refused."""
 
-import json
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launcher import ROOT, environment, error_lines, ranks_alone, write_config
+from launcher import ROOT, error_lines, flags, ranks_alone, write_config
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -193,22 +191,17 @@ def estimated_and_measured(
         "deepspeed_config": config,
         "teacher": str(teacher),
         "data_dir": corpus,
+        "output_dir": folder / "none",
+        "max_steps": 10,
         "train_batch_size": micro * accumulation,
         "per_device_train_batch_size": micro,
     }
-    flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    answers = subprocess.run(
-        [sys.executable, str(ROOT / "launch" / "benchmark.py"), *flags, "--contestant", "ours"],
-        input="\n",
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        check=True,
-    ).stdout
-    footprint = json.loads(answers.rpartition("BENCHMARK ")[2].splitlines()[0])
+    result = ranks_alone(Path(__file__).with_name("memory_job.py"), *flags(options), ranks=1)
+    assert result.returncode == 0, result.stderr[-3000:]
+    peak = int(result.stdout.rpartition("peak ")[2])
 
-    run = prepare_run(TrainArguments(**options, output_dir=folder / "none", max_steps=10))
-    return plan_memory(run, run.batch).total / MIB, footprint["peak"] / MIB
+    run = prepare_run(TrainArguments(**options))
+    return plan_memory(run, run.batch).total / MIB, peak / MIB
 
 
 def test_a_plan_over_the_cards_memory_is_refused_with_the_micro_batch_that_fits(

@@ -1,12 +1,14 @@
 """How every command runs: its environment, its log, and how it reports an error."""
 
 import argparse
+import gc
 import logging
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -109,6 +111,16 @@ def show_log(facts_on_stderr: bool = False) -> None:
     logger = logging.getLogger("distilspeed")
     logger.setLevel(logging.INFO)
     logger.handlers = [_Lines(facts_on_stderr)]
+
+
+@contextmanager
+def fast_imports() -> Iterator[None]:
+    """Import DeepSpeed and transformers in about three quarters of the time, by not collecting garbage meanwhile."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def quiet_libraries() -> None:
