@@ -40,8 +40,9 @@ HALF_PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
 class FineTuningRun:
     """How to train on a task.
 
-    Training uses AdamW, linear warm-up over 10 % of the steps, linear decay to 0, and gradient clipping at 1. Order and
-    dropout depend only on the seed and the number of the step, so a resumed run computes the same.
+    Training uses AdamW with a weight decay of 0.01 (not of biases and norms), linear warm-up over 10 % of the steps,
+    linear decay to 0, and gradient clipping at 1. Order and dropout depend only on the seed and the number of the step,
+    so a resumed run computes the same.
 
     Attributes:
         seed: of the order of the features and of dropout.
@@ -70,9 +71,7 @@ class FineTuningRun:
         collate = self.task.collator(self.tokenizer)
         steps_per_epoch = math.ceil(len(inputs) / self.settings.batch_size)
         steps = self.settings.epochs * steps_per_epoch
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=self.settings.learning_rate, weight_decay=WEIGHT_DECAY
-        )
+        optimizer = torch.optim.AdamW(parameter_groups(model), lr=self.settings.learning_rate)
         schedule = get_linear_schedule_with_warmup(optimizer, round(WARMUP_FRACTION * steps), steps)
         scaler = torch.amp.GradScaler(model.device.type, enabled=self.precision == "fp16")
         parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
@@ -183,6 +182,13 @@ def fine_tune(
     model = nn.Module.to(load_with_head(model_name, task.head), device)
     run.train(model)
     return run.score(model, model_name)
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Return the parameters for an optimiser: weights of layers and embeddings decay, biases and norms do not."""
+    decaying = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    return [{"params": decaying, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
 
 
 def check_precision(precision: str, device: torch.device) -> None:

@@ -22,7 +22,12 @@ from transformers.utils import ModelOutput
 from user_errors import raises_user_error
 
 from distilspeed.trainer.errors import NumericalError
-from distilspeed.trainer.evaluation.fine_tuning import FineTuningRun, fine_tune, model_inputs
+from distilspeed.trainer.evaluation.fine_tuning import (
+    FineTuningRun,
+    fine_tune,
+    model_inputs,
+    parameter_groups,
+)
 from distilspeed.trainer.evaluation.tasks.jsonl_classification import JsonLinesClassification
 from distilspeed.trainer.evaluation.tasks.jsonl_regression import JsonLinesRegression
 from distilspeed.trainer.evaluation.tasks.registry import read_tasks
@@ -346,3 +351,13 @@ def test_an_encoder_with_random_weights_is_not_fine_tuned(
     (folder / "config.json").write_text(json.dumps(config))
     with raises_user_error("damaged-model", str(folder)):
         load_with_head(str(folder), HEADS[0])
+
+
+def test_biases_and_norms_do_not_decay(tiny_teacher_dir: Path) -> None:
+    model = load_with_head(str(tiny_teacher_dir), Head(AutoModelForSequenceClassification, num_labels=2))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decaying, others = parameter_groups(model)
+    assert decaying["weight_decay"] > others["weight_decay"] == 0
+    unlike = [name for name in names.values() if name.endswith("bias") or "LayerNorm" in name]
+    assert [names[id(parameter)] for parameter in others["params"]] == unlike
+    assert len(decaying["params"]) + len(unlike) == len(names)
