@@ -13,6 +13,7 @@ from distilspeed.trainer.errors import UserErrorCode
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = sorted(path for path in (ROOT / "launch").glob("*.py") if path.stem != "quickstart_data")
+COMMANDS.append(ROOT / "launch" / "benchmarks" / "task_from_text.py")
 # Flags of launchers, sbatch, srun (--kill-on-bad-exit, up to its first hyphen) and launch/test.sh.
 OF_OTHERS = {"--num_gpus", "--array", "--nodes", "--hostfile", "--kill", "--module", "--nproc_per_node"}
 OF_OTHERS |= {"--max_restarts", "--multi_gpu", "--num_processes", "--full", "--from_scratch"}

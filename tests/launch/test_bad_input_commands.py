@@ -393,7 +393,7 @@ CUT_VOCABULARY = [
     ("--model teacher --text nowhere.txt --vocab_size 100", "unreadable-file", "nowhere.txt"),
     ("--model teacher --text good.txt --vocab_size 5", "bad-argument", "--vocab_size"),
 ]
-BIGRAM_SHIFT = [
+TASK_FROM_TEXT = [
     ("--text nowhere.txt", "missing-file", "nowhere.txt"),
     ("--text good.txt", "no-text", "--train_examples"),
     ("--text good.txt --dev_examples 0", "bad-argument", "--dev_examples"),
@@ -415,7 +415,7 @@ NOTHING_GIVEN = [
         "--vocab_size",
         "--output_dir",
     ),
-    ("benchmarks/bigram_shift.py", "", "missing-argument", "--text", "--output_dir"),
+    ("benchmarks/task_from_text.py", "", "missing-argument", "--kind", "--text", "--output_dir"),
     ("gpu_check.py", "", "missing-argument", "--output_dir"),
 ]
 CASES = [
@@ -433,7 +433,7 @@ CASES = [
             ("benchmark_preparation.py", "--text good.txt --tokenizer tokenizer", BENCHMARK_PREPARATION),
             ("quickstart_data.py", "", QUICKSTART_DATA),
             ("quickstart/cut_vocabulary.py", "--output_dir out", CUT_VOCABULARY),
-            ("benchmarks/bigram_shift.py", "--output_dir out", BIGRAM_SHIFT),
+            ("benchmarks/task_from_text.py", "--kind punctuation --output_dir out", TASK_FROM_TEXT),
             ("gpu_check.py", "--smoke --output_dir out", GPU_CHECK),
         )
         for arguments, code, *named in table

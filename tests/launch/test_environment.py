@@ -40,7 +40,7 @@ COMMANDS = {
     "profile_kernels.py": [],
     "train.py": ["--deepspeed_config", "none", *FOLDERS],
 }
-WITHOUT_TORCH = {"command.py", "prepare_data.py", "quickstart_data.py", "benchmarks/bigram_shift.py"}
+WITHOUT_TORCH = {"command.py", "prepare_data.py", "quickstart_data.py", "benchmarks/task_from_text.py"}
 
 
 def test_every_command_is_tested() -> None:
