@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the tests: bash launch/test.sh [--full] [pytest arguments]
 #
-# The main tests; with --full all tests, which take about 40 minutes on 2 idle cores.
+# The main tests; with --full all tests, which take about half an hour on 2 idle cores.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/setup_venv.sh

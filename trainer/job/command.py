@@ -116,11 +116,13 @@ def show_log(facts_on_stderr: bool = False) -> None:
 @contextmanager
 def fast_imports() -> Iterator[None]:
     """Import DeepSpeed and transformers in about three quarters of the time, by not collecting garbage meanwhile."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if was_enabled:
+            gc.enable()
 
 
 def quiet_libraries() -> None:
