@@ -12,8 +12,6 @@ from distilspeed.trainer.evaluation.tasks.registry import read_tasks
 
 COMMAND = ROOT / "launch" / "benchmarks" / "task_from_text.py"
 BOOKS = ROOT / "launch" / "quickstart" / "held_out_books.txt.xz"
-
-
 SIZES = ("--train_examples", 600, "--dev_examples", 200)
 
 
@@ -69,4 +67,6 @@ def test_the_seed_determines_the_task(tmp_path: Path, kind: str) -> None:
     first, again, other = (
         make_task(kind, tmp_path / name, seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))
     )
-    assert first.train == again.train != other.train
+    assert (first.train, first.dev) == (again.train, again.dev)
+    assert first.train != other.train
+    assert first.dev != other.dev
